@@ -1,0 +1,45 @@
+# Every target sets the environment up by itself; `make help` lists them.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+RESULTS ?= results/local
+RUN := $(BIN)/dora-lab
+export PYTHONHASHSEED = 0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test check format notebooks mini-base real-data clean-local results verdicts
+
+help:  ## list the targets
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
+
+setup: .venv/installed  ## create .venv and install from constraints.txt (does nothing when it is up to date)
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,notebooks]'
+	@touch $@
+
+reproduce-%: setup  ## e.g. reproduce-commonsense: run that experiment (mini tier), print its table, compare with ours
+	@$(RUN) reproduce $* --results $(RESULTS)
+
+test: setup  ## run the test suite
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: setup  ## lint, types, import contracts
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports
+
+format: setup  ## format the code
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+results: setup  ## rebuild the committed tables, figures and README block from the committed records (seconds)
+	$(RUN) report --results results
+
+notebooks: setup  ## open the notebooks
+	$(BIN)/jupyter lab notebooks
+
+mini-base: setup  ## pretrain the embedded base again (about 50 minutes on two cores)
+	$(BIN)/python -m dora_lab.mini.pretrain
+
+clean-local:  ## remove your own runs, tables and figures (the committed ones stay)
+	rm -rf results/local

@@ -1,0 +1,45 @@
+"""Tables and figures, one file each: `python -m analysis.tables.commonsense [--results DIR]`.
+
+Every script has a `build(results)` that reads `results/runs`, writes into `results/tables` or `results/figures` and
+returns the paths it wrote; `modules()` finds them all. None imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dora_lab.report import readme_block
+
+
+def modules() -> list[str]:
+    """Dotted names of all table and figure scripts, sorted: a new file is found without being listed."""
+    here = Path(__file__).parent
+    return sorted(
+        f"analysis.{kind}.{path.stem}"
+        for kind in ("tables", "figures")
+        for path in (here / kind).glob("*.py")
+        if not path.stem.startswith("_")
+    )
+
+
+def script(
+    build: Callable[[Path], Sequence[Path]],
+    description: str | None = None,
+    argv: Sequence[str] | None = None,
+    readme: Callable[[Path], str] | None = None,
+) -> None:
+    """Command line of a script: `--results DIR` (default `results`); prints the paths written.
+
+    With `readme` there is also `--readme FILE`: what it returns goes between the table markers of that file.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder with runs/ (default: results)")
+    if readme is not None:
+        parser.add_argument("--readme", type=Path, default=None, help="also renew the table block of this file")
+    options = parser.parse_args(argv)
+    for path in build(options.results):
+        print(path)
+    if readme is not None and options.readme is not None and readme_block(options.readme, readme(options.results)):
+        print(options.readme)

@@ -1,0 +1,170 @@
+"""Table 1: accuracy per method and task, mean ± sd over seeds, and the paper's own table as a block of its own.
+
+Reads every experiment named `commonsense` or `commonsense_…`, test split only (a sweep on the validation split is not
+a result). Experiments, tiers, models, data and protocols never share a block.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import script
+from dora_lab import report, verify
+from dora_lab.report import Block, number
+
+TITLE = "Commonsense reasoning: accuracy in percent"
+PAPER = "The paper's table 1 (arXiv 2402.09353 v6; other models and data, single runs)"
+
+
+def build(results: Path) -> list[Path]:
+    """Write results/tables/commonsense.{md,csv,tex}; returns their paths."""
+    evals, statuses = load(results)
+    scores = report.scores(evals)
+    paper = verify.claims("commonsense")
+    data = pd.concat([scores.assign(source="this lab"), paper_data(paper)], ignore_index=True)
+    return report.save_table(
+        results / "tables",
+        "commonsense",
+        TITLE,
+        [*our_blocks(scores), paper_block(paper)],
+        data[["source", *(c for c in scores.columns)]],
+        report.provenance(evals, statuses),
+    )
+
+
+def readme(results: Path) -> str:
+    """The text of the README's table block: the embedded default by the paper's protocol, then the paper's LLaMA-7B."""
+    evals, statuses = load(results)
+    evals = evals[(evals["tier"] == "mini") & (evals["eval_data"] == "mini") & (evals["protocol"] == "generate")]
+    paper = verify.claims("commonsense")
+    blocks = [*our_blocks(report.scores(evals)), paper_block(paper[paper["model"] == "LLaMA-7B"])]
+    source = report.provenance(evals, statuses)
+    return "\n\n".join(
+        [*(report.markdown(block, level=3) for block in blocks), source.caption(), *filter(None, [source.incomplete()])]
+    )
+
+
+def load(results: Path) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Evaluation rows of the complete runs, and how many runs were left out, by status."""
+    evals = report.frame(results, stream="eval")
+    of_table = evals["experiment"].astype(str).str.fullmatch(r"commonsense(_\w+)?") & (evals["split"] == "test")
+    return evals[of_table], evals.attrs["statuses"]
+
+
+def our_blocks(scores: pd.DataFrame) -> list[Block]:
+    """One block per experiment, tier, model, data and protocol, the embedded default first."""
+    blocks = []
+    parts = [
+        pair for _, rows in report.groups(scores) for pair in rows.groupby([*report.GROUP, "protocol"], dropna=False)
+    ]
+    for key, part in parts:
+        experiment, tier, model, trained, evaluated, _, protocol = key
+        tasks = [task for task in part["task"].unique() if task != "average"]
+        rows = [_method_row(part[part["label"] == label], tasks) for label in part["label"].unique()]
+        rows += [
+            {"Method": name}
+            | {_head(task): _reference(part[part["task"] == task], field) for task in [*tasks, "average"]}
+            for name, field in (
+                ("chance level", "chance"),
+                ("always the most frequent label", "majority"),
+                ("items per run", "n_items"),
+            )
+        ]
+        data = trained if trained == evaluated else f"trained on {trained}, evaluated on {evaluated}"
+        blocks.append(
+            Block(
+                title=f"{experiment}, tier {tier}, model {model}, data {data}, protocol {protocol}",
+                cells=pd.DataFrame(rows),
+                apart=3,
+                notes=_notes(part),
+            )
+        )
+    return blocks
+
+
+def _method_row(rows: pd.DataFrame, tasks: list[str]) -> dict[str, str | None]:
+    by_task = rows.set_index("task")
+    average = by_task.loc["average"]
+    return {
+        "Method": average["label"],
+        "#Params %": number(average["trainable_percent"], digits=2),
+        **{_head(task): number(by_task.loc[task, "mean"], by_task.loc[task, "sd"]) for task in [*tasks, "average"]},
+        "Unparsed %": number(average["unparsed_percent"]),
+        "Seeds": str(by_task["n_seeds"].max()),
+    }
+
+
+def _head(task: str) -> str:
+    return "Average" if task == "average" else report.TASKS.get(task, task)
+
+
+def _reference(rows: pd.DataFrame, field: str) -> str | None:
+    values = sorted(set(rows[field].dropna()))
+    if not values:
+        return None
+    return "–".join(f"{v:.0f}" for v in values) if field == "n_items" else "–".join(f"{v:.1f}" for v in values)
+
+
+def _notes(part: pd.DataFrame) -> tuple[str, ...]:
+    notes = [
+        "Mean ± standard deviation over seeds; the average is taken over tasks within a run first. An answer that "
+        "cannot be parsed counts as wrong and is counted under unparsed."
+    ]
+    if part["label"].str.endswith(report.HALF_RANK).any():
+        notes.append(f"{report.HALF_RANK}: half the rank.")
+    averages = part[part["task"] == "average"].set_index("label")["n_seeds"]
+    lacking = int((part.groupby("label")["n_seeds"].max() - averages).clip(lower=0).sum())
+    if lacking:
+        notes.append(f"{lacking} run{'' if lacking == 1 else 's'} without a score for every task: not in the averages.")
+    return tuple(notes)
+
+
+def paper_block(paper: pd.DataFrame) -> Block:
+    """All rows of the paper's table 1, in its order."""
+    printed = paper[paper["metric"] == "accuracy_percent"]
+    rows = []
+    for (model, method), part in printed.groupby(["model", "method"], sort=False):
+        values = part.set_index("subject")["value"]
+        rows.append(
+            {
+                "Model": model,
+                "Method": method,
+                "#Params %": number(part["trainable_percent"].iloc[0], digits=2),
+                **{_head(task): number(value) for task, value in values.items()},
+            }
+        )
+    return Block(
+        title=PAPER,
+        cells=pd.DataFrame(rows),
+        text=("Model", "Method"),
+        notes=(f"{report.HALF_RANK}: half the rank. Printed by the paper, not measured here.",),
+    )
+
+
+def paper_data(paper: pd.DataFrame) -> pd.DataFrame:
+    """The same rows for the csv file, source "paper"."""
+    printed = paper[paper["metric"] == "accuracy_percent"]
+    return pd.DataFrame(
+        {
+            "source": "paper",
+            "experiment": "commonsense",
+            "tier": None,
+            "model": printed["model"],
+            "data": "commonsense_170k",
+            "eval_data": "llm_adapters",
+            "split": "test",
+            "protocol": "generate",
+            "label": printed["method"],
+            "task": printed["subject"],
+            "mean": printed["value"],
+            "n_seeds": 1,
+            "rank": printed["rank"],
+            "trainable_percent": printed["trainable_percent"],
+        }
+    )
+
+
+if __name__ == "__main__":
+    script(build, __doc__, readme=readme)

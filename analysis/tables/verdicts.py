@@ -1,0 +1,71 @@
+"""Each directional claim of the paper against our runs: n, effect, interval, test, verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import script
+from dora_lab import report, verify
+from dora_lab.report import Block, number
+
+NOTES = (
+    "holds: the 95 % interval lies on the claimed side of zero and so does every seed; does not hold: both on the "
+    "other side; undecided: anything else; no runs: the experiment has no runs that could decide it.",
+    "Effects are percentage points of the average over tasks (first method minus second; for loss of accuracy, the "
+    "difference of the losses), or Pearson's r. The correlations treat the layers and checkpoints of one seed as "
+    "independent points, so their intervals are narrow; checkpoints of one layer are related.",
+)
+
+
+def build(results: Path) -> list[Path]:
+    """Write results/tables/verdicts.{md,csv,tex}; returns their paths."""
+    evals, probes = (report.frame(results, "commonsense", stream) for stream in ("eval", "probe"))
+    evals = evals[evals["split"] == "test"]
+    rows = verify.verdicts(evals, probes, verify.claims("commonsense"))
+    blocks = []
+    keys = ["tier", "model", "data"]
+    for key, part in sorted(
+        rows.groupby(keys, dropna=False), key=lambda pair: (set(pair[0]) != {"mini"}, str(pair[0]))
+    ):
+        title = "no runs" if pd.isna(key[0]) else f"tier {key[0]}, model {key[1]}, data {key[2]}"
+        blocks.append(
+            Block(
+                title=title,
+                cells=pd.DataFrame([_cells(row) for row in part.to_dict("records")]),
+                text=("Claim", "Verdict", "Protocol", "n", "Test", "Source"),
+                notes=NOTES,
+            )
+        )
+    return report.save_table(
+        results / "tables",
+        "verdicts",
+        "Claims of the paper against our runs",
+        blocks,
+        rows,
+        report.provenance(evals, report.frame(results, "commonsense").attrs["statuses"]),
+    )
+
+
+def _cells(row: dict[str, object]) -> dict[str, object]:
+    digits = 2 if row["unit"] == "r" else 1
+    effect, low, high, paper, p = (row[name] for name in ("effect", "low", "high", "paper", "p"))
+    interval = None if number(low) is None else f"[{number(low, digits=digits)}, {number(high, digits=digits)}]"
+    return {
+        "Claim": row["statement"],
+        "Verdict": row["verdict"],
+        "Protocol": row["protocol"],
+        "n": row["n"],
+        "Effect": None if number(effect) is None else f"{number(effect, digits=digits)} {row['unit']}",
+        "95 % interval": interval,
+        "p": None if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.01 else f"{p:.2f}",
+        "Seeds": row["seeds"],
+        "Paper": number(paper, digits=digits),
+        "Test": row["test"],
+        "Source": row["source"],
+    }
+
+
+if __name__ == "__main__":
+    script(build, __doc__)

@@ -1,0 +1,268 @@
+"""The command line: `dora-lab` or `python -m dora_lab`. Light until a run begins: no torch is imported here."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+
+from dora_lab import load
+from dora_lab.run import Paths, run_many
+from dora_lab.spec import Spec, SpecError, derive, did_you_mean, spec_id, to_dict, validate
+from dora_lab.store import read_stream, run_path
+from dora_lab.workers import Outcome, describe
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+HOUSE = Path(__file__).resolve().parents[1]
+EXPERIMENTS = HOUSE / "experiments"
+RESULTS = HOUSE / "results"
+LOCAL = RESULTS / "local"  # a user's own runs, beside the committed ones without touching them
+
+ResultsOption = Annotated[Path, typer.Option("--results", help="Results folder; runs are in its runs/.")]
+
+
+@app.command("list")
+def list_command() -> None:
+    """List the experiments: what each reproduces and how many runs it has in each tier."""
+    for name in experiment_names():
+        module = load_experiment(name)
+        counts = ", ".join(f"{tier}: {len(module.specs(tier))} runs" for tier in module.TIERS)
+        typer.echo(f"{name:22} {(module.__doc__ or '').strip().splitlines()[0]}  [{counts}]")
+
+
+@app.command()
+def run(
+    experiment: Annotated[str, typer.Argument(help="An experiment, see `dora-lab list`.")],
+    tier: Annotated[str, typer.Option(help="mini (embedded, minutes on a CPU) or paper (hub models, a GPU).")] = "mini",
+    only: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE[,VALUE]: only specs that match.")] = None,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change a field of every spec.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the specs, run nothing.")] = False,
+    jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core (paper: one).")] = None,
+    results: ResultsOption = LOCAL,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of real data: <task>/train.json, test.json.")] = None,
+    model_dir: Annotated[Path | None, typer.Option(help="Folder of a saved model to start from.")] = None,
+) -> None:
+    """Run an experiment: complete runs are skipped, interrupted ones go on, failed ones start anew."""
+    module = load_experiment(experiment)
+    specs = chosen(module, tier, only or (), with_ or (), data_dir, model_dir)
+    if dry_run:
+        _print_specs(specs, getattr(module, "ITEMS", {}))
+        return
+    outcomes = run_many(specs, Paths(results, data_dir, model_dir), jobs)
+    typer.echo(summary(outcomes, results))
+    if any(outcome.status == "failed" for outcome in outcomes):
+        raise typer.Exit(1)
+    if any(outcome.status == "interrupted" for outcome in outcomes):
+        raise typer.Exit(130)  # what a shell reports for Ctrl-C
+
+
+@app.command()
+def verify(
+    experiment: Annotated[str | None, typer.Argument(help="One experiment; all without it.")] = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Print the verdict on each claim of the paper that the runs can speak about."""
+    from dora_lab import report
+    from dora_lab import verify as verifying
+
+    rows = verifying.claims(experiment)
+    frames = [report.frame(results, experiment, stream) for stream in ("eval", "probe")]
+    found = verifying.verdicts(*frames, rows)
+    typer.echo(found.to_string(index=False) if len(found) else f"no complete runs in {results}")
+
+
+@app.command()
+def compare(
+    results: ResultsOption = LOCAL,
+    committed: Annotated[Path, typer.Option(help="Results folder to compare with.")] = RESULTS,
+    experiment: Annotated[str | None, typer.Option(help="One experiment; all without it.")] = None,
+) -> None:
+    """Say whether your runs agree with the committed ones; exit code 1 if they do not."""
+    from dora_lab import verify as verifying
+
+    text, agrees = verifying.compare(results, committed, experiment)
+    typer.echo(text)
+    raise typer.Exit(0 if agrees else 1)
+
+
+@app.command()
+def report(results: ResultsOption = RESULTS) -> None:
+    """Rebuild every table and figure of a results folder from its runs."""
+    import runpy
+
+    for kind in ("tables", "figures"):
+        for file in sorted((HOUSE / "analysis" / kind).glob("[!_]*.py")):
+            typer.echo(f"analysis.{kind}.{file.stem}")
+            before, sys.argv = sys.argv, [str(file), "--results", str(results)]
+            try:
+                runpy.run_module(f"analysis.{kind}.{file.stem}", run_name="__main__")
+            finally:
+                sys.argv = before
+
+
+def experiment_names() -> list[str]:
+    """Names of the files in experiments/."""
+    return sorted(file.stem for file in EXPERIMENTS.glob("[!_]*.py"))
+
+
+def load_experiment(name: str) -> ModuleType:
+    """The experiment's module; raises SpecError listing the names there are."""
+    if name not in experiment_names():
+        raise SpecError(f"unknown experiment '{name}'; {did_you_mean(name, experiment_names())}")
+    found = importlib.util.spec_from_file_location(f"experiments.{name}", EXPERIMENTS / f"{name}.py")
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def chosen(
+    module: ModuleType,
+    tier: str,
+    only: Sequence[str] = (),
+    changes: Sequence[str] = (),
+    data_dir: Path | None = None,
+    model_dir: Path | None = None,
+) -> list[Spec]:
+    """The specs of an experiment after --with, --data-dir, --model-dir and --only; each valid, no two the same.
+
+    Raises SpecError for an unknown tier or field, a selection that matches nothing, or two specs that became one.
+    """
+    if tier not in module.TIERS:
+        raise SpecError(f"unknown tier '{tier}'; {did_you_mean(tier, module.TIERS)}")
+    specs: list[Spec] = module.specs(tier)
+    if data_dir is not None:
+        specs = [_with_data(spec, data_dir) for spec in specs]
+    if model_dir is not None:
+        model = {"model.name": Path(model_dir).resolve().name, "model.revision": load.hash_model(model_dir)[:12]}
+        specs = [derive(spec, model) for spec in specs]
+    for path, text in (_pair(change, "--with") for change in changes):
+        # a section that a spec does not have (optim of a base model) has nothing to change
+        section = path.partition(".")[0]
+        specs = [
+            spec if "." in path and getattr(spec, section, spec) is None else derive(spec, {path: text})
+            for spec in specs
+        ]
+    for field, text in (_pair(selection, "--only") for selection in only):
+        wanted = text.split(",")
+        kept = [spec for spec in specs if _value(to_dict(spec), field) in wanted]
+        if not kept:
+            there = sorted({str(_value(to_dict(spec), field)) for spec in specs})
+            raise SpecError(f"--only {field}={text} matches no spec; values there: {', '.join(there)}")
+        specs = kept
+    for spec in specs:
+        validate(spec)
+    if len({spec_id(spec) for spec in specs}) < len(specs):
+        raise SpecError("some specs became the same run; select one of them with --only")
+    return specs
+
+
+def summary(outcomes: Sequence[Outcome], results: Path) -> str:
+    """A line per run: name, id, status, seconds and mean accuracy by protocol, and how many ended how."""
+    lines = []
+    for outcome in outcomes:
+        path = run_path(results, outcome.spec)
+        scores: dict[str, list[float]] = {}
+        if outcome.status in ("complete", "skipped"):
+            for row in read_stream(path, "eval"):
+                scores.setdefault(row["protocol"], []).append(row["value"])
+        means = "  ".join(f"{name} {100 * sum(found) / len(found):.1f} %" for name, found in scores.items())
+        seconds = f"{outcome.seconds:5.0f} s" if outcome.status != "skipped" else " " * 7
+        tail = outcome.error if outcome.status in ("failed", "interrupted") else means
+        lines.append(f"{describe(outcome.spec):34} {spec_id(outcome.spec)}  {outcome.status:11} {seconds}  {tail or ''}")
+    ends = [outcome.status for outcome in outcomes]
+    counts = ", ".join(f"{ends.count(status)} {status}" for status in dict.fromkeys(ends))
+    return "\n".join([*lines, f"{len(ends)} runs: {counts}; records in {results / 'runs'}"])
+
+
+def _with_data(spec: Spec, data_dir: Path) -> Spec:
+    """The spec on a folder of real data: its tasks are those that have a test file, all their items are taken."""
+    names = load.tasks_in(data_dir)
+    if not names:
+        load.hash_data(data_dir)  # says what a folder of data looks like
+        raise SpecError(f"{data_dir}: no <task>/test.json to evaluate on")
+    # a training mix from elsewhere stays; only its evaluation comes from the folder
+    elsewhere = spec.data.name not in ("mini", "llm_adapters")
+    data = replace(
+        spec.data,
+        name=spec.data.name if elsewhere else "llm_adapters",
+        eval_name="llm_adapters" if elsewhere else None,
+        tasks=tuple(names),
+        sha256=load.hash_data(data_dir),
+        train_items=spec.data.train_items if elsewhere else None,
+        test_items=None,
+    )
+    return replace(spec, data=data)
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    field, equals, value = text.partition("=")
+    if not equals:
+        raise SpecError(f"{option} {text}: expected FIELD=VALUE, for example optim.learning_rate=0.001")
+    return field, value
+
+
+def _value(tree: Mapping[str, Any], field: str) -> str:
+    """The value at a dotted path as text; a section stands for its name, a bare field for the one place it has."""
+    flat = _flat(tree)
+    found = [path for path in flat if path in (field, f"{field}.name") or path.endswith(f".{field}")]
+    exact = [path for path in found if path in (field, f"{field}.name")]
+    if len(exact or found) > 1:
+        raise SpecError(f"--only {field} is ambiguous: {', '.join(found)}")
+    if not found:
+        if tree.get(field.partition(".")[0], "") is None:
+            return "none"
+        raise SpecError(f"--only {field}: no such field; {did_you_mean(field, flat)}")
+    value = flat[(exact or found)[0]]
+    return "none" if value is None else str(value)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _print_specs(specs: Sequence[Spec], known: Mapping[str, int]) -> None:
+    for spec in specs:
+        rank = "-" if spec.method.rank is None else spec.method.rank
+        typer.echo(
+            f"{spec_id(spec)}  {spec.tier:5}  {spec.model.name:26} {spec.method.name:5} rank {rank:<3} "
+            f"seed {spec.seed:<3} {_steps(spec, known)}"
+        )
+    typer.echo(f"{len(specs)} specs")
+
+
+def _steps(spec: Spec, known: Mapping[str, int]) -> str:
+    """Optimiser steps and how they are made; `known` has the sizes of data that a spec takes whole."""
+    if spec.optim is None:
+        return "no training"
+    optim = spec.optim
+    how = f"learning rate {optim.learning_rate:g}, batch {optim.batch_size}"
+    items, about = spec.data.train_items, ""
+    if items is None and spec.data.name in known:
+        items, about = known[spec.data.name] - spec.data.validation_items, "about "
+    if items is None:
+        return f"{optim.epochs:g} epochs of all items, {how}"
+    return f"{about}{max(1, math.ceil(items * optim.epochs / optim.batch_size))} steps, {how}"
+
+
+def main() -> None:
+    """Entry point of `dora-lab`: an error that explains itself is printed without a traceback."""
+    try:
+        app()
+    except ValueError as error:  # all our errors about input are; their text says what to do
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""The base model as it is: nothing is trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dora_lab.spec import Method
+
+FIELDS: tuple[str, ...] = ()
+
+
+def prepare(model: nn.Module, method: Method, generator: torch.Generator) -> None:
+    """Freeze every parameter."""
+    model.requires_grad_(False)

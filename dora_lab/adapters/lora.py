@@ -1,0 +1,82 @@
+"""LoRA (Hu et al. 2021; section 3.1 of the DoRA paper): W' = W0 + s B A with s = alpha / rank.
+
+Shape suffixes: O = out features, I = in features, R = rank, T = tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_lab.adapters import AdaptedLinear, wrap
+from dora_lab.decompose import wide
+from dora_lab.spec import Method
+
+FIELDS: tuple[str, ...] = ("rank", "alpha", "dropout", "target_modules")
+
+
+class LoraLinear(AdaptedLinear):
+    """y = x W0^T + s (drop(x) A^T) B^T + bias; trains A (rank, in) and B (out, rank).
+
+    A is Kaiming-uniform with a = sqrt(5) (uniform in +-1/sqrt(in)), B is zero. Both are float32, whatever the base's
+    type, except on a float64 base. Raises ValueError for a rank that is missing or above min(out, in).
+    """
+
+    def __init__(self, linear: nn.Linear, method: Method, generator: torch.Generator) -> None:
+        super().__init__(linear)
+        smaller = min(self.in_features, self.out_features)
+        if method.rank is None or method.alpha is None:
+            raise ValueError(f"method '{method.name}' needs rank and alpha, got {method.rank} and {method.alpha}")
+        if not 1 <= method.rank <= smaller:
+            raise ValueError(f"rank = {method.rank} must be in 1 .. {smaller}, the smaller side of this layer")
+        self.scaling = method.alpha / method.rank  # s
+        self.dropout = method.dropout
+        bound = 1 / math.sqrt(self.in_features)  # = sqrt(6 / ((1 + 5) * in)), the Kaiming bound for a = sqrt(5)
+        # drawn in float32 on the CPU whatever the model's type and device, so that a seed means one start
+        A_RI = torch.empty(method.rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        like = wide(self.weight)
+        self.lora_A = nn.Parameter(A_RI.to(like.device, like.dtype))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, method.rank, dtype=like.dtype, device=like.device))
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """W0 + s B A, (out, in)."""
+        return self._direction()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return self._product(x, self.bias)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        rank = self.lora_A.shape[0]
+        return f"{super().extra_repr()}, rank={rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+    def _direction(self, rows: slice = slice(None)) -> Tensor:
+        """V = W0 + s B A for some rows, float32 or wider; part of the graph where gradients are on."""
+        device = self.weight.device.type
+        if torch.is_autocast_enabled(device):  # which would round the product to its narrow type
+            with torch.autocast(device, enabled=False):
+                return self._direction(rows)
+        return torch.addmm(wide(self.weight[rows]), self.lora_B[rows], self.lora_A, alpha=self.scaling)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W0^T + bias + s B A drop(x), the sum made inside the last matrix product where types allow."""
+        base = F.linear(x, self.weight, bias)
+        low_R = F.linear(self._drop(x).to(self.lora_A.dtype), self.lora_A)
+        if low_R.dtype != base.dtype:
+            return base + (F.linear(low_R, self.lora_B) * self.scaling).to(base.dtype)
+        flat_TO = base.reshape(-1, self.out_features)
+        low_TR = low_R.reshape(-1, self.lora_B.shape[1])
+        return torch.addmm(flat_TO, low_TR, self.lora_B.t(), alpha=self.scaling).view(base.shape)
+
+
+def prepare(model: nn.Module, method: Method, generator: torch.Generator) -> None:
+    """Freeze the model and adapt its target modules with `LoraLinear`."""
+    wrap(model, method, lambda linear: LoraLinear(linear, method, generator))

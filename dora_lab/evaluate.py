@@ -1,0 +1,329 @@
+"""Scores by lm-eval on the model in memory: protocol "generate" (the paper's) and "loglikelihood".
+
+- generate: the template's prompt, greedy or beam search, the first match of the task's pattern is the answer. A text
+  without a match is *unparsed*: counted apart, `parsed` null; it still counts as a wrong answer in the accuracy, as in
+  the paper.
+- loglikelihood: the most likely of "the correct answer is <label>" over the labels that the item offers.
+The two are different measurements and never share a column.
+
+Tasks are lm-eval configurations built here from our items: no file is looked up and no code is loaded from a folder.
+Nothing of an evaluation remains: the model's mode, its generation settings, the tokenizer and all random states are put
+back. lm-eval's answer cache is not used (it does not tell two models apart).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import random
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import datasets
+import numpy as np
+import torch
+from lm_eval import evaluator
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import GenerationConfig
+
+from dora_lab.spec import Spec
+from dora_lab.store import RunDir
+from dora_lab.tasks import ItemError, load_task, prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Item = dict[str, Any]
+Progress = Callable[[int, int], None]  # batches done, batches in all (estimated)
+ANSWER = "the correct answer is {label}"
+FILTER = "first"
+
+
+class Stopped(KeyboardInterrupt):
+    """The evaluation was asked to stop; nothing of it is kept."""
+
+
+def evaluate(
+    spec: Spec,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: dict[str, list[Item]],
+    run: RunDir,
+    stop: threading.Event | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Score `model` on `items` (task name to items) by every protocol of the spec; returns protocol to mean accuracy.
+
+    Appends to the stream eval of `run` one row per task and protocol: accuracy (a fraction of n), its standard error
+    (binomial, n - 1), n, n_unparsed (None for loglikelihood), chance, majority (share of the most frequent answer),
+    the hash of all prompts, and `correct`, one character 0 or 1 per item in order; writes samples for re-grading.
+    The mean is the paper's: over tasks, each with the same weight. Raises ItemError for a prompt that is too long.
+    """
+    means = {}
+    for protocol in spec.evaluation.protocols:
+        scored = {task: asked for task, asked in _questions(spec, items).items()}
+        _refuse_too_long(spec, model, tokenizer, scored, protocol)
+        with _undisturbed(model, tokenizer), _quiet():
+            samples = _run(spec, model, tokenizer, scored, protocol, stop, progress)
+        rows = [_row(task, protocol, samples[task], scored[task]) for task in scored]
+        for row in rows:
+            _write_samples(run, row, samples[row["task"]])
+            run.append("eval", row)
+        means[protocol] = sum(row["value"] for row in rows) / len(rows)
+    return means
+
+
+def _questions(spec: Spec, items: dict[str, list[Item]]) -> dict[str, list[dict[str, Any]]]:
+    """Per task, what lm-eval is given: index, prompt, the answers offered and which of them is right."""
+    asked = {}
+    for name, pool in items.items():
+        task = load_task(name)
+        asked[name] = [
+            {
+                "index": index,
+                "prompt": prompt(item, spec.data.template),
+                "options": list(task.options(item)),
+                "gold": item["answer"],
+            }
+            for index, item in enumerate(pool)
+        ]
+        if not asked[name]:
+            raise ItemError(f"task {name}: no items to evaluate on")
+    return asked
+
+
+def _refuse_too_long(
+    spec: Spec,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: dict[str, list[dict[str, Any]]],
+    protocol: str,
+) -> None:
+    """lm-eval would cut the head off a long prompt and go on."""
+    limit = _max_length(model)
+    for task, questions in asked.items():
+        answers = [ANSWER.format(label=label) for label in load_task(task).labels]
+        room = max(len(ids) for ids in tokenizer(answers)["input_ids"])
+        room = spec.evaluation.max_new_tokens if protocol == "generate" else room
+        prompts = tokenizer([question["prompt"] for question in questions])["input_ids"]
+        longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
+        if len(prompts[longest]) + room > limit:
+            raise ItemError(
+                f"task {task}, item {longest}: a prompt of {len(prompts[longest])} tokens and {room} for the answer "
+                f"exceed the model's {limit} positions; leave the item out or use a model with more"
+            )
+
+
+def _max_length(model: PreTrainedModel) -> int:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        raise ValueError(f"{type(model).__name__}: config.max_position_embeddings is {limit!r}; set it")
+    return limit
+
+
+def _run(
+    spec: Spec,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: dict[str, list[dict[str, Any]]],
+    protocol: str,
+    stop: threading.Event | None,
+    progress: Progress | None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Samples per task: index, prompt, output, parsed, gold, correct."""
+    configurations = [_configuration(spec, task, questions, protocol, tokenizer) for task, questions in asked.items()]
+    manager = TaskManager(include_defaults=False)
+    requests = sum(len(q) if protocol == "generate" else len(q) * len(q[0]["options"]) for q in asked.values())
+    lm = _Model(model, tokenizer, spec.evaluation.batch_size, requests, stop, progress)
+    # `evaluate`, not `simple_evaluate`: the latter reseeds every generator and collects the machine's environment
+    result = evaluator.evaluate(
+        lm=lm, task_dict=cast(Any, manager.load(cast(Any, configurations))), bootstrap_iters=0, log_samples=True
+    )
+    logged = cast("dict[str, list[dict[str, Any]]]", cast(Any, result)["samples"])
+    return {task: [_sample(task, entry, protocol) for entry in logged[task]] for task in asked}
+
+
+def _configuration(
+    spec: Spec, task: str, questions: list[dict[str, Any]], protocol: str, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    def dataset(**_: Any) -> dict[str, datasets.Dataset]:
+        return {"test": datasets.Dataset.from_list(questions)}
+
+    shared = {
+        "task": task,
+        "custom_dataset": dataset,
+        "test_split": "test",
+        "num_fewshot": 0,
+        "target_delimiter": "",
+        "doc_to_text": lambda question: question["prompt"],
+    }
+    if protocol == "loglikelihood":
+        return shared | {
+            "output_type": "multiple_choice",
+            "doc_to_choice": lambda question: [ANSWER.format(label=label) for label in question["options"]],
+            "doc_to_target": lambda question: question["options"].index(question["gold"]),
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        }
+    return shared | {
+        "output_type": "generate_until",
+        "doc_to_target": lambda question: question["gold"],
+        "generation_kwargs": {
+            "until": [],
+            "max_gen_toks": spec.evaluation.max_new_tokens,
+            "do_sample": False,
+            "num_beams": spec.evaluation.num_beams,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        "filter_list": [{"name": FILTER, "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
+        # an unparsed text has no answer, so lm-eval's regex filter, whose answer is then a text too, is not used
+        "process_results": lambda question, outputs: {"acc": float(load_task(task).parse(outputs[0]) == question["gold"])},
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+def _sample(task: str, entry: dict[str, Any], protocol: str) -> dict[str, Any]:
+    question = entry["doc"]
+    if protocol == "generate":
+        output: Any = entry["filtered_resps"][0]
+        parsed = load_task(task).parse(output)
+    else:
+        output = {label: float(resp[0]) for label, resp in zip(question["options"], entry["filtered_resps"], strict=True)}
+        parsed = max(question["options"], key=lambda label: output[label])
+    correct = parsed == question["gold"]
+    if correct != bool(entry["acc"]):
+        raise RuntimeError(f"task {task}, item {question['index']}: lm-eval scores {entry['acc']}, we {correct}")
+    return {
+        "index": question["index"],
+        "prompt": question["prompt"],
+        "output": output,
+        "parsed": parsed,
+        "gold": question["gold"],
+        "correct": correct,
+    }
+
+
+def _row(task: str, protocol: str, samples: list[dict[str, Any]], asked: list[dict[str, Any]]) -> dict[str, Any]:
+    n = len(samples)
+    accuracy = sum(sample["correct"] for sample in samples) / n
+    golds = [sample["gold"] for sample in samples]
+    return {
+        "task": task,
+        "protocol": protocol,
+        "metric": "accuracy",
+        "value": accuracy,
+        "stderr": (accuracy * (1 - accuracy) / (n - 1)) ** 0.5 if n > 1 else None,
+        "n": n,
+        "n_unparsed": sum(sample["parsed"] is None for sample in samples) if protocol == "generate" else None,
+        "chance": sum(1 / len(question["options"]) for question in asked) / n,
+        "majority": max(golds.count(gold) for gold in set(golds)) / n,
+        "prompt_sha256": hashlib.sha256("\0".join(sample["prompt"] for sample in samples).encode()).hexdigest(),
+        "correct": "".join(str(int(sample["correct"])) for sample in samples),
+    }
+
+
+def _write_samples(run: RunDir, row: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+    run.samples.mkdir(parents=True, exist_ok=True)
+    file = run.samples / f"{row['task']}.{row['protocol']}.jsonl"
+    file.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples), encoding="utf-8")
+
+
+class _Model(HFLM):
+    """lm-eval's wrapper, silent, that can be stopped and says how far it is."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        requests: int,
+        stop: threading.Event | None,
+        progress: Progress | None,
+    ) -> None:
+        self._stop, self._progress, self._done = stop, progress, 0
+        self._batches = -(-requests // batch_size)
+        super().__init__(
+            pretrained=model,
+            tokenizer=cast(Any, tokenizer),
+            backend="causal",
+            batch_size=batch_size,
+            max_length=_max_length(model),
+        )
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
+        self._tick()
+        # the end-of-sequence token ends an answer (generate's own test); a text comparison per token is not needed
+        return cast(
+            torch.Tensor,
+            self.model.generate(
+                input_ids=context,
+                max_length=max_length,
+                pad_token_id=self.tokenizer.pad_token_id,
+                use_cache=True,
+                **{name: value for name, value in kwargs.items() if name != "temperature"},
+            ),
+        )
+
+    def _model_call(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._tick()
+        return super()._model_call(*args, **kwargs)
+
+    def _tick(self) -> None:
+        if self._stop is not None and self._stop.is_set():
+            raise Stopped("stopped while evaluating")
+        self._done += 1
+        if self._progress:
+            self._progress(min(self._done, self._batches), self._batches)
+
+
+@contextlib.contextmanager
+def _undisturbed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Put back everything that an evaluation touches."""
+    training = {name: module.training for name, module in model.named_modules()}
+    settings = model.generation_config
+    padding = tokenizer.pad_token, tokenizer.padding_side
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    # a checkpoint's own settings (sampling, temperature) would fill whatever a call leaves open
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    try:
+        yield
+    finally:
+        for name, module in model.named_modules():
+            module.training = training[name]
+        model.generation_config = settings
+        tokenizer.pad_token, tokenizer.padding_side = padding
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval and datasets talk a lot while doing what was asked."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm_eval.models.huggingface", "lm_eval.api.task")]
+    levels = [logger.level for logger in loggers]
+    bars = datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,45 @@
+"""From records to frames, and from frames to tables and figures that carry their provenance.
+
+The reading side: imports no torch and no transformers, so everything a reader sees rebuilds in seconds.
+
+- `frame` reads one stream of all complete runs, one row per stream row, with the spec flattened into columns.
+- `scores` turns evaluation rows into means and standard deviations over seeds.
+- `save_table` (md, csv, tex with booktabs) and `save_figure` (pdf, png) write byte-stable files: no dates, no hosts.
+- `readme_block` puts generated text between `<!-- table:begin -->` and `<!-- table:end -->` of a README.
+
+A missing value is None in a frame, `–` in a table and an empty field in a csv file. It is never 0.
+"""
+
+from __future__ import annotations
+
+from dora_lab.report.figures import new_figure, save_figure
+from dora_lab.report.frames import GROUP, frame, groups, scores
+from dora_lab.report.look import HALF_RANK, KINDS, METHODS, MISSING, TASKS, Style, ordered_labels, ordered_tasks, style
+from dora_lab.report.provenance import Provenance, provenance
+from dora_lab.report.tables import Block, latex_escape, markdown, number, readme_block, save_table
+
+__all__ = [
+    "GROUP",
+    "HALF_RANK",
+    "KINDS",
+    "METHODS",
+    "MISSING",
+    "TASKS",
+    "Block",
+    "Provenance",
+    "Style",
+    "frame",
+    "groups",
+    "latex_escape",
+    "markdown",
+    "new_figure",
+    "number",
+    "ordered_labels",
+    "ordered_tasks",
+    "provenance",
+    "readme_block",
+    "save_figure",
+    "save_table",
+    "scores",
+    "style",
+]

@@ -1,0 +1,235 @@
+"""Run records as frames, their labels, and scores over seeds."""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportAssignmentType=false, reportUnhashable=false
+# pandas ships no stubs: read from its source, any selection from a frame is "Series | ndarray | DataFrame | ..."
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dora_lab import statistics, store
+from dora_lab.report.look import HALF_RANK, METHODS, ordered_labels, ordered_tasks
+
+GROUP = ["experiment", "tier", "model", "data", "eval_data", "split"]  # what never shares a column or a panel
+_FIRST = (*GROUP, "spec_id", "method", "rank", "label", "seed", "trainable_percent", "commit", "modified")
+_STREAMS = {  # columns that a frame has even when there are no rows
+    "eval": (
+        "task",
+        "protocol",
+        "metric",
+        "value",
+        "stderr",
+        "n",
+        "n_unparsed",
+        "chance",
+        "majority",
+        "prompt_sha256",
+        "correct",
+    ),
+    "probe": ("step", "fraction", "module", "layer", "kind", "delta_m", "delta_d", "relative_change"),
+    "metrics": ("step", "tokens", "loss", "learning_rate", "grad_norm", "seconds"),
+    "record": ("status",),
+}
+
+
+def frame(root: Path, experiment: str | None = None, stream: str = "eval") -> pd.DataFrame:
+    """All complete runs of the results folder `root` (those in `root/runs`) as one frame.
+
+    Args: experiment: name of one experiment; None = all. stream: "eval", "probe", "metrics" (one row per line of
+        that file) or "record" (one row per run, the record flattened: "params.trainable", "seconds.train", ...).
+    Returns a frame whose first columns describe the run: the spec flattened with dots ("optim.learning_rate"), plus
+        `method`, `rank`, `model`, `data`, `eval_data`, `split` as short names, `label` (name in tables; runs that
+        differ in more than the seed have different labels), `trainable_percent` (of all parameters; None unknown),
+        `commit` and `modified` (uncommitted changes) of the code. `attrs["incomplete"]` counts the runs that were
+        left out, `attrs["statuses"]` by status. No runs: an empty frame with the same columns.
+    Raises: ValueError for an unknown stream, and whatever `store` raises for an unreadable record.
+    """
+    if stream not in _STREAMS:
+        raise ValueError(f"report.frame: stream {stream!r} is not one of {', '.join(_STREAMS)}")
+    runs: list[tuple[Path, dict[str, Any], dict[str, Any]]] = []
+    left_out: Counter[str] = Counter()
+    for path, record in store.iter_runs(Path(root), experiment):
+        if record["status"] == "complete":
+            runs.append((path, record, _run_columns(record)))
+        else:
+            left_out[record["status"]] += 1
+    _add_labels([columns for _, _, columns in runs])
+    rows: list[dict[str, Any]] = []
+    for path, record, columns in runs:
+        if stream == "record":
+            rows.append(columns | _flat({k: v for k, v in record.items() if k not in ("spec", "spec_id", "code")}))
+        else:
+            rows.extend(columns | row for row in store.read_stream(path, stream))
+    first = [*_FIRST, *_STREAMS[stream]]
+    result = pd.DataFrame(rows)
+    result = result.reindex(columns=[*first, *(c for c in result.columns if c not in first)])
+    result["rank"] = result["rank"].astype("Int64")
+    result.attrs.update(incomplete=left_out.total(), statuses=dict(sorted(left_out.items())))
+    return result
+
+
+def _run_columns(record: Mapping[str, Any]) -> dict[str, Any]:
+    flat = _flat(record["spec"])
+    params, code = record.get("params") or {}, record.get("code") or {}
+    trainable, total = params.get("trainable"), params.get("total")
+    return flat | {
+        "spec_id": record["spec_id"],
+        "method": flat["method.name"],
+        "rank": flat.get("method.rank"),
+        "model": flat["model.name"],
+        "data": flat["data.name"],
+        "split": flat.get("evaluation.split"),
+        "eval_data": flat.get("data.eval_name") or flat["data.name"],
+        "trainable_percent": 100 * trainable / total if trainable is not None and total else None,
+        "commit": code.get("commit"),
+        "modified": bool(code.get("diff")),
+    }
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:  # lists as JSON text, so that a column can be grouped and compared
+            flat[prefix + key] = json.dumps(value) if isinstance(value, list | tuple) else value
+    return flat
+
+
+def _add_labels(runs: Sequence[dict[str, Any]]) -> None:
+    """Label each run: DoRA, DoRA† at half of the one other rank, DoRA r=8 in a sweep, and what else sets it apart."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        groups[tuple(run[name] for name in GROUP)].append(run)
+    for members in groups.values():
+        ranks = {run["rank"] for run in members if run["rank"] is not None}
+        half = max(ranks) / 2 if ranks and ranks <= {max(ranks), max(ranks) / 2} else None
+        own_ranks = defaultdict(set)
+        for run in members:
+            own_ranks[run["method"]].add(run["rank"])
+        for run in members:
+            name = METHODS[run["method"]].label if run["method"] in METHODS else run["method"]
+            if run["rank"] is not None and run["rank"] == half:
+                name += HALF_RANK
+            elif half is None and len(own_ranks[run["method"]]) > 1:
+                name += f" r={run['rank']}"
+            run["label"] = name
+        _tell_variants_apart(members)
+
+
+def _tell_variants_apart(members: Sequence[dict[str, Any]]) -> None:
+    """Runs under one label must differ in the seed alone; where they do not, the fields that differ join the label."""
+    same: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in members:
+        same[run["label"]].append(run)
+    aside = {"seed", "spec_id", "label", "trainable_percent", "commit", "modified"}
+    for runs in same.values():
+        fields = sorted({key for run in runs for key in run if "." in key and key not in aside})
+        differing = [f for f in fields if len({repr(run.get(f)) for run in runs}) > 1]
+        for run in runs:
+            if differing:
+                run["label"] += f" ({', '.join(f'{f}={run.get(f)}' for f in differing)})"
+
+
+def groups(data: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Split a frame into what may share a table or figure (`GROUP`).
+
+    Returns (suffix, rows) pairs: suffix is "" for the embedded default (tier mini, model mini, data mini), otherwise
+    "_<tier>_<model>_<data>", for the names of files.
+    """
+    found = []
+    for key, rows in data.groupby(GROUP, dropna=False, sort=True):
+        tier, model, trained, evaluated = (str(part) for part in key[1:5])
+        plain = {tier, model, trained, evaluated} == {"mini"}
+        parts = [tier, model, trained] + ([evaluated] if evaluated != trained else [])
+        found.append(("" if plain else "_" + "_".join(p.replace("/", "-") for p in parts), rows))
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def scores(evals: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy per group, protocol, label and task over seeds, and the average over tasks.
+
+    Args: evals: rows of `frame(stream="eval")` with metric "accuracy" (fractions).
+    Returns one row per (GROUP, protocol, label, task), `task` being a task name or "average": mean and sd (percent;
+        sd None for one seed), n_seeds, n_items (of one seed), unparsed_percent (None where nothing is parsed), chance
+        and majority (percent, None unknown), method, rank, trainable_percent. The average is the mean over tasks
+        within a run, then over seeds; a run that lacks a task of its group and protocol has no average.
+    """
+    rows: list[dict[str, Any]] = []
+    accuracy = evals[evals["metric"] == "accuracy"] if len(evals) else evals
+    if not len(accuracy):
+        return pd.DataFrame(
+            columns=[
+                *GROUP,
+                "protocol",
+                "label",
+                "task",
+                "mean",
+                "sd",
+                "n_seeds",
+                "n_items",
+                "unparsed_percent",
+                "chance",
+                "majority",
+                "method",
+                "rank",
+                "trainable_percent",
+            ]
+        )
+    for key, block in accuracy.groupby([*GROUP, "protocol"], dropna=False, sort=True):
+        tasks = ordered_tasks(block["task"])
+        for label in ordered_labels(block):
+            runs = block[block["label"] == label]
+            common = dict(zip([*GROUP, "protocol"], key, strict=True)) | {
+                "label": label,
+                "method": runs["method"].iloc[0],
+                "rank": runs["rank"].iloc[0],
+                "trainable_percent": _none(runs["trainable_percent"].iloc[0]),
+            }
+            for task in tasks:
+                of_task = runs[runs["task"] == task]
+                rows.append(common | {"task": task} | _summary(of_task, 100 * of_task["value"].dropna()))
+            averages = [
+                100 * run["value"].mean()
+                for _, run in runs.groupby("spec_id")
+                if set(run.loc[run["value"].notna(), "task"]) == set(tasks)
+            ]
+            rows.append(common | {"task": "average"} | _summary(runs, averages) | {"n_items": _per_seed_items(runs)})
+    return pd.DataFrame(rows)
+
+
+def _summary(rows: pd.DataFrame, values: Sequence[float] | pd.Series) -> dict[str, Any]:
+    mean, sd = statistics.mean_sd(list(values))
+    parsed = rows[rows["n_unparsed"].notna()] if "n_unparsed" in rows else rows.iloc[:0]
+    out: dict[str, Any] = {
+        "mean": mean,
+        "sd": sd,
+        "n_seeds": len(values),
+        "n_items": _single(rows, "n"),
+        "unparsed_percent": 100 * parsed["n_unparsed"].sum() / parsed["n"].sum() if len(parsed) else None,
+    }
+    for name in ("chance", "majority"):
+        known = rows.groupby("task")[name].first() if name in rows and len(rows) else pd.Series(dtype=float)
+        out[name] = 100 * float(known.mean()) if len(known) and known.notna().all() else None
+    return out
+
+
+def _per_seed_items(runs: pd.DataFrame) -> int | None:
+    sums = set(runs.groupby("spec_id")["n"].sum())
+    return int(sums.pop()) if len(sums) == 1 else None
+
+
+def _single(rows: pd.DataFrame, column: str) -> int | None:
+    values = set(rows[column].dropna())
+    return int(values.pop()) if len(values) == 1 else None
+
+
+def _none(value: Any) -> Any:
+    return None if pd.isna(value) else value

@@ -1,0 +1,84 @@
+"""How things are shown: names, order, colours and markers of methods, tasks and matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pandas as pd
+
+MISSING = "–"
+HALF_RANK = "†"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a method is shown: name in tables, colour, marker and line (all three differ, so that grey print works)."""
+
+    label: str
+    colour: str
+    marker: str
+    line: str
+
+
+# In the order of tables and legends. A method that is not listed follows in alphabetical order under its own name.
+METHODS: dict[str, Style] = {
+    "base": Style("Base", "#8c8c8c", "x", ":"),
+    "ft": Style("FT", "#2b2b2b", "s", "--"),
+    "lora": Style("LoRA", "#56a5dd", "o", "-."),
+    "dora": Style("DoRA", "#b8341b", "^", "-"),
+    f"dora{HALF_RANK}": Style(f"DoRA{HALF_RANK}", "#eb9c7c", "v", "-"),
+}
+_OTHER = ("#6a51a3", "#31a354", "#d4a017", "#17869e")
+
+# Task name -> column head of the paper's table 1, in its order. Tasks that are not listed follow under their own name.
+TASKS: dict[str, str] = {
+    "boolq": "BoolQ",
+    "piqa": "PIQA",
+    "social_i_qa": "SIQA",
+    "hellaswag": "HellaSwag",
+    "winogrande": "WinoGrande",
+    "ARC-Easy": "ARC-e",
+    "ARC-Challenge": "ARC-c",
+    "openbookqa": "OBQA",
+}
+# Kind of matrix -> the paper's name of it.
+KINDS: dict[str, str] = {
+    "q_proj": "query",
+    "k_proj": "key",
+    "v_proj": "value",
+    "o_proj": "output",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+}
+
+
+def ordered_labels(data: pd.DataFrame) -> list[str]:
+    """The labels of a frame in the order of `METHODS`, higher ranks first."""
+    names = list(METHODS)
+    seen = data[["label", "method", "rank"]].drop_duplicates()
+    keys = {
+        label: (
+            names.index(method) if method in names else len(names),
+            method,
+            0 if pd.isna(rank) else -int(rank),
+            label,
+        )
+        for label, method, rank in seen.itertuples(index=False, name=None)
+    }
+    return sorted(keys, key=lambda label: keys[label])
+
+
+def ordered_tasks(names: Iterable[str]) -> list[str]:
+    """Task names in the paper's order, others after them by alphabet."""
+    order = list(TASKS)
+    return sorted(set(names), key=lambda name: (order.index(name) if name in order else len(order), name))
+
+
+def style(label: str) -> Style:
+    """Style of a label; methods without one get the next of four spare colours (stable for a name)."""
+    for known in METHODS.values():
+        if known.label == label:
+            return known
+    return Style(label, _OTHER[sum(map(ord, label)) % len(_OTHER)], "D", "-")

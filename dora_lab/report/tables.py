@@ -1,0 +1,154 @@
+"""Tables as Markdown, LaTeX (booktabs) and csv, and the generated block of a README."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dora_lab.report.look import MISSING
+from dora_lab.report.provenance import Provenance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One table of a page: cells are text (None = missing), the first column names the row.
+
+    `text` names the columns that are words and stand left (default: the first); the others, numbers, stand right;
+    `apart` is how many rows at the end a rule sets apart (chance levels, numbers of items); `notes` follow the table.
+    """
+
+    title: str
+    cells: pd.DataFrame
+    text: tuple[str, ...] = ()
+    apart: int = 0
+    notes: tuple[str, ...] = ()
+
+    def left(self) -> list[bool]:
+        """Per column: does it stand left?"""
+        return [name in self.text if self.text else i == 0 for i, name in enumerate(self.cells.columns)]
+
+
+def number(mean: float | None, sd: float | None = None, digits: int = 1) -> str | None:
+    """`68.2 ± 1.1`, `68.2` without a deviation, None for a missing value."""
+    if mean is None or pd.isna(mean):
+        return None
+    text = f"{mean:.{digits}f}".replace("-", "−")
+    return text if sd is None or pd.isna(sd) else f"{text} ± {sd:.{digits}f}"
+
+
+def save_table(
+    folder: Path, name: str, title: str, blocks: Sequence[Block], data: pd.DataFrame, source: Provenance
+) -> list[Path]:
+    """Write `<name>.md`, `<name>.tex` (needs only \\usepackage{booktabs}) and `<name>.csv` (`data`, a row per number).
+
+    Raises: ValueError if a block has no columns. Returns the paths written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tail = [text for text in (source.caption(), source.incomplete()) if text]
+    runs = " ".join(source.runs)
+    parts = [f"# {title}", *(markdown(block) for block in blocks), "\n\n".join(tail), f"<!-- runs: {runs} -->"]
+    tex = [f"% runs: {runs}", *(_latex(block, title, tail) for block in blocks)]
+    paths = [folder / f"{name}.{ending}" for ending in ("md", "tex", "csv")]
+    paths[0].write_text("\n\n".join(parts) + "\n", encoding="utf-8", newline="\n")
+    paths[1].write_text("\n\n".join(tex) + "\n", encoding="utf-8", newline="\n")
+    data.to_csv(paths[2], index=False, lineterminator="\n", float_format="%.6g", quoting=csv.QUOTE_MINIMAL)
+    return paths
+
+
+def markdown(block: Block, level: int = 2) -> str:
+    """A block as Markdown: heading, pipe table, notes."""
+    if not len(block.cells.columns):
+        raise ValueError(f"table block {block.title!r} has no columns: no runs were found for it")
+    rows = [
+        [MISSING if pd.isna(c) else str(c).replace("|", "\\|") for c in row]
+        for row in block.cells.itertuples(index=False)
+    ]
+    rule = ["---" if left else "---:" for left in block.left()]
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (block.cells.columns, rule, *rows)]
+    return "\n\n".join([f"{'#' * level} {block.title}", "\n".join(lines), *block.notes])
+
+
+_TEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    "±": r"$\pm$",
+    "†": r"$^\dagger$",
+    "Δ": r"$\Delta$",
+    "–": "--",
+    "−": "$-$",
+    "×": r"$\times$",
+    "→": r"$\to$",
+    "≤": r"$\le$",
+    "≥": r"$\ge$",
+    "*": "*",
+    "`": "",
+    "…": r"\dots{}",
+    "é": r"\'e",
+}
+
+
+def latex_escape(text: str) -> str:
+    """Text for pdflatex. Raises: ValueError for a character that has no LaTeX form here (add it to the table)."""
+    escaped = "".join(_TEX.get(character, character) for character in text)
+    if not escaped.isascii():
+        odd = sorted({c for c in escaped if not c.isascii()})
+        raise ValueError(f"no LaTeX form for {odd} in {text!r}: add it to report._TEX")
+    return escaped
+
+
+def _latex(block: Block, title: str, tail: Sequence[str]) -> str:
+    def line(cells: Iterable[Any]) -> str:
+        return " & ".join(latex_escape(MISSING if pd.isna(c) else str(c)) for c in cells) + r" \\"
+
+    rows = [line(row) for row in block.cells.itertuples(index=False)]
+    cut = len(rows) - block.apart
+    body = rows[:cut] + ([r"\midrule", *rows[cut:]] if block.apart else [])
+    columns = "".join("l" if left else "r" for left in block.left())
+    caption = latex_escape(" ".join([f"{title}: {block.title}.", *block.notes, *tail]))
+    return "\n".join(
+        [
+            r"\begin{table}[htbp]",
+            r"\centering",
+            r"\footnotesize",
+            r"\setlength{\tabcolsep}{3pt}",
+            rf"\caption{{{caption}}}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            line(block.cells.columns),
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    )
+
+
+def readme_block(readme: Path, text: str, name: str = "table") -> bool:
+    """Replace what stands between `<!-- {name}:begin -->` and `<!-- {name}:end -->` of a file by `text`.
+
+    Returns whether the file changed. Raises: ValueError if the two markers are not there once each, in that order.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    old = readme.read_text(encoding="utf-8")
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
+        raise ValueError(f"{readme}: needs the lines {begin} and {end} once each, in that order")
+    new = old[: old.index(begin) + len(begin)] + f"\n{text.strip()}\n" + old[old.index(end) :]
+    if new != old:
+        readme.write_text(new, encoding="utf-8", newline="\n")
+    return new != old

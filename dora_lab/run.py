@@ -1,0 +1,232 @@
+"""Spec to run directory: skips what is complete, resumes what was interrupted, starts anew what failed.
+
+Torch is imported only when there is something to run. Several runs at once: see `run_many`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_lab import load, provenance
+from dora_lab.spec import Spec, spec_id, to_dict
+from dora_lab.store import STREAMS, RunDir, StoreError, read_record, run_path
+from dora_lab.workers import Outcome, run_many
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
+    from transformers import PreTrainedModel
+
+Progress = Callable[[str, int, int, float | None], None]  # phase, done, of, loss
+
+__all__ = ["Outcome", "Paths", "is_complete", "run_many", "run_spec"]
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where things lie on this machine: never part of a spec."""
+
+    results: Path  # results folder; runs go to its `runs/<experiment>/<spec_id>`
+    data_dir: Path | None = None  # folder of the data source "llm_adapters"
+    model_dir: Path | None = None  # saved model to use instead of the package's or the hub's
+
+
+def is_complete(spec: Spec, paths: Paths) -> bool:
+    """Whether the run of `spec` is there, complete and of the inputs as they are now. Imports no torch."""
+    try:
+        record = read_record(run_path(paths.results, spec))
+    except StoreError:
+        return False
+    return record["status"] == "complete" and not _changed_inputs(spec, paths, record)
+
+
+def run_spec(
+    spec: Spec,
+    paths: Paths,
+    *,
+    stop: threading.Event | None = None,
+    progress: Progress | None = None,
+    checkpoint_steps: int | None = None,
+) -> str:
+    """Run `spec` to its end in this process and return the status, "complete".
+
+    An exception is recorded (status failed, or interrupted for KeyboardInterrupt and its kind) and raised again.
+    A failed run starts anew, an interrupted or killed one goes on from its last checkpoint, and a complete one of other
+    inputs (the embedded world or base has changed since) is replaced.
+    """
+    if is_complete(spec, paths):
+        return "complete"
+    _clear(spec, paths)
+    with RunDir.open(paths.results, spec) as run:
+        if run.complete:  # another process finished it meanwhile
+            return "complete"
+        try:
+            _fill(spec, paths, run, stop, progress or (lambda *_: None), checkpoint_steps)
+        except Exception:
+            (run.path / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            raise
+        (run.path / "traceback.txt").unlink(missing_ok=True)
+        run.finish("complete")
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+    return "complete"
+
+
+def _fill(
+    spec: Spec,
+    paths: Paths,
+    run: RunDir,
+    stop: threading.Event | None,
+    progress: Progress,
+    checkpoint_steps: int | None,
+) -> None:
+    import torch
+
+    from dora_lab.adapters import inject, merge
+    from dora_lab.evaluate import evaluate
+
+    provenance.reset_peak_memory()
+    clock = _Clock(run)
+    progress("load", 0, 0, None)
+    with clock("load"):
+        run.record(code=provenance.code(), machine=provenance.machine(), packages=provenance.packages())
+        items = load.items(spec, paths.data_dir)
+        inputs = load.fingerprints(spec, paths.data_dir, paths.model_dir)
+        model, tokenizer = load.model_and_tokenizer(spec, paths.model_dir)
+        # the small tier runs on the processor everywhere, so that its numbers can be compared
+        model.to("cuda" if spec.tier == "paper" and torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+        base = load.model_folder(spec.model, paths.model_dir)
+        run.record(
+            inputs={**inputs, "items": items.counts(), "pad_token": tokenizer.pad_token},
+            params=inject(model, spec.method, spec.seed),
+            device=torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
+        )
+    if spec.optim is not None:
+        from dora_lab.train import train
+
+        with _probes(spec, run, base) as callbacks, clock("train"):
+            summary = train(
+                spec,
+                model,
+                tokenizer,
+                items,
+                run,
+                stop,
+                lambda step, steps, loss: progress("train", step, steps, loss),
+                callbacks,
+                checkpoint_steps,
+            )
+            _save_adapter(model, spec, run)
+        run.record(training=summary)
+    with clock("evaluate"):
+        run.truncate("eval", lambda _: False)  # rows of an evaluation that was cut short
+        if spec.model.dtype == "float32":  # merging rounds in narrower types
+            merge(model)
+        evaluate(
+            spec,
+            model,
+            tokenizer,
+            items.split(spec.evaluation.split),
+            run,
+            stop,
+            lambda done, of: progress("evaluate", done, of, None),
+        )
+    run.record(peak_memory_bytes=provenance.peak_memory_bytes())
+
+
+class _Clock:
+    """Seconds per phase, added to the record over interruptions."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.run = run
+        self.before: dict[str, float] = read_record(run.path).get("seconds") or {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.run.record(seconds={phase: round(self.before.get(phase, 0.0) + time.monotonic() - start, 2)})
+
+
+@contextlib.contextmanager
+def _probes(spec: Spec, run: RunDir, base: Path) -> Iterator[list[Any]]:
+    """The decomposition callback of the spec, reading initial weights from the base model's file where it can."""
+    if spec.probe is None:
+        yield []
+        return
+    from safetensors import safe_open
+
+    from dora_lab.probe import DecompositionCallback
+
+    with contextlib.ExitStack() as stack:
+        files = {
+            name: file
+            for path in sorted(base.glob("*.safetensors"))
+            for file in [stack.enter_context(safe_open(path, "pt"))]
+            for name in file.keys()  # noqa: SIM118  (a safetensors file is not a mapping)
+        }
+        yield [
+            DecompositionCallback(
+                lambda row: run.append("probe", row),
+                spec.probe.fractions,
+                initial=lambda name: _initial(files, name, spec),
+            )
+        ]
+
+
+def _initial(files: dict[str, safe_open], name: str, spec: Spec) -> Any:
+    """W0 as the run loaded it: in `model.dtype`."""
+    import torch
+
+    if name not in files:
+        raise load.LoadError(f"'{name}' is not in the base model's files, so its change cannot be measured")
+    return files[name].get_tensor(name).to(getattr(torch, spec.model.dtype))
+
+
+def _save_adapter(model: PreTrainedModel, spec: Spec, run: RunDir) -> None:
+    from safetensors.torch import save_file
+
+    from dora_lab.train import trainable
+
+    run.adapter.mkdir(exist_ok=True)
+    partial = run.adapter / ".adapter.safetensors.partial"
+    save_file(trainable(model), partial, metadata={"format": "pt", "spec_id": spec_id(spec)})
+    os.replace(partial, run.adapter / "adapter.safetensors")
+    text = json.dumps({"spec_id": spec_id(spec), "model": to_dict(spec)["model"], "method": to_dict(spec)["method"]})
+    (run.adapter / "adapter.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _changed_inputs(spec: Spec, paths: Paths, record: dict[str, Any]) -> bool:
+    then = record.get("inputs") or {}
+    now = load.fingerprints(spec, paths.data_dir, paths.model_dir)
+    return any(now[name] != then.get(name) for name in now)
+
+
+def _clear(spec: Spec, paths: Paths) -> None:
+    """Remove what must not be gone on with: a run that failed, or one of inputs that have changed since."""
+    path = run_path(paths.results, spec)
+    try:
+        record = read_record(path)
+    except StoreError:
+        return  # none yet, or damaged: opening it says so
+    known = "inputs" in record
+    if record["status"] == "complete":
+        shutil.rmtree(path)  # `is_complete` was false, so its inputs are others
+    elif record["status"] == "failed" or (known and _changed_inputs(spec, paths, record)):
+        with RunDir.open(paths.results, spec) as run:
+            for stream in STREAMS:
+                run.truncate(stream, lambda _: False)
+            for folder in (run.checkpoints, run.samples, run.adapter):
+                shutil.rmtree(folder, ignore_errors=True)
+            run.record(seconds=None)
+            run.finish("interrupted", "cleared to start anew")

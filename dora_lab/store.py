@@ -1,0 +1,335 @@
+"""The run directory: written by one process at a time, read back without torch (standard library only).
+
+Layout, under a results folder `root`: ``runs/<experiment>/<spec_id>/`` with ``record.json`` (what the run was and how
+it ended), the append-only streams ``metrics.jsonl``, ``probe.jsonl``, ``eval.jsonl``, and ``samples/``,
+``checkpoints/``, ``adapter/``. A missing value is null: NaN and infinity are refused on the way in.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from dora_lab.spec import Spec, did_you_mean, from_dict, spec_id, to_dict
+
+SCHEMA = 1
+STREAMS = ("metrics", "probe", "eval")
+ENDINGS = ("complete", "failed", "interrupted")
+OWN_FIELDS = ("schema", "spec", "spec_id", "status", "error", "notes")  # of record.json, written by RunDir alone
+
+log = logging.getLogger(__name__)
+
+
+class StoreError(ValueError):
+    """A run directory that cannot be read or written as asked; says which file and what to do."""
+
+
+class LockedError(StoreError):
+    """Another process is writing to the run directory."""
+
+
+class RunDir:
+    """One run directory, locked and open for writing; use ``with RunDir.open(root, spec) as run``.
+
+    Leaving the block without `finish` marks the run: `interrupted` (Ctrl-C, or nothing said), `failed` (an exception,
+    whose text becomes the error). A complete run is never written to: check `complete` after opening.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.samples = path / "samples"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self._lock: IO[str] | None = None
+        self._record: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, root: Path, spec: Spec) -> RunDir:
+        """Lock, repair and open the directory of `spec` under the results folder `root`, creating it at need.
+
+        A new run's status is `running`, and so again is that of a run that failed or was interrupted; `complete` stays.
+        Raises LockedError if another process holds it, StoreError if its record is of another spec or is damaged.
+        """
+        run = cls(run_path(root, spec))
+        run.path.mkdir(parents=True, exist_ok=True)
+        run._lock, note = _acquire(run.path / "lock")
+        try:
+            run._start(spec, note)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def _start(self, spec: Spec, note: str | None) -> None:
+        wanted = {"schema": SCHEMA, "spec": to_dict(spec), "spec_id": spec_id(spec), "status": "running", "error": None}
+        if (self.path / "record.json").exists():
+            self._record = read_record(self.path)
+            if from_dict(self._record["spec"]) != spec:
+                raise StoreError(f"{self.path / 'record.json'} is of another spec; move that directory away")
+        if self.complete:
+            return
+        notes = [*self._record.get("notes", []), *([note] if note else [])]
+        notes += [repaired for name in STREAMS if (repaired := _repair(self.path / f"{name}.jsonl"))]
+        for text in notes[len(self._record.get("notes", [])) :]:
+            log.warning("%s: %s", self.path, text)
+        self._record = {**self._record, **wanted, "notes": notes}
+        _write_json(self.path / "record.json", self._record)
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if self.status == "running":
+                if kind is not None and not issubclass(kind, KeyboardInterrupt | SystemExit):
+                    self.finish("failed", f"{kind.__name__}: {error}")
+                else:
+                    self.finish("interrupted", kind.__name__ if kind else "the run was left unfinished")
+        finally:
+            self.close()
+
+    @property
+    def status(self) -> str:
+        """running, complete, failed or interrupted."""
+        return str(self._record["status"])
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run has ended well; then nothing more can be written."""
+        return self._record.get("status") == "complete"
+
+    def append(self, stream: str, row: dict[str, Any]) -> None:
+        """Add one row to ``<stream>.jsonl`` (metrics, probe or eval), flushed to the operating system.
+
+        Raises StoreError for NaN, infinity or a value that JSON does not know, naming the field.
+        """
+        file = self._writable(stream)
+        text = _dumps(row, str(file))
+        with file.open("a", encoding="utf-8") as out:
+            out.write(text + "\n")
+
+    def truncate(self, stream: str, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Keep only the rows for which `keep` is true (on resume: those up to the checkpoint); atomic."""
+        file = self._writable(stream)
+        rows = read_stream(self.path, stream)
+        kept = [row for row in rows if keep(row)]
+        if len(kept) < len(rows):
+            _write_text(file, "".join(_dumps(row, str(file)) + "\n" for row in kept))
+
+    def record(self, **values: Any) -> None:
+        """Merge fields into record.json, atomically; a dict is merged into the dict that is there, key by key.
+
+        Raises StoreError for a field that is the run directory's own (status, spec, ...) and as `append` does.
+        """
+        if own := [name for name in values if name in OWN_FIELDS]:
+            raise StoreError(f"{self.path}: record fields {own} are written by the run directory; use finish()")
+        self._refuse_if_closed()
+        merged = dict(self._record)
+        for name, value in values.items():
+            old = merged.get(name)
+            merged[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+        _write_json(self.path / "record.json", merged)
+        self._record = merged
+
+    def finish(self, status: str, error: str | None = None) -> None:
+        """End the run as complete, failed or interrupted; a failure needs its error text, a success has none."""
+        if status not in ENDINGS:
+            raise StoreError(f"{self.path}: unknown status '{status}'; {did_you_mean(status, ENDINGS)}")
+        if (status == "failed" and not error) or (status == "complete" and error):
+            raise StoreError(
+                f"{self.path}: status '{status}' with error {error!r}; a failure, and only it, has an error"
+            )
+        self._refuse_if_closed()
+        for name in STREAMS:  # rows reach the disk before the record says that they are whole
+            if (file := self.path / f"{name}.jsonl").exists():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        self._record = {**self._record, "status": status, "error": error}
+        _write_json(self.path / "record.json", self._record)
+
+    def close(self) -> None:
+        """Give the lock back; the directory stays as it is."""
+        if self._lock is not None:
+            os.unlink(self.path / "lock")
+            self._lock.close()
+            self._lock = None
+
+    def _refuse_if_closed(self) -> None:
+        if self._lock is None:
+            raise StoreError(f"{self.path} is closed; open it again to write")
+        if self.complete:
+            raise StoreError(f"{self.path} is complete and is not written to; remove it to run it again")
+
+    def _writable(self, stream: str) -> Path:
+        if stream not in STREAMS:
+            raise StoreError(f"{self.path}: unknown stream '{stream}'; {did_you_mean(stream, STREAMS)}")
+        self._refuse_if_closed()
+        return self.path / f"{stream}.jsonl"
+
+
+def run_path(root: Path, spec: Spec) -> Path:
+    """Where the run of `spec` lies under the results folder `root`; whether or not it exists."""
+    return Path(root) / "runs" / spec.experiment / spec_id(spec)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of the run directory `path`; raises StoreError if there is none, or it is damaged or too new."""
+    file = Path(path) / "record.json"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(f"{file} does not exist; is this a run directory?") from None
+    except ValueError as error:
+        raise StoreError(f"{file} is not JSON ({error}); restore it or remove the run directory") from None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        schema = record.get("schema") if isinstance(record, dict) else None
+        raise StoreError(f"{file}: schema {schema!r}, this version reads {SCHEMA}; update dora_lab")
+    if missing := [name for name in ("spec", "spec_id", "status", "error") if name not in record]:
+        raise StoreError(f"{file}: field '{missing[0]}' is missing; restore it or remove the run directory")
+    return record
+
+
+def read_stream(path: Path, name: str) -> list[dict[str, Any]]:
+    """All rows of one stream of the run directory `path`, [] if it was never written.
+
+    A last line without its newline is a write in progress (or a torn one) and is left out; any other line that is not
+    a JSON object raises StoreError with file and line.
+    """
+    if name not in STREAMS:
+        raise StoreError(f"{path}: unknown stream '{name}'; {did_you_mean(name, STREAMS)}")
+    file = Path(path) / f"{name}.jsonl"
+    if not file.exists():
+        return []
+    rows = []
+    whole, _, _ = file.read_bytes().rpartition(b"\n")
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+        try:
+            row = json.loads(line, parse_constant=_refuse_constant)
+        except ValueError as error:
+            raise StoreError(f"{file}, line {number}: {error}; restore the file or run again") from None
+        if not isinstance(row, dict):
+            raise StoreError(f"{file}, line {number}: not a JSON object; restore the file or run again")
+        rows.append(row)
+    return rows
+
+
+def iter_runs(root: Path, experiment: str | None = None) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(run directory, record) of every run under the results folder `root`, sorted; of one experiment if named."""
+    for file in sorted((Path(root) / "runs").glob(f"{experiment or '*'}/*/record.json")):
+        yield file.parent, read_record(file.parent)
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a value")
+
+
+def _dumps(row: Any, where: str) -> str:
+    """One line of JSON; StoreError names the field that JSON cannot hold."""
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError):
+        name, value = _culprit(row, "") or ("?", row)
+        raise StoreError(
+            f"{where}: field '{name}' = {value!r} is no JSON value; write None where there is none"
+        ) from None
+
+
+def _culprit(value: Any, path: str) -> tuple[str, Any] | None:
+    if isinstance(value, dict):
+        inner = ((f"{path}.{key}" if path else str(key), item) for key, item in value.items())
+    elif isinstance(value, list | tuple):
+        inner = ((f"{path}[{i}]", item) for i, item in enumerate(value))
+    elif isinstance(value, float):
+        return None if math.isfinite(value) else (path, value)
+    else:
+        return None if value is None or isinstance(value, str | int | bool) else (path, value)
+    return next((found for name, item in inner if (found := _culprit(item, name))), None)
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    _dumps(value, str(file))
+    _write_text(file, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+
+
+def _write_text(file: Path, text: str) -> None:
+    """Replace `file` whole: a reader, or a crash at any moment, sees the old text or the new."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, file)
+    folder = os.open(file.parent, os.O_RDONLY)  # the renaming itself must reach the disk too
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _repair(file: Path) -> str | None:
+    """Make the last line whole or remove it, if a crash tore it; a note on what was done, or None."""
+    if not file.exists():
+        return None
+    content = file.read_bytes()
+    whole, newline, tail = content.rpartition(b"\n")
+    if not tail:
+        return None
+    try:
+        complete = isinstance(json.loads(tail), dict)
+    except ValueError:
+        complete = False
+    if complete:
+        with file.open("ab") as out:
+            out.write(b"\n")
+        return None
+    os.truncate(file, len(whole) + len(newline))
+    return f"{file.name}: a torn last line of {len(tail)} bytes was removed"
+
+
+def _acquire(file: Path) -> tuple[IO[str], str | None]:
+    """Take the lock file: held by the kernel (it ends with the process), named by host and pid inside.
+
+    Returns the open file and, if a dead process had left its name there, a note. Raises LockedError.
+    """
+    while True:
+        handle = file.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = _owner(handle)
+            handle.close()
+            raise LockedError(f"{file.parent} is being written by {_describe(owner)}; wait for it or stop it") from None
+        # the former holder may have removed the file between our open and our lock: then ours is a file without a name
+        if file.exists() and os.path.samestat(os.fstat(handle.fileno()), file.stat()):
+            break
+        handle.close()
+    owner = _owner(handle)
+    here = socket.gethostname()
+    if owner is not None and owner.get("host") != here:
+        handle.close()  # the kernel's lock may not reach over hosts, so its word is not enough
+        raise LockedError(f"{file.parent} is locked by {_describe(owner)}; if it has ended, remove {file}")
+    handle.truncate(0)
+    json.dump({"host": here, "pid": os.getpid()}, handle)
+    handle.flush()
+    return handle, f"taken over from {_describe(owner)}, which had ended without closing it" if owner else None
+
+
+def _owner(handle: IO[str]) -> dict[str, Any] | None:
+    handle.seek(0)
+    try:
+        owner = json.loads(handle.read())
+    except ValueError:
+        return None
+    return owner if isinstance(owner, dict) else None
+
+
+def _describe(owner: dict[str, Any] | None) -> str:
+    return f"process {owner.get('pid')} on host {owner.get('host')}" if owner else "another process"

@@ -1,0 +1,47 @@
+"""What a task is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+# the instructions of LLM-Adapters end in the labels that are allowed, e.g. "Answer format: answer1/answer2/answer3"
+_ANSWER_FORMAT = re.compile(r"Answer format: *(\S+)\s*$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One task: its names, its labels and how an answer is read from generated text (protocol of LLM-Adapters)."""
+
+    name: str  # folder name in the LLM-Adapters layout; the name in specs and records
+    column: str  # heading in the paper's table 1
+    position: int  # column number in the paper's table 1, from 0
+    labels: tuple[str, ...]  # every answer that an item may have
+    chance: float  # accuracy of guessing on an ordinary item, in (0, 1)
+
+    @property
+    def folder(self) -> str:
+        """Folder of the task's files in the LLM-Adapters layout."""
+        return self.name
+
+    @property
+    def pattern(self) -> str:
+        """Regular expression whose first match, case-sensitive, is the parsed answer."""
+        return "|".join(self.labels)
+
+    def parse(self, output: str) -> str | None:
+        """The label that a generated text answers with: the first match of `pattern`, or None if there is none."""
+        found = re.search(self.pattern, output)
+        return found.group() if found else None
+
+    def options(self, item: dict[str, Any]) -> tuple[str, ...]:
+        """The labels offered by this item (a few ARC items have 3 or 5), from the end of its instruction."""
+        found = _ANSWER_FORMAT.search(item["instruction"])
+        offered = tuple(found.group(1).split("/")) if found else ()
+        return offered if len(offered) > 1 and all(label in self.labels for label in offered) else self._usual
+
+    @property
+    def _usual(self) -> tuple[str, ...]:
+        """The labels of an ordinary item: the first 1 / chance of them."""
+        return self.labels[: round(1 / self.chance)]

@@ -1,0 +1,134 @@
+"""Commonsense reasoning: table 1 and figures 2 and 3 (eight tasks; FT, LoRA, DoRA and DoRA at half the rank).
+
+    dora-lab run commonsense                    # mini: 13 runs of about a minute, one per core at a time
+    dora-lab run commonsense --tier paper       # paper: 36 runs, 10 to 20 hours each on one 80 GB GPU
+
+mini: the embedded base and world; no network, no GPU. Learning rates come from `commonsense_sweep`.
+paper: the models and hyperparameters of table 8 and, for LoRA, those of the LLM-Adapters baselines that the paper uses
+(r 32, alpha 64, learning rate 3e-4). Published template, loss on the prompt too, best validation loss of 120 held-out
+items every 80 steps, four beams. Training items come from the hub; give the folder of test files with --data-dir.
+Model and data revisions are not pinned yet: that comes with the runs of the paper tier.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dora_lab.spec import Data, Evaluation, Method, Model, Optim, Probe, Spec
+
+TIERS = ("mini", "paper")
+TASKS = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")
+TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+SEEDS = (0, 1, 2)
+
+MINI = {
+    "learning_rate": {"ft": 1e-3, "lora": 2.5e-3, "dora": 2.5e-3},  # results of commonsense_sweep
+    "rank": 8,
+    "alpha": 16.0,
+    "train_items": 6400,
+    "test_items": 125,  # per task
+    "batch_size": 32,
+    "warmup_steps": 20,
+}
+
+# table 8: hub id: (DoRA's learning rate at rank 32, at rank 16)
+PAPER = {
+    "yahma/llama-7b-hf": (1e-4, 2e-4),
+    "yahma/llama-13b-hf": (2e-4, 3e-4),
+    "meta-llama/Llama-2-7b-hf": (2e-4, 2e-4),
+    "meta-llama/Meta-Llama-3-8B": (1e-4, 1e-4),
+}
+PAPER_LORA_LEARNING_RATE = 3e-4
+ITEMS = {"commonsense_170k": 170_420}  # as published; for showing numbers of steps before the data is there
+
+
+def specs(tier: str) -> list[Spec]:
+    """All runs of a tier."""
+    return mini() if tier == "mini" else paper()
+
+
+def mini() -> list[Spec]:
+    """The base, and FT, LoRA, DoRA and DoRA at half the rank with three seeds each."""
+    rank = MINI["rank"]
+    trained = [
+        trained_mini(method, MINI["learning_rate"][method.name], seed)
+        for method in (full(), low_rank("lora", rank), low_rank("dora", rank), low_rank("dora", rank // 2))
+        for seed in SEEDS
+    ]
+    base = replace(trained[0], method=Method(name="base"), optim=None, probe=None, seed=0)
+    return [base, *trained]
+
+
+def full() -> Method:
+    """Full fine-tuning."""
+    return Method(name="ft")
+
+
+def low_rank(name: str, rank: int) -> Method:
+    """An adapter of the mini tier; alpha keeps its ratio to the rank."""
+    return Method(name=name, rank=rank, alpha=MINI["alpha"] * rank / MINI["rank"], target_modules=TARGETS)
+
+
+def trained_mini(method: Method, learning_rate: float, seed: int) -> Spec:
+    """One run of the mini tier."""
+    return Spec(
+        experiment="commonsense",
+        tier="mini",
+        seed=seed,
+        model=Model(name="mini"),
+        data=Data(name="mini", tasks=TASKS, train_items=MINI["train_items"], test_items=MINI["test_items"]),
+        method=method,
+        optim=Optim(
+            learning_rate=learning_rate,
+            warmup_steps=MINI["warmup_steps"],
+            batch_size=MINI["batch_size"],
+            micro_batch_size=MINI["batch_size"],
+            epochs=1.0,
+        ),
+        probe=Probe(),
+        evaluation=Evaluation(protocols=("generate", "loglikelihood"), max_new_tokens=16),
+    )
+
+
+def paper() -> list[Spec]:
+    """LoRA r 32, DoRA r 32 and DoRA r 16 on four models with three seeds each (the paper has one run of each)."""
+    return [
+        _paper(model, method, rank, learning_rate, seed)
+        for model, (at_32, at_16) in PAPER.items()
+        for method, rank, learning_rate in (
+            ("lora", 32, PAPER_LORA_LEARNING_RATE),
+            ("dora", 32, at_32),
+            ("dora", 16, at_16),
+        )
+        for seed in SEEDS
+    ]
+
+
+def _paper(model: str, method: str, rank: int, learning_rate: float, seed: int) -> Spec:
+    return Spec(
+        experiment="commonsense",
+        tier="paper",
+        seed=seed,
+        model=Model(name=model, revision=None, dtype="float16"),
+        data=Data(
+            name="commonsense_170k",
+            tasks=TASKS,
+            validation_items=120,
+            template="published",
+            cutoff=256,
+            train_on_prompt=True,
+            eval_name="llm_adapters",
+        ),
+        method=Method(name=method, rank=rank, alpha=2.0 * rank, dropout=0.05, target_modules=TARGETS),
+        optim=Optim(
+            learning_rate=learning_rate,
+            warmup_steps=100,
+            batch_size=16,
+            micro_batch_size=16,
+            epochs=3.0,
+            keep="best_loss",
+            eval_steps=80,
+        ),
+        probe=Probe(),
+        evaluation=Evaluation(protocols=("generate",), num_beams=4, max_new_tokens=32, batch_size=8),
+    )

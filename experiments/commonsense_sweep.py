@@ -1,0 +1,45 @@
+"""Learning rates for `commonsense`, chosen per method on validation items, the same number of tries for each method.
+
+    dora-lab run commonsense_sweep              # mini: 4 methods x 5 learning rates, one seed, about a minute each
+
+A method's rates lie on one grid, a factor of two apart, around what is usual for it (adapters about 2.5 times FT's).
+Scored on the validation split with a seed that `commonsense` does not use; the best mean accuracy of protocol
+"generate" is the rate that goes into `commonsense`. No test item is looked at.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+from dora_lab.spec import Spec
+
+TIERS = ("mini",)
+SEED = 100
+STEPS = (1 / 4, 1 / 2, 1, 2, 4)  # of the middle
+MIDDLE = {"ft": 1e-3, "lora": 2.5e-3, "dora": 2.5e-3}
+VALIDATION_ITEMS = 800  # in all
+
+_found = importlib.util.spec_from_file_location("commonsense_of_sweep", Path(__file__).with_name("commonsense.py"))
+assert _found is not None and _found.loader is not None
+commonsense = importlib.util.module_from_spec(_found)
+_found.loader.exec_module(commonsense)
+
+
+def specs(tier: str) -> list[Spec]:
+    """Every method of the mini tier at every rate of its grid."""
+    rank = commonsense.MINI["rank"]
+    low_rank = commonsense.low_rank
+    methods = (commonsense.full(), low_rank("lora", rank), low_rank("dora", rank), low_rank("dora", rank // 2))
+    return [_try(commonsense.trained_mini(method, MIDDLE[method.name] * step, SEED)) for method in methods for step in STEPS]
+
+
+def _try(spec: Spec) -> Spec:
+    return replace(
+        spec,
+        experiment="commonsense_sweep",
+        data=replace(spec.data, validation_items=VALIDATION_ITEMS),
+        probe=None,
+        evaluation=replace(spec.evaluation, split="validation", protocols=("generate",)),
+    )

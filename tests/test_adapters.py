@@ -1,0 +1,418 @@
+"""The adapter contract, over every method there is; LoRA and DoRA against PEFT and against autograd."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dora_lab
+from dora_lab import adapters
+from dora_lab.adapters import AdaptedLinear, adapted, dora, inject, methods
+from dora_lab.adapters.dora import DoraLinear
+from dora_lab.adapters.lora import LoraLinear
+from dora_lab.decompose import magnitude
+from dora_lab.spec import Method
+
+TARGETS = ("first", "second")
+NAMES = methods()
+
+
+class Toy(nn.Module):
+    """Two linear layers, with and without bias, and one that is never adapted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 20)
+        self.second = nn.Linear(20, 8, bias=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+def toy(dtype: torch.dtype = torch.float32) -> Toy:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Toy().to(dtype)
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(4, 5, 12, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def method(name: str, **changes: Any) -> Method:
+    """A small setting of any method, from the fields that it says it reads."""
+    small = {"rank": 4, "alpha": 8.0, "target_modules": TARGETS}
+    read = importlib.import_module(f"dora_lab.adapters.{name}").FIELDS
+    return Method(name=name, **({key: value for key, value in small.items() if key in read} | changes))  # type: ignore[arg-type]
+
+
+def train(model: nn.Module, steps: int = 5, learning_rate: float = 0.05) -> None:
+    """Move every trained parameter by a few steps of Adam on a fixed regression."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        return
+    optimizer = torch.optim.Adam(trained, lr=learning_rate)
+    x = inputs(next(model.parameters()).dtype)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(x) - x[..., :3].sin()).pow(2).mean().backward()
+        optimizer.step()
+
+
+# --- the contract
+
+
+def test_the_methods_of_the_paper_are_there() -> None:
+    assert {"base", "ft", "lora", "dora"} <= set(NAMES)
+    assert dora_lab.inject is inject
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_identity_before_training(name: str) -> None:
+    model, before = toy(), toy()
+    counts = inject(model, method(name), seed=3)
+    assert torch.equal(model(inputs()), before(inputs())), "output differs before training"
+    assert torch.equal(model.eval()(inputs()), before(inputs()))
+    for module, layer in adapted(model):
+        W0: Any = before.get_submodule(module).weight
+        assert torch.equal(layer.effective_weight(), W0)
+    parameters = list(model.parameters())
+    assert counts["total"] == sum(p.numel() for p in parameters)
+    assert counts["trainable"] == sum(p.numel() for p in parameters if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_after_training_the_layer_is_its_effective_weight(name: str) -> None:
+    model = toy()
+    inject(model, method(name), seed=3)
+    train(model)
+    model.eval()
+    for _, layer in adapted(model):
+        x = torch.randn(7, layer.in_features, generator=torch.Generator().manual_seed(2))
+        weight = layer.effective_weight()
+        assert weight.dtype == torch.float32 and weight.shape == (layer.out_features, layer.in_features)
+        assert not weight.requires_grad
+        assert not torch.allclose(weight, layer.weight), "training moved nothing"
+        torch.testing.assert_close(layer(x), F.linear(x, weight, layer.bias))
+        torch.testing.assert_close(layer(x[0]), F.linear(x[0], weight, layer.bias))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_base_is_frozen_and_the_adapter_trained(name: str) -> None:
+    model, before = toy(), toy()
+    inject(model, method(name), seed=3)
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    train(model)
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, start[key])}
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert moved == trained
+    if any(True for _ in adapted(model)):
+        assert not trained & set(before.state_dict()), "a parameter of the base is trained"
+        for key, value in before.state_dict().items():
+            assert torch.equal(model.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_merging_changes_no_output(name: str) -> None:
+    model = toy()
+    inject(model, method(name), seed=3)
+    train(model)
+    expected = model.eval()(inputs())
+    assert adapters.merge(model) is model
+    assert not list(adapted(model)) and type(model.first) is nn.Linear and type(model.second) is nn.Linear
+    torch.testing.assert_close(model(inputs()), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_seed_is_one_start_and_no_global_generator_is_touched(name: str) -> None:
+    state = torch.get_rng_state()
+    starts = []
+    for seed, dtype in ((3, torch.float32), (3, torch.float32), (4, torch.float32), (3, torch.float64)):
+        model = toy(dtype)
+        inject(model, method(name), seed)
+        starts.append([value.float() for key, value in model.state_dict().items() if key not in toy().state_dict()])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, starts[0], starts[1]))
+    assert not starts[0] or not all(map(torch.equal, starts[0], starts[2]))
+    # float64 norms differ in their last bits from float32's; the drawn numbers do not
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(starts[0], starts[3], strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_dict_round_trip(name: str) -> None:
+    model, other = toy(), toy()
+    inject(model, method(name), seed=3)
+    train(model)
+    inject(other, method(name), seed=4)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.eval()(inputs()), model.eval()(inputs()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_base_is_the_identity_too(name: str) -> None:
+    model, before = toy(torch.bfloat16), toy(torch.bfloat16)
+    inject(model, method(name), seed=3)
+    x = inputs(torch.bfloat16)
+    assert model(x).dtype == torch.bfloat16
+    assert torch.equal(model(x), before(x))
+    for _, layer in adapted(model):
+        assert layer.effective_weight().dtype == torch.float32
+        assert all(p.dtype == torch.float32 for p in layer.parameters() if p.requires_grad)
+    train(model)
+    assert torch.isfinite(model(x)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_rounds_products_alone(name: str) -> None:
+    model, before = toy(), toy()
+    inject(model, method(name), seed=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(inputs()), before(inputs())), "not the identity under autocast"
+    train(model)
+    for _, layer in adapted(model):
+        expected = layer.effective_weight()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(layer.effective_weight(), expected)
+            x = torch.randn(7, layer.in_features, generator=torch.Generator().manual_seed(2))
+            seen = layer(x)
+        assert seen.dtype == torch.bfloat16
+        torch.testing.assert_close(seen.float(), F.linear(x, expected, layer.bias), rtol=0.02, atol=0.02)
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (Method(name="dorra"), "unknown method 'dorra'; did you mean 'dora'?"),
+        (Method(name="_contract"), "unknown method"),
+        (method("dora", target_modules=("first", "secnd")), "no module is named 'secnd'; did you mean 'second'?"),
+        (method("lora", target_modules=()), "target_modules is empty; choices: first, head, second"),
+        (method("dora", rank=9), "second: rank = 9 must be in 1 .. 8"),
+        (method("lora", rank=0), "first: rank = 0 must be in 1 .. 12"),
+        (method("dora", rank=None), "method 'dora' needs rank and alpha"),
+        (method("ft", rank=4), "method 'ft' does not read rank = 4"),
+        (method("lora", detach_norm=False), "method 'lora' does not read detach_norm = False"),
+        (method("base", target_modules=("first",)), "method 'base' does not read target_modules"),
+    ],
+)
+def test_wrong_methods_are_refused(wrong: Method, words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        inject(toy(), wrong, seed=0)
+    assert words in str(caught.value)
+
+
+def test_a_layer_by_itself_is_frozen() -> None:
+    for name, kind in (("lora", LoraLinear), ("dora", DoraLinear)):
+        layer = kind(nn.Linear(6, 5), method(name), torch.Generator())
+        assert not layer.weight.requires_grad and layer.bias is not None and not layer.bias.requires_grad
+
+
+def test_only_plain_linear_layers_are_adapted() -> None:
+    model = toy()
+    model.add_module("table", nn.Embedding(3, 4))
+    with pytest.raises(ValueError, match=r"'table' is a Embedding, only nn\.Linear"):
+        inject(model, method("lora", target_modules=("table",)), seed=0)
+    inject(model, method("lora"), seed=0)
+    with pytest.raises(ValueError, match="'first' is a LoraLinear"):
+        inject(model, method("dora"), seed=0)
+
+
+# --- DoRA itself
+
+
+def dora_model(dtype: torch.dtype = torch.float64, **changes: Any) -> Toy:
+    model = toy(dtype)
+    inject(model, method("dora", **changes), seed=3)
+    return model
+
+
+def layers_of(model: nn.Module) -> list[DoraLinear]:
+    return [layer for _, layer in adapted(model) if isinstance(layer, DoraLinear)]
+
+
+def test_the_magnitude_really_moves() -> None:
+    model = dora_model(torch.float32)
+    start = [layer.magnitude.detach().clone() for layer in layers_of(model)]
+    train(model)
+    for layer, m0 in zip(layers_of(model), start, strict=True):
+        assert torch.equal(m0, magnitude(layer.weight))
+        assert not torch.isclose(layer.magnitude, m0).any(), "an output feature's magnitude did not move"
+        # and it is the magnitude of the weight that the layer acts with
+        torch.testing.assert_close(magnitude(layer.effective_weight()), layer.magnitude.detach().abs())
+
+
+def test_dora_starts_as_lora_and_is_another_function() -> None:
+    plain, decomposed = toy(), toy()
+    inject(plain, method("lora"), seed=3)
+    inject(decomposed, method("dora"), seed=3)
+    for a, b in zip(adapted(plain), adapted(decomposed), strict=True):
+        assert isinstance(a[1], LoraLinear) and isinstance(b[1], DoraLinear)
+        assert torch.equal(a[1].lora_A, b[1].lora_A), "one seed should mean one start for both"
+        for layer in (a[1], b[1]):
+            nn.init.constant_(layer.lora_B, 0.1)
+        assert not torch.allclose(a[1].effective_weight(), b[1].effective_weight())
+
+
+def dense_dora(layer: DoraLinear, x: Tensor, *, detach: bool) -> Tensor:
+    """Equation 5 with a dense V and autograd, nothing else."""
+    V = layer.weight + layer.scaling * layer.lora_B @ layer.lora_A
+    norm = V.pow(2).sum(1, keepdim=True).sqrt()
+    return F.linear(x, layer.magnitude[:, None] * V / (norm.detach() if detach else norm), layer.bias)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("block", [1, 40, 2**17])
+def test_gradients_of_equations_6_7_and_11(detach: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dora.BLOCK, "cpu", block)  # one row, a few rows, all rows at a time
+    model = dora_model(detach_norm=detach)
+    train(model)
+    for layer in layers_of(model):
+        assert (layer.detach_norm, layer.training) == (detach, True)
+        x = torch.randn(6, layer.in_features, dtype=torch.float64, requires_grad=True)
+        weights = [x, layer.lora_A, layer.lora_B, layer.magnitude]
+        seen, expected = layer(x), dense_dora(layer, x, detach=detach)
+        torch.testing.assert_close(seen, expected, rtol=1e-12, atol=1e-12)
+        upstream = torch.randn_like(seen)
+        for a, b in zip(
+            torch.autograd.grad(seen, weights, upstream), torch.autograd.grad(expected, weights, upstream), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_the_gradient_through_the_norm_is_another() -> None:
+    gradients = []
+    for detach in (True, False):
+        model = dora_model(detach_norm=detach)
+        nn.init.constant_(layers_of(model)[0].lora_B, 0.3)
+        model(inputs(torch.float64)).sum().backward()
+        grad = layers_of(model)[0].lora_B.grad
+        assert grad is not None
+        gradients.append(grad)
+    assert not torch.allclose(*gradients)
+
+
+def test_equation_6_is_orthogonal_to_v() -> None:
+    model = dora_model(detach_norm=False)
+    layer = layers_of(model)[0]
+    nn.init.constant_(layer.lora_B, 0.3)
+    V = layer._direction().detach().requires_grad_()
+    layer._direction = lambda rows=slice(None): V[rows]  # type: ignore[method-assign]
+    (layer._scale()[:, None] * V).pow(2).sum(1).sum().backward()
+    # the norm of m V/||V|| does not depend on V: I - v v^T removes all of the gradient
+    assert V.grad is not None and V.grad.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_rows_of_zeros_are_defined(detach: bool, dropout: float) -> None:
+    model = toy()
+    with torch.no_grad():
+        model.first.weight[3] = 0
+        model.second.weight.zero_()
+    before = model(inputs())
+    inject(model, method("dora", detach_norm=detach, dropout=dropout), seed=3)
+    assert torch.equal(model(inputs()), before)
+    for _ in range(3):
+        model.zero_grad()
+        model(inputs()).pow(2).sum().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                assert torch.isfinite(parameter.grad).all(), name
+                parameter.data -= 0.1 * parameter.grad
+        assert all(torch.isfinite(layer.effective_weight()).all() for layer in layers_of(model))
+    assert layers_of(model)[0].lora_B[3].abs().max() > 0, "a row of zeros cannot begin to move"
+
+
+def test_published_and_branch_dropout_as_written() -> None:
+    for form in ("published", "branch"):
+        model = dora_model(dropout=0.4, dropout_form=form)
+        train(model)
+        layer = layers_of(model)[0]
+        x = inputs(torch.float64)
+        torch.manual_seed(5)
+        seen = layer(x)
+        torch.manual_seed(5)
+        dropped = F.dropout(x, 0.4)
+        g = layer.magnitude / magnitude(layer.weight + layer.scaling * layer.lora_B @ layer.lora_A)
+        low = layer.scaling * dropped @ layer.lora_A.T @ layer.lora_B.T
+        if form == "published":
+            expected = x @ layer.weight.T + (g - 1) * (dropped @ layer.weight.T) + g * low
+        else:
+            expected = g * (x @ layer.weight.T) + g * low
+        torch.testing.assert_close(seen, expected + model.first.bias, rtol=1e-12, atol=1e-12)
+        model.eval()
+        assert not torch.allclose(layer(x), seen)
+
+
+# --- PEFT
+
+
+def peft_twin(model: Toy, *, use_dora: bool, dropout: float) -> nn.Module:
+    """PEFT's model with the base and adapter weights of ours."""
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=list(TARGETS), lora_dropout=dropout, use_dora=use_dora, bias="none"
+    )
+    twin = peft.get_peft_model(toy(torch.float64), config)  # type: ignore[arg-type]
+    twin = twin.double()
+    with torch.no_grad():
+        for name, layer in adapted(model):
+            other: Any = twin.get_submodule(f"base_model.model.{name}")
+            assert isinstance(layer, LoraLinear)
+            other.lora_A["default"].weight.copy_(layer.lora_A)
+            other.lora_B["default"].weight.copy_(layer.lora_B)
+            if use_dora:
+                other.lora_magnitude_vector["default"].weight.copy_(layer.magnitude)
+    return twin.train(model.training)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+@pytest.mark.parametrize("dropout", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize("training", [True, False])
+def test_equal_to_peft_in_float64(name: str, dropout: float, training: bool) -> None:
+    model = toy(torch.float64)
+    inject(model, method(name, dropout=dropout), seed=3)
+    train(model)
+    model.train(training)
+    twin = peft_twin(model, use_dora=name == "dora", dropout=dropout)
+    model.zero_grad()
+    outputs, input_gradients = [], []
+    for one in (model, twin):
+        x = inputs(torch.float64).requires_grad_()
+        torch.manual_seed(11)  # one mask for both
+        y = one(x)
+        y.pow(3).sum().backward()
+        assert x.grad is not None
+        outputs.append(y)
+        input_gradients.append(x.grad)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(input_gradients[0], input_gradients[1], rtol=1e-11, atol=1e-13)
+    for path, layer in adapted(model):
+        other: Any = twin.get_submodule(f"base_model.model.{path}")
+        assert isinstance(layer, LoraLinear)
+        pairs = [(layer.lora_A, other.lora_A["default"].weight), (layer.lora_B, other.lora_B["default"].weight)]
+        if isinstance(layer, DoraLinear):
+            pairs.append((layer.magnitude, other.lora_magnitude_vector["default"].weight))
+        for mine, theirs in pairs:
+            assert mine.grad is not None and mine.grad.abs().max() > 0
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_merged_weight_equal_to_pefts(name: str) -> None:
+    model = toy(torch.float64)
+    inject(model, method(name), seed=3)
+    train(model)
+    twin: Any = peft_twin(model, use_dora=name == "dora", dropout=0.0)
+    merged = twin.merge_and_unload()
+    for path, layer in adapted(model):
+        assert isinstance(layer, AdaptedLinear)
+        torch.testing.assert_close(layer.effective_weight(), merged.get_submodule(path).weight, rtol=1e-12, atol=1e-13)

@@ -1,0 +1,145 @@
+"""Evaluation: protocols, parsing, invariance to batches, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import arc_items, boolq_items, make_spec, save_model
+
+from dora_lab import load
+from dora_lab.evaluate import evaluate
+from dora_lab.spec import Spec
+from dora_lab.store import RunDir, read_stream
+from dora_lab.tasks import ItemError, prompt
+
+ITEMS = {"boolq": boolq_items(9), "ARC-Easy": arc_items(6)}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    return load.model_and_tokenizer(make_spec(), save_model(tmp_path_factory.mktemp("model")))
+
+
+def go(spec: Spec, root: Path, loaded: tuple[Any, Any], items: Any = None) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Rows of the stream and samples by file name."""
+    with RunDir.open(root, spec) as run:
+        evaluate(spec, *loaded, items or ITEMS, run)
+        samples = {
+            file.stem: [json.loads(line) for line in file.read_text().splitlines()]
+            for file in sorted(run.samples.iterdir())
+        }
+        return read_stream(run.path, "eval"), samples
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_equals_one_by_one(beams: int, loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    spec = make_spec(evaluation__num_beams=beams, evaluation__protocols="generate")
+    _, samples = go(spec, tmp_path, loaded)
+    model, tokenizer = loaded
+    for sample, item in zip(samples["boolq.generate"], ITEMS["boolq"], strict=True):
+        assert sample["prompt"] == prompt(item, "clean")
+        ids = tokenizer(sample["prompt"], return_tensors="pt")
+        with torch.no_grad():
+            made = model.generate(**ids, max_new_tokens=12, do_sample=False, num_beams=beams)
+        text = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert sample["output"] == text.strip()
+
+
+def test_batch_size_does_not_change_anything(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    alone = go(make_spec(evaluation__batch_size=1), tmp_path, loaded)
+    together = go(make_spec(evaluation__batch_size=8), tmp_path, loaded)
+    assert alone[0] == together[0]
+    for name, samples in alone[1].items():
+        for one, other in zip(samples, together[1][name], strict=True):
+            if name.endswith("generate"):
+                assert one == other
+            else:
+                assert one["parsed"] == other["parsed"]
+                assert one["output"] == pytest.approx(other["output"], rel=1e-4)
+
+
+def test_loglikelihood_is_that_of_the_model(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    _, samples = go(make_spec(evaluation__protocols="loglikelihood"), tmp_path, loaded)
+    model, tokenizer = loaded
+    sample = samples["ARC-Easy.loglikelihood"][1]
+    assert list(sample["output"]) == ["answer1", "answer2", "answer3", "answer4"]
+    bare = sample["prompt"].rstrip()
+    start = len(tokenizer(bare)["input_ids"])
+    for label, found in sample["output"].items():
+        ids = torch.tensor([tokenizer(f"{sample['prompt']}the correct answer is {label}")["input_ids"]])
+        with torch.no_grad():
+            logs = model(ids).logits[0].log_softmax(-1)
+        wanted = sum(float(logs[t - 1, ids[0, t]]) for t in range(start, ids.shape[1]))
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_rows(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    rows, samples = go(make_spec(), tmp_path, loaded)
+    assert [(row["task"], row["protocol"]) for row in rows] == [
+        ("boolq", "generate"),
+        ("ARC-Easy", "generate"),
+        ("boolq", "loglikelihood"),
+        ("ARC-Easy", "loglikelihood"),
+    ]
+    for row in rows:
+        found = samples[f"{row['task']}.{row['protocol']}"]
+        assert row["n"] == len(found) == len(row["correct"])
+        assert row["value"] == sum(sample["correct"] for sample in found) / row["n"]
+        assert row["correct"] == "".join(str(int(sample["correct"])) for sample in found)
+        unparsed = sum(sample["parsed"] is None for sample in found)
+        assert row["n_unparsed"] == (unparsed if row["protocol"] == "generate" else None)
+    assert rows[0]["chance"] == 0.5 and rows[0]["majority"] == 5 / 9
+    assert rows[1]["chance"] == pytest.approx((3 / 3 + 3 / 4) / 6)
+
+
+def test_an_unparsed_text_has_no_answer(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    rows, samples = go(make_spec(evaluation__protocols="generate"), tmp_path, loaded, {"piqa": piqa_items()})
+    assert rows[0]["n_unparsed"] == 2 and rows[0]["value"] == 0.0
+    assert [sample["parsed"] for sample in samples["piqa.generate"]] == [None, None]
+    assert [sample["correct"] for sample in samples["piqa.generate"]] == [False, False]
+
+
+def piqa_items() -> list[dict[str, Any]]:
+    answer = "solution1"
+    item = {"instruction": "How?", "input": "", "output": f"the correct answer is {answer}", "answer": answer}
+    return [item, item]
+
+
+def test_nothing_is_left_behind(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = loaded
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    settings = model.generation_config
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    padding = tokenizer.pad_token, tokenizer.padding_side
+    go(make_spec(), tmp_path, loaded)
+    assert [module.training for module in model.modules()] == modes
+    assert model.generation_config is settings
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert (tokenizer.pad_token, tokenizer.padding_side) == padding
+    model.eval()
+
+
+def test_the_models_own_sampling_settings_do_not_leak_in(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    model, _ = loaded
+    plain = go(make_spec(), tmp_path / "plain", loaded)
+    own = model.generation_config
+    own.do_sample, own.temperature, own.repetition_penalty, own.no_repeat_ngram_size = True, 0.6, 3.0, 1
+    try:
+        assert go(make_spec(), tmp_path / "own", loaded) == plain
+    finally:
+        own.do_sample, own.temperature, own.repetition_penalty, own.no_repeat_ngram_size = None, None, None, None
+
+
+def test_too_long_a_prompt_is_an_error(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    items = boolq_items(3)
+    items[1]["instruction"] = "red " * 600 + items[1]["instruction"]
+    with pytest.raises(ItemError, match=r"task boolq, item 1: a prompt of \d+ tokens and 12 .* exceed .* 512 positions"):
+        go(make_spec(), tmp_path, loaded, {"boolq": items})

@@ -1,0 +1,138 @@
+"""The decomposition while training, attached to a real `transformers.Trainer` on a tiny Llama."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from dora_lab.adapters import AdaptedLinear, inject
+from dora_lab.probe import DecompositionCallback, probe_step
+from dora_lab.spec import Method
+
+KINDS = ("q_proj", "v_proj", "down_proj")
+STEPS = 6
+
+
+def tiny() -> LlamaForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        return LlamaForCausalLM(config)
+
+
+def prepared(name: str) -> LlamaForCausalLM:
+    model = tiny()
+    settings: dict[str, Any] = {"rank": 4, "alpha": 8.0, "target_modules": KINDS} if name in ("lora", "dora") else {}
+    inject(model, Method(name=name, **settings), seed=0)
+    return model
+
+
+def train(model: nn.Module, folder: Path, *callbacks: Any, resume: str | None = None, steps: int = STEPS) -> None:
+    rows = torch.randint(3, 40, (24, 12), generator=torch.Generator().manual_seed(0))
+    args = TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=0.02, use_cpu=True,
+        save_strategy="steps", save_steps=3, logging_strategy="no", report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    items: Any = [{"input_ids": row, "labels": row} for row in rows]
+    Trainer(model=model, args=args, train_dataset=items, callbacks=list(callbacks)).train(resume_from_checkpoint=resume)
+
+
+def brute_force(W0: torch.Tensor, W: torch.Tensor) -> dict[str, float]:
+    """Equations 3 and 4 from two dense weights, in float64."""
+    W0, W = W0.double(), W.double()
+    norm0, norm = W0.norm(dim=1), W.norm(dim=1)
+    return {
+        "delta_m": (norm - norm0).abs().mean().item(),
+        "delta_d": (1 - (W0 * W).sum(1) / (norm0 * norm)).mean().item(),
+        "relative_change": ((W - W0).norm() / W0.norm()).item(),
+    }
+
+
+@pytest.mark.parametrize("name", ["ft", "lora", "dora"])
+def test_rows_at_the_fractions_are_what_brute_force_gives(name: str, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    model = prepared(name)
+    train(model, tmp_path, DecompositionCallback(rows.append, (0.5, 1.0), KINDS))
+    assert [(row["fraction"], row["step"]) for row in rows[:: 2 * len(KINDS)]] == [(0.5, 3), (1.0, STEPS)]
+    assert len(rows) == 2 * 2 * len(KINDS)
+    start: dict[str, Any] = dict(tiny().named_modules())
+    for row in rows[2 * len(KINDS) :]:
+        assert list(row) == ["step", "fraction", "module", "layer", "kind", "delta_m", "delta_d", "relative_change"]
+        assert (row["kind"], row["layer"]) == (row["module"].split(".")[-1], int(row["module"].split(".")[2]))
+        module: Any = model.get_submodule(row["module"])
+        W = module.effective_weight() if isinstance(module, AdaptedLinear) else module.weight.detach()
+        expected = brute_force(start[row["module"]].weight.detach(), W)
+        assert all(row[key] == pytest.approx(value, rel=1e-3) for key, value in expected.items())
+        assert min(expected.values()) > 1e-4, "training moved nothing"
+    assert {(row["layer"], row["kind"]) for row in rows} == {(layer, kind) for layer in (0, 1) for kind in KINDS}
+
+
+@pytest.mark.parametrize("name", ["base", "ft", "lora", "dora"])
+def test_nothing_has_moved_before_training(name: str) -> None:
+    model = prepared(name)
+    probe = DecompositionCallback(lambda row: None, kinds=KINDS)
+    probe.begin(model)
+    for row in probe.measure(model):
+        assert (row["delta_m"], row["delta_d"], row["relative_change"]) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["ft", "dora"])
+def test_the_probe_changes_nothing(name: str, tmp_path: Path) -> None:
+    plain, probed = prepared(name), prepared(name)
+    train(plain, tmp_path / "a")
+    after_plain = torch.get_rng_state()
+    train(probed, tmp_path / "b", DecompositionCallback(lambda row: None, (0.1, 0.2, 1.0), KINDS))
+    assert torch.equal(torch.get_rng_state(), after_plain)
+    for (key, a), b in zip(plain.state_dict().items(), probed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+
+
+@pytest.mark.parametrize("name", ["ft", "lora", "dora"])
+def test_a_resumed_training_measures_from_the_first_start(name: str, tmp_path: Path) -> None:
+    whole: list[dict[str, Any]] = []
+    resumed: list[dict[str, Any]] = []
+    train(prepared(name), tmp_path, DecompositionCallback(whole.append, (0.5, 1.0), KINDS))
+    initial = None
+    if name == "ft":
+        save_file({key: value.contiguous() for key, value in tiny().state_dict().items()}, tmp_path / "start")
+        initial = load_file(tmp_path / "start").__getitem__
+        with pytest.raises(ValueError, match=r"training resumes at step 3 and .* its initial weight is gone"):
+            callback = DecompositionCallback(resumed.append, (0.5, 1.0), KINDS)
+            train(prepared(name), tmp_path, callback, resume=str(tmp_path / "checkpoint-3"))
+    callback = DecompositionCallback(resumed.append, (0.5, 1.0), KINDS, initial=initial)
+    train(prepared(name), tmp_path, callback, resume=str(tmp_path / "checkpoint-3"))
+    assert resumed == whole[2 * len(KINDS) :]
+
+
+@pytest.mark.parametrize(("fraction", "steps", "step"), [(0.25, 100, 25), (1, 7, 7), (0.5, 7, 4), (0.01, 7, 1)])
+def test_the_step_of_a_fraction(fraction: float, steps: int, step: int) -> None:
+    assert probe_step(fraction, steps) == step
+
+
+def test_fractions_that_meet_have_a_row_each(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    train(prepared("lora"), tmp_path, DecompositionCallback(rows.append, (0.25, 0.5, 0.75, 1.0), ("q_proj",)), steps=2)
+    assert [(row["fraction"], row["step"]) for row in rows if row["layer"] == 0] == [
+        (0.25, 1), (0.5, 1), (0.75, 2), (1.0, 2),
+    ]  # fmt: skip
+
+
+def test_what_cannot_be_watched_is_named() -> None:
+    with pytest.raises(ValueError, match=r"fractions \[0, 1\.5\] are not in \(0, 1\]"):
+        DecompositionCallback(lambda row: None, (0, 0.5, 1.5))
+    model = tiny()
+    with pytest.raises(ValueError, match="no module is named 'q_prj'; did you mean 'q_proj'"):
+        DecompositionCallback(lambda row: None, kinds=("q_prj",)).begin(model)
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp' is a LlamaMLP, neither nn.Linear nor adapted"):
+        DecompositionCallback(lambda row: None, kinds=("mlp",)).begin(model)
+    with pytest.raises(ValueError, match=r"call begin\(model\) before training"):
+        DecompositionCallback(lambda row: None, kinds=KINDS).measure(model)
