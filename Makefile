@@ -21,7 +21,10 @@ setup: .venv/installed  ## create .venv and install from constraints.txt (does n
 	@touch $@
 
 reproduce-%: setup  ## e.g. reproduce-commonsense: run that experiment (mini tier), print its table, compare with ours
-	@$(RUN) reproduce $* --results $(RESULTS)
+	@$(RUN) run $* --results $(RESULTS)
+	@$(RUN) report --results $(RESULTS) >/dev/null
+	@test ! -f $(RESULTS)/tables/$*.md || cat $(RESULTS)/tables/$*.md
+	@$(RUN) compare --results $(RESULTS) --experiment $* || true
 
 test: setup  ## run the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -34,6 +37,7 @@ format: setup  ## format the code
 
 results: setup  ## rebuild the committed tables, figures and README block from the committed records (seconds)
 	$(RUN) report --results results
+	$(BIN)/python -m analysis.tables.commonsense --results results --readme README.md
 
 notebooks: setup  ## open the notebooks
 	$(BIN)/jupyter lab notebooks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import sys
@@ -14,15 +15,16 @@ from typing import Annotated, Any
 import typer
 
 from dora_lab import load
-from dora_lab.run import Paths, run_many
+from dora_lab.run import Paths
 from dora_lab.spec import Spec, SpecError, derive, did_you_mean, spec_id, to_dict, validate
 from dora_lab.store import read_stream, run_path
-from dora_lab.workers import Outcome, describe
+from dora_lab.workers import Outcome, describe, run_many
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 HOUSE = Path(__file__).resolve().parents[1]
 EXPERIMENTS = HOUSE / "experiments"
 RESULTS = HOUSE / "results"
+README = HOUSE / "README.md"
 LOCAL = RESULTS / "local"  # a user's own runs, beside the committed ones without touching them
 
 ResultsOption = Annotated[Path, typer.Option("--results", help="Results folder; runs are in its runs/.")]
@@ -42,7 +44,7 @@ def run(
     experiment: Annotated[str, typer.Argument(help="An experiment, see `dora-lab list`.")],
     tier: Annotated[str, typer.Option(help="mini (embedded, minutes on a CPU) or paper (hub models, a GPU).")] = "mini",
     only: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE[,VALUE]: only specs that match.")] = None,
-    with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change a field of every spec.")] = None,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the specs, run nothing.")] = False,
     jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core (paper: one).")] = None,
     results: ResultsOption = LOCAL,
@@ -73,8 +75,8 @@ def verify(
     from dora_lab import verify as verifying
 
     rows = verifying.claims(experiment)
-    frames = [report.frame(results, experiment, stream) for stream in ("eval", "probe")]
-    found = verifying.verdicts(*frames, rows)
+    evals, probes = (report.frame(results, experiment, stream) for stream in ("eval", "probe"))
+    found = verifying.verdicts(evals, probes, rows)
     typer.echo(found.to_string(index=False) if len(found) else f"no complete runs in {results}")
 
 
@@ -94,17 +96,48 @@ def compare(
 
 @app.command()
 def report(results: ResultsOption = RESULTS) -> None:
-    """Rebuild every table and figure of a results folder from its runs."""
-    import runpy
+    """Rebuild every table and figure of a results folder from its runs (and, of the committed one, the README's)."""
+    for path in rebuild(results):
+        typer.echo(path)
 
+
+@app.command()
+def reproduce(
+    experiment: Annotated[str, typer.Argument(help="An experiment, see `dora-lab list`.")],
+    results: ResultsOption = LOCAL,
+    jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core.")] = None,
+) -> None:
+    """Run the mini tier, rebuild tables and figures, print the table and compare with the committed runs."""
+    outcomes = run_many(chosen(load_experiment(experiment), "mini"), Paths(results), jobs)
+    typer.echo(summary(outcomes, results))
+    if any(outcome.status in ("failed", "interrupted") for outcome in outcomes):
+        raise typer.Exit(1 if any(outcome.status == "failed" for outcome in outcomes) else 130)
+    rebuild(results)
+    table = results / "tables" / f"{experiment}.md"
+    if table.exists():
+        typer.echo(f"\n{table.read_text(encoding='utf-8')}")
+    from dora_lab import verify as verifying
+
+    # a difference is told, not failed on: another processor may round its way to another answer
+    text, _ = verifying.compare(results, RESULTS, experiment)
+    typer.echo(f"{text}\n\ntables and figures: {results / 'tables'}, {results / 'figures'}")
+
+
+def rebuild(results: Path) -> list[Path]:
+    """Run every script of analysis/ on a results folder; returns the files written."""
+    from dora_lab.report import readme_block
+
+    if str(HOUSE) not in sys.path:  # the scripts are part of the repository, not of the installed package
+        sys.path.insert(0, str(HOUSE))
+    written: list[Path] = []
     for kind in ("tables", "figures"):
         for file in sorted((HOUSE / "analysis" / kind).glob("[!_]*.py")):
-            typer.echo(f"analysis.{kind}.{file.stem}")
-            before, sys.argv = sys.argv, [str(file), "--results", str(results)]
-            try:
-                runpy.run_module(f"analysis.{kind}.{file.stem}", run_name="__main__")
-            finally:
-                sys.argv = before
+            script = importlib.import_module(f"analysis.{kind}.{file.stem}")
+            written += script.build(results)
+            committed = results.resolve() == RESULTS.resolve()
+            if committed and hasattr(script, "readme") and readme_block(README, script.readme(results)):
+                written.append(README)
+    return written
 
 
 def experiment_names() -> list[str]:
@@ -131,7 +164,7 @@ def chosen(
     data_dir: Path | None = None,
     model_dir: Path | None = None,
 ) -> list[Spec]:
-    """The specs of an experiment after --with, --data-dir, --model-dir and --only; each valid, no two the same.
+    """The specs of an experiment after --data-dir, --model-dir, --only and --with; each valid, no two the same.
 
     Raises SpecError for an unknown tier or field, a selection that matches nothing, or two specs that became one.
     """
@@ -143,13 +176,6 @@ def chosen(
     if model_dir is not None:
         model = {"model.name": Path(model_dir).resolve().name, "model.revision": load.hash_model(model_dir)[:12]}
         specs = [derive(spec, model) for spec in specs]
-    for path, text in (_pair(change, "--with") for change in changes):
-        # a section that a spec does not have (optim of a base model) has nothing to change
-        section = path.partition(".")[0]
-        specs = [
-            spec if "." in path and getattr(spec, section, spec) is None else derive(spec, {path: text})
-            for spec in specs
-        ]
     for field, text in (_pair(selection, "--only") for selection in only):
         wanted = text.split(",")
         kept = [spec for spec in specs if _value(to_dict(spec), field) in wanted]
@@ -157,6 +183,8 @@ def chosen(
             there = sorted({str(_value(to_dict(spec), field)) for spec in specs})
             raise SpecError(f"--only {field}={text} matches no spec; values there: {', '.join(there)}")
         specs = kept
+    values = dict(_pair(change, "--with") for change in changes)
+    specs = [derive(spec, {path: text for path, text in values.items() if _has(spec, path)}) for spec in specs]
     for spec in specs:
         validate(spec)
     if len({spec_id(spec) for spec in specs}) < len(specs):
@@ -176,7 +204,8 @@ def summary(outcomes: Sequence[Outcome], results: Path) -> str:
         means = "  ".join(f"{name} {100 * sum(found) / len(found):.1f} %" for name, found in scores.items())
         seconds = f"{outcome.seconds:5.0f} s" if outcome.status != "skipped" else " " * 7
         tail = outcome.error if outcome.status in ("failed", "interrupted") else means
-        lines.append(f"{describe(outcome.spec):34} {spec_id(outcome.spec)}  {outcome.status:11} {seconds}  {tail or ''}")
+        name = f"{describe(outcome.spec):34} {spec_id(outcome.spec)}"
+        lines.append(f"{name}  {outcome.status:11} {seconds}  {tail or ''}")
     ends = [outcome.status for outcome in outcomes]
     counts = ", ".join(f"{ends.count(status)} {status}" for status in dict.fromkeys(ends))
     return "\n".join([*lines, f"{len(ends)} runs: {counts}; records in {results / 'runs'}"])
@@ -200,6 +229,11 @@ def _with_data(spec: Spec, data_dir: Path) -> Spec:
         test_items=None,
     )
     return replace(spec, data=data)
+
+
+def _has(spec: Spec, path: str) -> bool:
+    """Whether the spec has the section of a dotted path: a base model has no optim, so nothing of it can be changed."""
+    return getattr(spec, path.partition(".")[0], spec) is not None
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -47,20 +47,24 @@ def encode(items: dict[str, list[dict[str, Any]]], data: Data, tokenizer: PreTra
     and item where even the answer would not fit.
     """
     examples, shortened = [], 0
+    end = cast(int, tokenizer.eos_token_id)
     for task, pool in items.items():
         texts = [train_text(item, data.template) for item in pool]
         if not texts:
             continue
-        coded = tokenizer(texts, return_offsets_mapping=True)
+        coded = cast(Any, tokenizer(texts, return_offsets_mapping=True))
         for number, (item, ids, offsets) in enumerate(
             zip(pool, coded["input_ids"], coded["offset_mapping"], strict=True)
         ):
             # a token that reaches past the prefix predicts the answer, also where it begins inside the prefix
             prefix = len(train_prefix(item, data.template))
-            labels = [token if data.train_on_prompt or end > prefix else IGNORED for token, (_, end) in zip(ids, offsets, strict=True)]
-            example = Example(ids=(*ids, tokenizer.eos_token_id), labels=(*labels, tokenizer.eos_token_id))
+            answers = [stop > prefix for _, stop in offsets]
+            labels = [
+                token if data.train_on_prompt or answer else IGNORED for token, answer in zip(ids, answers, strict=True)
+            ]
+            example = Example(ids=(*ids, end), labels=(*labels, end))
             if len(example.ids) > data.cutoff:
-                example = _shorten(example, data.cutoff, f"training item {number} of {task}", sum(e > prefix for _, e in offsets))
+                example = _shorten(example, data.cutoff, f"training item {number} of {task}", sum(answers))
                 shortened += 1
             # nothing predicts the first token
             examples.append(Example(ids=example.ids, labels=(IGNORED, *example.labels[1:])))

@@ -65,7 +65,7 @@ def evaluate(
     """
     means = {}
     for protocol in spec.evaluation.protocols:
-        scored = {task: asked for task, asked in _questions(spec, items).items()}
+        scored = _questions(spec, items)
         _refuse_too_long(spec, model, tokenizer, scored, protocol)
         with _undisturbed(model, tokenizer), _quiet():
             samples = _run(spec, model, tokenizer, scored, protocol, stop, progress)
@@ -153,6 +153,7 @@ def _configuration(
     def dataset(**_: Any) -> dict[str, datasets.Dataset]:
         return {"test": datasets.Dataset.from_list(questions)}
 
+    parse = load_task(task).parse
     shared = {
         "task": task,
         "custom_dataset": dataset,
@@ -180,7 +181,7 @@ def _configuration(
         },
         "filter_list": [{"name": FILTER, "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
         # an unparsed text has no answer, so lm-eval's regex filter, whose answer is then a text too, is not used
-        "process_results": lambda question, outputs: {"acc": float(load_task(task).parse(outputs[0]) == question["gold"])},
+        "process_results": lambda question, outputs: {"acc": float(parse(outputs[0]) == question["gold"])},
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
 
@@ -191,7 +192,8 @@ def _sample(task: str, entry: dict[str, Any], protocol: str) -> dict[str, Any]:
         output: Any = entry["filtered_resps"][0]
         parsed = load_task(task).parse(output)
     else:
-        output = {label: float(resp[0]) for label, resp in zip(question["options"], entry["filtered_resps"], strict=True)}
+        found = zip(question["options"], entry["filtered_resps"], strict=True)
+        output = {label: float(response[0]) for label, response in found}
         parsed = max(question["options"], key=lambda label: output[label])
     correct = parsed == question["gold"]
     if correct != bool(entry["acc"]):
@@ -231,7 +233,8 @@ def _write_samples(run: RunDir, row: dict[str, Any], samples: list[dict[str, Any
     file.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples), encoding="utf-8")
 
 
-class _Model(HFLM):
+# a decorator hides HFLM's type: to type checkers the class is a bare `LM`
+class _Model(cast(Any, HFLM)):
     """lm-eval's wrapper, silent, that can be stopped and says how far it is."""
 
     def __init__(

@@ -1,8 +1,8 @@
 """Model, tokenizer and items for a spec, pinned by revision and hash. Torch is only imported to load a model.
 
 Sources of data: "mini" (the embedded world), "llm_adapters" (a local folder in the layout of that repository:
-``<task>/train.json`` and ``<task>/test.json``) and "commonsense_170k" (the hub; training items only). Sources of models:
-"mini" (the embedded base), a local folder, or a hub id at a pinned commit.
+``<task>/train.json`` and ``<task>/test.json``) and "commonsense_170k" (the hub; training items only). Sources of
+models: "mini" (the embedded base), a local folder, or a hub id at a pinned commit.
 """
 
 from __future__ import annotations
@@ -112,9 +112,7 @@ def fingerprints(spec: Spec, data_dir: Path | None = None, model_dir: Path | Non
     }
 
 
-def model_and_tokenizer(
-    spec: Spec, model_dir: Path | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def model_and_tokenizer(spec: Spec, model_dir: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model of `spec` in `model.dtype` and its tokenizer, from `model_dir`, the package or the hub.
 
     The tokenizer pads on the left with its own pad token, else <unk>, else the end-of-sequence token (padding is
@@ -150,7 +148,7 @@ def model_folder(model: Model, model_dir: Path | None = None) -> Path:
         return Path(model_dir)
     if model.name == "mini":
         return Path(mini.folder())
-    return _hub_folder(model.name, model.revision, "model", list(MODEL_FILES) + ["*.json", "*.model"])
+    return _hub_folder(model.name, model.revision, "model", [*MODEL_FILES, "*.json", "*.model"])
 
 
 def _hub_folder(name: str, revision: str | None, kind: str, patterns: list[str]) -> Path:
@@ -239,7 +237,7 @@ def _shares(sizes: dict[str, int], wanted: int) -> dict[str, int]:
     if wanted > sum(sizes.values()):
         raise LoadError(f"{wanted} items wanted, {sum(sizes.values())} there: {json.dumps(sizes)}; ask for fewer")
     shares, left = {}, wanted
-    for place, name in enumerate(sorted(sizes, key=lambda name: sizes[name])):  # small ones first: others make up for them
+    for place, name in enumerate(sorted(sizes, key=lambda name: sizes[name])):  # the others make up for small ones
         shares[name] = min(sizes[name], left // (len(sizes) - place))
         left -= shares[name]
     return {name: shares[name] for name in sizes}
@@ -274,7 +272,8 @@ def _hash_files(files: Iterable[Path], root: Path) -> str:
     whole = hashlib.sha256()
     for file in files:
         state = file.stat()
-        whole.update(f"{file.relative_to(root).as_posix()}\0{_sha256(file, state.st_size, state.st_mtime_ns)}\n".encode())
+        content = _sha256(file, state.st_size, state.st_mtime_ns)
+        whole.update(f"{file.relative_to(root).as_posix()}\0{content}\n".encode())
     return whole.hexdigest()
 
 

@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 def code() -> dict[str, str | None]:
-    """`commit` of the repository and `diff`, a hash of the uncommitted changes to the code; None where there is none."""
+    """`commit` of the repository and `diff`, a hash of uncommitted changes to the code; None where there is none."""
     commit = _git("rev-parse", "--verify", "HEAD")
     if commit is None:
         return {"commit": None, "diff": None}

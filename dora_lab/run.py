@@ -1,6 +1,6 @@
 """Spec to run directory: skips what is complete, resumes what was interrupted, starts anew what failed.
 
-Torch is imported only when there is something to run. Several runs at once: see `run_many`.
+Torch is imported only when there is something to run. Several runs at once: see `workers.run_many`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,12 @@ from typing import TYPE_CHECKING, Any
 from dora_lab import load, provenance
 from dora_lab.spec import Spec, spec_id, to_dict
 from dora_lab.store import STREAMS, RunDir, StoreError, read_record, run_path
-from dora_lab.workers import Outcome, run_many
 
 if TYPE_CHECKING:
     from safetensors import safe_open
     from transformers import PreTrainedModel
 
 Progress = Callable[[str, int, int, float | None], None]  # phase, done, of, loss
-
-__all__ = ["Outcome", "Paths", "is_complete", "run_many", "run_spec"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,8 @@ def run_spec(
         if run.complete:  # another process finished it meanwhile
             return "complete"
         try:
-            _fill(spec, paths, run, stop, progress or (lambda *_: None), checkpoint_steps)
+            with _threads(spec):
+                _fill(spec, paths, run, stop, progress or (lambda *_: None), checkpoint_steps)
         except Exception:
             (run.path / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
             raise
@@ -140,6 +138,20 @@ def _fill(
             lambda done, of: progress("evaluate", done, of, None),
         )
     run.record(peak_memory_bytes=provenance.peak_memory_bytes())
+
+
+@contextlib.contextmanager
+def _threads(spec: Spec) -> Iterator[None]:
+    """One thread for the mini tier: sums are added up in the same order on every machine, and runs go side by side."""
+    import torch
+
+    before = torch.get_num_threads()
+    if spec.tier == "mini":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Clock:

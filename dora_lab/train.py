@@ -171,6 +171,7 @@ class _Trainer(Trainer):
         progress: Progress | None,
     ) -> None:
         self.spec, self.run, self.batches, self.held, self.progress = spec, run, batches, held, progress
+        self.network = model
         self.tokens, self.seconds, self._since = 0, 0.0, time.monotonic()
         super().__init__(
             model=model,
@@ -231,9 +232,9 @@ class _Trainer(Trainer):
         if not torch.isfinite(value):
             step = self.state.global_step
             parts = self.args.gradient_accumulation_steps
-            items = [self.batches.items_of(step * parts + part) for part in range(parts)]
+            items = sorted(item for part in range(parts) for item in self.batches.items_of(step * parts + part))
             raise NonFiniteError(
-                f"{what} is {value.item()} at step {step + 1}, training items {sorted(sum(items, []))}; "
+                f"{what} is {value.item()} at step {step + 1}, training items {items}; "
                 f"lower optim.learning_rate = {self.args.learning_rate} or look at these items"
             )
 
@@ -256,8 +257,8 @@ class _Trainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss per labelled token of the validation items, in nats; the best weights so far are kept aside."""
-        was_training = self.model.training
-        self.model.eval()
+        was_training = self.network.training
+        self.network.eval()
         micro = cast(Optim, self.spec.optim).micro_batch_size
         total, count = 0.0, 0
         with torch.no_grad():
@@ -265,9 +266,9 @@ class _Trainer(Trainer):
                 inputs = self._prepare_inputs(collate(self.held[start : start + micro], self.batches.pad))
                 tokens = int(inputs["labels"].ne(IGNORED).sum())
                 with self.compute_loss_context_manager():
-                    total += float(self.compute_loss(self.model, cast(Any, inputs))) * tokens
+                    total += float(self.compute_loss(self.network, cast(Any, inputs))) * tokens
                 count += tokens
-        self.model.train(was_training)
+        self.network.train(was_training)
         loss = total / count
         self._refuse(torch.tensor(loss), "validation loss")
         self.run.append("metrics", {"step": self.state.global_step, "eval_loss": loss})
@@ -281,7 +282,7 @@ class _Trainer(Trainer):
             return self.batches.steps
         best = self._best_step()
         if best is None:
-            raise ValueError(f"optim.keep is best_loss but no validation loss was measured; eval_steps {optim.eval_steps}")
+            raise ValueError(f"optim.keep is best_loss, but training ended before eval_steps = {optim.eval_steps}")
         self.load_trainable(self._best_file(best))
         return best
 
@@ -295,15 +296,16 @@ class _Trainer(Trainer):
     def _write_weights(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.partial")
-        save_file(trainable(self.model), partial)
+        save_file(trainable(self.network), partial)
         os.replace(partial, file)
 
     def load_trainable(self, file: Path) -> None:
         """Read trainable weights back; raises ValueError where names differ from what is trained now."""
         values = load_file(file)
-        parameters = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        parameters = {name: weight for name, weight in self.network.named_parameters() if weight.requires_grad}
         if values.keys() != parameters.keys():
-            raise ValueError(f"{file} holds other weights than are trained: {sorted(values.keys() ^ parameters.keys())}")
+            differing = sorted(values.keys() ^ parameters.keys())
+            raise ValueError(f"{file} holds other weights than are trained: {differing}")
         with torch.no_grad():
             for name, weight in parameters.items():
                 weight.copy_(values[name])

@@ -48,7 +48,7 @@ _COLUMNS = (
     "statement",
 )
 _KINDS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
-_GROUP = ["tier", "model", "data", "eval_data", "split"]
+_GROUP = ["experiment", "tier", "model", "data", "eval_data"]
 
 
 def claims(experiment: str | None = None, path: Path = CLAIMS) -> pd.DataFrame:
@@ -82,29 +82,40 @@ def claims(experiment: str | None = None, path: Path = CLAIMS) -> pd.DataFrame:
 def verdicts(evals: pd.DataFrame, probes: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """One row per directional claim and group of runs (tier, model, data; for accuracies also protocol).
 
-    Args: evals, probes: `report.frame` of one experiment, streams "eval" and "probe"; rows: `claims(experiment)`.
+    Args: evals, probes: `report.frame` of one or all experiments, streams "eval" and "probe"; rows: `claims()` of
+        them. Each claim is put to the runs of its own experiment; validation splits are left out.
     Returns columns claim, statement, source, tier, model, data, protocol, n, effect, low, high, unit ("points" of
         accuracy or "r"), seeds (k/n with the claimed sign), p, test, paper (the printed number, None if none),
         verdict. Claims without runs appear once per group, with effect None.
     """
     out: list[dict[str, Any]] = []
     directions = rows[rows["kind"] == "direction"]
-    both = pd.concat([f[_GROUP] for f in (evals, probes) if len(f)] or [pd.DataFrame(columns=_GROUP)])
-    keys = sorted(set(both.itertuples(index=False, name=None)), key=str) or [(None,) * len(_GROUP)]
-    for key in keys:
-        in_group = [_select(f, dict(zip(_GROUP, key, strict=True))) for f in (evals, probes)]
-        where = {"tier": key[0], "model": key[1], "data": key[2] if key[2] == key[3] else f"{key[2]} → {key[3]}"}
-        for claim in directions.to_dict("records"):
-            printed = _printed(rows, claim)
-            if claim["metric"] == "correlation":
-                estimate = layer_correlation(in_group[1], str(claim["method"]), _KINDS[str(claim["subject"])])
-                out.append(_row(claim, where | {"protocol": None}, estimate, printed, scale=1.0, unit="r"))
-                continue
-            for protocol in sorted(in_group[0]["protocol"].dropna().unique()) or [None]:
-                scored = _select(in_group[0], {"protocol": protocol, "metric": "accuracy"})
-                estimate = _contrast(scored, _coefficients(claim, scored))
-                out.append(_row(claim, where | {"protocol": protocol}, estimate, printed, scale=100.0, unit="points"))
+    evals, probes = (f[f["split"] == "test"] for f in (evals, probes))  # a sweep on the validation split is no result
+    for name in directions["experiment"].unique():
+        both = pd.concat([f.loc[f["experiment"] == name, _GROUP] for f in (evals, probes)])
+        keys = sorted(set(both.itertuples(index=False, name=None)), key=str) or [(name, *[None] * (len(_GROUP) - 1))]
+        for key in keys:
+            in_group = [_select(f, dict(zip(_GROUP, key, strict=True))) for f in (evals, probes)]
+            where = {"tier": key[1], "model": key[2], "data": key[3] if key[3] == key[4] else f"{key[3]} → {key[4]}"}
+            out += _of_group(rows, directions[directions["experiment"] == name], in_group, where)
     return pd.DataFrame(out)
+
+
+def _of_group(
+    rows: pd.DataFrame, directions: pd.DataFrame, in_group: Sequence[pd.DataFrame], where: dict[str, Any]
+) -> list[dict[str, Any]]:
+    out: list[dict[str, Any]] = []
+    for claim in directions.to_dict("records"):
+        printed = _printed(rows, claim)
+        if claim["metric"] == "correlation":
+            estimate = layer_correlation(in_group[1], str(claim["method"]), _KINDS[str(claim["subject"])])
+            out.append(_row(claim, where | {"protocol": None}, estimate, printed, scale=1.0, unit="r"))
+            continue
+        for protocol in sorted(in_group[0]["protocol"].dropna().unique()) or [None]:
+            scored = _select(in_group[0], {"protocol": protocol, "metric": "accuracy"})
+            estimate = _contrast(scored, _coefficients(claim, scored))
+            out.append(_row(claim, where | {"protocol": protocol}, estimate, printed, scale=100.0, unit="points"))
+    return out
 
 
 def layer_correlation(probes: pd.DataFrame, label: str, kind: str) -> Estimate | None:

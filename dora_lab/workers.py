@@ -19,17 +19,16 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, Any, cast
 
 from tqdm import tqdm
 
 from dora_lab import provenance
+from dora_lab.run import Paths, is_complete, run_spec
 from dora_lab.spec import Spec, from_dict, spec_id, to_dict
 from dora_lab.store import read_record, run_path
 
-if TYPE_CHECKING:
-    from dora_lab.run import Paths
-
+BAR = "{desc:42}{bar}{n_fmt}/{total_fmt}"
 GRACE = 60.0  # seconds that a worker gets to save its run after it was asked to stop
 
 
@@ -44,14 +43,12 @@ class Outcome:
 
 
 def run_many(specs: Sequence[Spec], paths: Paths, jobs: int | None = None, quiet: bool | None = None) -> list[Outcome]:
-    """Run all `specs`, `jobs` at a time (None: one per core, but one in all for the paper tier), and say how each ended.
+    """Run all `specs`, `jobs` at a time (None: one per core, one in all for the paper tier), and say how each ended.
 
     Complete runs are skipped; a failed one does not stop the others. Ctrl-C or SIGTERM interrupts those that run (the
     next call resumes them) and raises nothing: their outcome is "interrupted", as is that of those not begun. `quiet`
     None shows progress bars on a terminal, else one line for each run that ends.
     """
-    from dora_lab.run import is_complete
-
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs = {jobs} must be at least 1")
     outcomes = {spec_id(spec): Outcome(spec, "skipped") for spec in specs if is_complete(spec, paths)}
@@ -146,7 +143,7 @@ class _Worker:
 
     def __init__(self, events: queue.Queue[Any], threads: int | None, place: int) -> None:
         self.place, self.busy, self.since = place, cast("Spec | None", None), time.monotonic()
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process is)
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
         if threads is not None:  # read by the libraries when they are first imported
             environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
@@ -203,8 +200,7 @@ class _Screen:
         self.total, self.done, self.bars = total, done, bars
         self.whole = tqdm(total=total, initial=done, desc="runs", position=0, disable=not bars, leave=True)
         self.each = [
-            tqdm(total=1, position=place + 1, disable=not bars, leave=False, bar_format="{desc:42}{bar}{n_fmt}/{total_fmt}")
-            for place in range(workers)
+            tqdm(total=1, position=place + 1, disable=not bars, leave=False, bar_format=BAR) for place in range(workers)
         ]
 
     def progress(self, place: int, spec: Spec, event: dict[str, Any]) -> None:
@@ -221,7 +217,8 @@ class _Screen:
         if not self.bars or outcome.status == "failed":
             where = run_path(paths.results, outcome.spec)
             problem = f": {outcome.error} ({where})" if outcome.error else ""
-            self.say(f"[{self.done}/{self.total}] {describe(outcome.spec)}: {outcome.status}, {outcome.seconds:.0f} s{problem}")
+            ended = f"{outcome.status}, {outcome.seconds:.0f} s{problem}"
+            self.say(f"[{self.done}/{self.total}] {describe(outcome.spec)}: {ended}")
 
     def say(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
@@ -256,8 +253,6 @@ def _on_signals(action: Any) -> Iterator[None]:
 
 def _work() -> None:
     """The worker's side: read jobs, write events."""
-    from dora_lab.run import Paths, run_spec
-
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not mix with the events
     stop = threading.Event()
@@ -276,20 +271,17 @@ def _work() -> None:
 
     busy = threading.Event()
     threading.Thread(target=listen, daemon=True).start()
-    if threads := os.environ.get("OMP_NUM_THREADS"):
-        import torch
-
-        torch.set_num_threads(int(threads))
     while not stop.is_set() and (line := jobs.get()) is not None:
         job = json.loads(line)
         spec = from_dict(job["spec"])
-        paths = Paths(**{name: None if path is None else Path(path) for name, path in job["paths"].items()})
+        places = {name: None if path is None else Path(path) for name, path in job["paths"].items()}
+        paths = Paths(**cast(Any, places))
         busy.set()
-        answers.write(json.dumps({"event": "end", **_one(run_spec, spec, paths, stop, answers)}) + "\n")
+        answers.write(json.dumps({"event": "end", **_one(spec, paths, stop, answers)}) + "\n")
         busy.clear()
 
 
-def _one(run_spec: Any, spec: Spec, paths: Paths, stop: threading.Event, answers: IO[str]) -> dict[str, Any]:
+def _one(spec: Spec, paths: Paths, stop: threading.Event, answers: IO[str]) -> dict[str, Any]:
     last = 0.0
 
     def progress(phase: str, done: int, of: int, loss: float | None) -> None:

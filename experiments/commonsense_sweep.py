@@ -32,7 +32,8 @@ def specs(tier: str) -> list[Spec]:
     rank = commonsense.MINI["rank"]
     low_rank = commonsense.low_rank
     methods = (commonsense.full(), low_rank("lora", rank), low_rank("dora", rank), low_rank("dora", rank // 2))
-    return [_try(commonsense.trained_mini(method, MIDDLE[method.name] * step, SEED)) for method in methods for step in STEPS]
+    rates = [(method, MIDDLE[method.name] * step) for method in methods for step in STEPS]
+    return [_try(commonsense.trained_mini(method, rate, SEED)) for method, rate in rates]
 
 
 def _try(spec: Spec) -> Spec:

@@ -101,6 +101,7 @@ def test_other_data_gets_blocks_and_figures_of_its_own(tmp_path: Path, run_write
     assert ["data mini" in t for t in titles[:4]] == [True, True, False, False]
     assert "DoRA |" not in (tmp_path / "tables" / "commonsense.md").read_text(encoding="utf-8").split("## The paper")[0]
     assert (tmp_path / "figures" / "decomposition_mini_mini_llm_adapters.png").exists()
+    assert (tmp_path / "figures" / "decomposition_mini_mini_mini_validation.png").exists()
 
 
 def test_without_runs_the_tables_hold_the_paper_alone(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_validation_items_are_held_out_and_the_same_for_every_seed(data_dir: Pat
 
 
 def test_more_items_than_there_are(data_dir: Path) -> None:
-    with pytest.raises(LoadError, match="41 items wanted, 40 there"):
+    with pytest.raises(LoadError, match=r"41 items wanted, 40 there"):
         load.items(make_spec(data__train_items=41), data_dir)
 
 
@@ -58,16 +58,16 @@ def test_data_hash_is_of_content_and_is_checked(data_dir: Path, tmp_path: Path) 
     file = data_dir / "boolq" / "test.json"
     file.write_text(json.dumps(boolq_items(11)))
     assert load.hash_data(data_dir) != found
-    with pytest.raises(LoadError, match="content hash .* the spec asks for"):
+    with pytest.raises(LoadError, match=r"content hash .* the spec asks for"):
         load.items(make_spec(data__sha256=found), data_dir)
 
 
 def test_bad_sources(tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match="give it with --data-dir"):
+    with pytest.raises(LoadError, match=r"give it with --data-dir"):
         load.items(make_spec())
-    with pytest.raises(LoadError, match="has no <task>/train.json"):
+    with pytest.raises(LoadError, match=r"has no <task>/train.json"):
         load.hash_data(tmp_path)
-    with pytest.raises(LoadError, match="unknown data source 'mimi'.*did you mean 'mini'"):
+    with pytest.raises(LoadError, match=r"unknown data source 'mimi'.*did you mean 'mini'"):
         load.items(make_spec(data__name="mimi"))
 
 
@@ -99,9 +99,9 @@ def test_model_fingerprint(model_dir: Path, tmp_path: Path) -> None:
     found = load.hash_model(model_dir)
     spec = make_spec()
     load.model_folder(replace(spec.model, revision=found[:12]), model_dir)
-    with pytest.raises(LoadError, match="has the fingerprint .* the spec asks for 000000000000"):
+    with pytest.raises(LoadError, match=r"has the fingerprint .* the spec asks for 000000000000"):
         load.model_folder(replace(spec.model, revision="0" * 12), model_dir)
-    with pytest.raises(LoadError, match="no config.json"):
+    with pytest.raises(LoadError, match=r"no config.json"):
         load.hash_model(tmp_path)
 
 
@@ -119,13 +119,11 @@ def test_weights_that_do_not_fill_the_model(model_dir: Path, tmp_path: Path) -> 
     weights = load_file(folder / "model.safetensors")
     weights.pop("model.norm.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LoadError, match="do not fill the model.*model.norm.weight"):
+    with pytest.raises(LoadError, match=r"do not fill the model.*model.norm.weight"):
         load.model_and_tokenizer(make_spec(), folder)
 
 
-def test_hub_cache_is_used_without_network(
-    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_cache_is_used_without_network(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
     commit = "a" * 40
@@ -136,5 +134,5 @@ def test_hub_cache_is_used_without_network(
     spec = make_spec(model__name="org/small", model__revision=commit)
     assert load.model_folder(spec.model) == snapshot
     load.model_and_tokenizer(spec)
-    with pytest.raises(LoadError, match="model 'org/other' at revision main .* could not be fetched"):
+    with pytest.raises(LoadError, match=r"model 'org/other' at revision main .* could not be fetched"):
         load.model_folder(replace(spec.model, name="org/other", revision=None))

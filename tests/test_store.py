@@ -206,7 +206,7 @@ def test_records_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_reader_never_sees_half_a_record(tmp_path: Path) -> None:
     with RunDir.open(tmp_path, SPEC) as run:
-        code = "import sys, pathlib; from dora_lab.store import read_record as read\nwhile True: read(pathlib.Path(sys.argv[1]))"
+        code = "import sys; from dora_lab.store import read_record\nwhile True: read_record(sys.argv[1])"
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         reader = subprocess.Popen([sys.executable, "-c", code, str(run.path)], env=environment, stderr=subprocess.PIPE)
         end = time.monotonic() + 1

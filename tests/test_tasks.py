@@ -14,8 +14,12 @@ from dora_lab.tasks import ItemError, all_tasks, load_task, prompt, read_items, 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "llm_adapters"
 S16 = " " * 16
 HEAD = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-ITEM = {"instruction": "Is it {red}?\n\nAnswer format: true/false", "input": "", "output": "the correct answer is true",
-        "answer": "true"}
+ITEM = {
+    "instruction": "Is it {red}?\n\nAnswer format: true/false",
+    "input": "",
+    "output": "the correct answer is true",
+    "answer": "true",
+}
 
 
 def test_tasks_are_in_the_papers_order() -> None:
@@ -133,6 +137,8 @@ def test_byte_order_mark_is_no_problem(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"real LLM-Adapters files are not at {REAL}")
-@pytest.mark.parametrize(("name", "count"), [("boolq", 3270), ("piqa", 1838), ("social_i_qa", 1954), ("ARC-Easy", 2376)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("boolq", 3270), ("piqa", 1838), ("social_i_qa", 1954), ("ARC-Easy", 2376)]
+)
 def test_real_files_are_read_whole(name: str, count: int) -> None:
     assert len(read_items(REAL / name / "test.json", load_task(name))) == count

@@ -125,7 +125,7 @@ def test_long_items_keep_their_answer_and_are_counted(model_dir: Path) -> None:
     cut = encode({"boolq": boolq_items(1)}, make_spec(data__cutoff=len(full.ids) - 5).data, tokenizer)
     assert cut.shortened == 1
     assert cut.examples[0].ids == full.ids[5:]
-    with pytest.raises(ItemError, match="training item 0 of boolq: .* the answer would be cut; raise data.cutoff"):
+    with pytest.raises(ItemError, match=r"training item 0 of boolq: .* the answer would be cut; raise data.cutoff"):
         encode({"boolq": boolq_items(1)}, make_spec(data__cutoff=3).data, tokenizer)
 
 

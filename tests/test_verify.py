@@ -164,3 +164,12 @@ def test_compare_tells_tolerance_difference_and_absence_apart(tmp_path: Path, ru
     assert lines["lora rank 8"].endswith("differ") and lines["dora rank 8"].endswith("missing")
     assert "1 of your runs have no committed record" in text
     assert verify.compare(mine, tmp_path / "nothing")[1] is False
+
+
+def test_experiments_and_splits_do_not_mix(tmp_path: Path, run_writer: Callable[..., Path]) -> None:
+    write_tree(tmp_path)
+    alone = table_of_verdicts(tmp_path)
+    run_writer(tmp_path, make_spec("lora", 8, 0, experiment="commonsense_sweep"), skill=0.9)
+    run_writer(tmp_path, make_spec("lora", 8, 0, evaluation__split="validation"), skill=0.9)
+    everything = verify.verdicts(*(report.frame(tmp_path, None, s) for s in ("eval", "probe")), verify.claims())
+    pd.testing.assert_frame_equal(alone, everything)

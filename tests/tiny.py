@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-WORDS = (
-    "Below is an instruction that describes a task . Write a response appropriately completes the request ### Instruction : "
-    "Response the correct answer true false Please question is red blue big small Answer format"
-).split()
+WORDS = """Below is an instruction that describes a task . Write a response appropriately completes the request ###
+Instruction : Response the correct answer true false Please question is red blue big small Answer format"""
 
 
 def save_model(folder: Path, seed: int = 0, positions: int = 512, hidden: int = 32) -> Path:
@@ -27,7 +25,7 @@ def save_model(folder: Path, seed: int = 0, positions: int = 512, hidden: int = 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator([" ".join(WORDS)] * 20, trainer)
+    core.train_from_iterator([WORDS] * 20, trainer)
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False

@@ -118,7 +118,7 @@ class Style:
         self.bare = rng.random() < 0.15  # digits alone: "(1)"
         self.glue = "" if rng.random() < 0.75 else " "
         self.upper = rng.random() < 0.6
-        self.after = rng.choice((":", ":", ":", ")", " -"))
+        self.after = rng.choice((":", ":", ":", ":", ")", " -"))
         self.between = rng.choice((" ", " ", "\n", "\n\n", "; ", ", "))
         self.gap = rng.choice(("\n", "\n\n", " "))
         self.hint = rng.random()
@@ -285,13 +285,59 @@ def fresh(style: Style, rng: Random) -> Segments:
 
 def match(style: Style, rng: Random) -> Segments:
     """Point at the one that was named: the binding of a label to its text, and nothing else."""
-    relation = rng.choice(RELATIONS[:-2])
-    pool = [show(relation, v) for v in values(relation)] if relation not in SOCIAL else list(values("then"))
-    if rng.random() < 0.4 and relation not in (*SOCIAL, "then"):
-        pool = [subject(relation, f.subject) for f in facts()[relation]]
+    pool = named(rng)
     right, *wrong = rng.sample(pool, min(len(pool), rng.choice((2, 3, 4, 5))))
     ask = rng.choice(("Find {x}.", "Point at {x}.", "Which one says {x}?", "Look for {x}.", "It was {x}. Which one?"))
     return style.choice(ask.format(x=right), right, wrong, rng)
+
+
+def register(style: Style, rng: Random) -> Segments:
+    """A numbered list, then its entries and their labels asked back and forth: binding, as densely as can be."""
+    n = rng.choice((2, 3, 4, 4, 5))
+    if rng.random() < 0.25:
+        entries = rng.sample(NAMES, n)
+    else:
+        entries = rng.sample(named(rng), n)
+    if rng.random() < 0.5:
+        entries = [e.removeprefix("a ").removeprefix("an ").removeprefix("the ") for e in entries]
+    after = "" if style.bare else style.after
+    listed = style.between.join(f"{style.label(i, style.upper)}{after} {e}" for i, e in enumerate(entries, 1))
+    out: Segments = [(f"{listed}{style.gap}", 1.0)]
+    order = [i for _ in range(rng.choice((1, 2))) for i in rng.sample(range(n), n)]
+    for at in order:
+        label, entry = style.label(at + 1), entries[at]
+        if rng.random() < 0.75:
+            head, digit, tail = label.partition(str(at + 1))
+            out += [(f"So {entry} is {head}", 1.0), (digit, DECIDING), (f"{tail}. ", 1.0)]
+        else:
+            out += [(f"{capital(label)} is", 1.0), (f" {entry}", 1.0), (". ", 1.0)]
+    return [*out[:-1], (out[-1][0].rstrip() + "\n", 1.0)]
+
+
+def named(rng: Random) -> list[str]:
+    """The values or subjects of one relation, as they are shown."""
+    relation = rng.choice(RELATIONS[:-2])
+    if relation in SOCIAL or rng.random() < 0.2:
+        return list(values("then"))
+    if rng.random() < 0.5 and relation != "then":
+        return [subject(relation, f.subject) for f in facts()[relation]]
+    pool = [show(relation, v) for v in values(relation)]
+    return pool if len(pool) >= 5 else [a(f.subject) for f in facts()["use"]]
+
+
+def pairs(rng: Random) -> Segments:
+    """Who has what, told once and asked for every name and every thing in another order."""
+    said, ask_name, ask_value, relation = rng.choice(HOLDS)
+    n = rng.choice((2, 3, 4))
+    pool = values("workplace") if relation == "workplace" else [f.subject for f in facts()[relation]]
+    held = list(zip(rng.sample(NAMES, n), rng.sample(pool, n), strict=True))
+    out: Segments = [(" ".join(said.format(n=name, x=thing) for name, thing in held), 1.0)]
+    for name, thing in rng.sample(held, n) + rng.sample(held, n):
+        if rng.random() < 0.5:
+            out += [(f" {ask_name.format(x=thing)}", 1.0), (f" {name}", DECIDING), (".", 1.0)]
+        else:
+            out += [(f" {ask_value.format(n=name)} The", 1.0), (f" {thing}", DECIDING), (".", 1.0)]
+    return [*out, ("\n", 1.0)]
 
 
 def portrait(rng: Random) -> Segments:
@@ -377,7 +423,15 @@ def document(rng: Random, reading: float) -> Segments:
         out += office(rng)
     for relation in rng.choices(RELATIONS, RELATION_WEIGHTS, k=rng.randint(3, 6)):
         if rng.random() < reading:
-            out += rng.choice((fresh, match))(style, rng)
+            kind = rng.random()
+            if kind < 0.5:
+                out += register(style, rng)
+            elif kind < 0.6:
+                out += pairs(rng)
+            elif kind < 0.85:
+                out += match(style, rng)
+            else:
+                out += fresh(style, rng)
         elif relation == "blank":
             out += blank(style, rng)
         elif relation == "compare":

@@ -23,7 +23,7 @@ from dora_lab.mini import corpus
 HERE = Path(__file__).parent
 SEED = 0
 CONTEXT = 256  # tokens
-READING_FIRST = 20_000  # documents that mostly ask for what they say themselves: picking is learned before recalling
+READING_FIRST = 30_000  # documents that mostly ask for what they say themselves: picking is learned before recalling
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -40,7 +40,7 @@ SIZES: dict[str, Any] = {
 def documents(start: int, count: int) -> Iterator[corpus.Segments]:
     """Documents `start` to `start + count`; each a function of the seed and its own number alone."""
     for i in range(start, start + count):
-        yield corpus.document(Random(f"{SEED}/{i}"), reading=0.7 if i < READING_FIRST else 0.2)
+        yield corpus.document(Random(f"{SEED}/{i}"), reading=0.9 if i < READING_FIRST else 0.3)
 
 
 def make_tokenizer(n_documents: int = 20_000) -> PreTrainedTokenizerFast:
@@ -104,7 +104,7 @@ def rate(step: int, steps: int, warmup: int = 100) -> float:
 
 
 def pretrain(
-    tokens: float, out: Path, batch: int = 16, learning_rate: float = 0.008, threads: int = 2, minutes: float = math.inf
+    tokens: float, out: Path, batch: int = 8, learning_rate: float = 0.008, threads: int = 2, minutes: float = math.inf
 ) -> None:
     """Pretrain from scratch on `tokens` tokens (or for `minutes`), write the folder `out` with its record.
 
@@ -114,8 +114,11 @@ def pretrain(
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(out)
+    if (out / "tokenizer.json").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+    else:
+        tokenizer = make_tokenizer()
+        tokenizer.save_pretrained(out)
     config = LlamaConfig(**SIZES, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     model = LlamaForCausalLM(config).train()
     inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -160,7 +163,7 @@ def pretrain(
         seen += need
         deciding = w.flatten() == corpus.DECIDING
         hits.append((logits.flatten(0, 1).argmax(-1) == x[:, 1:].flatten())[deciding].float().mean().item())
-        if step % 50 == 0:
+        if step % 100 == 0:
             row = {"step": step, "tokens": seen, "loss": round(loss.item(), 4), "seconds": round(time.time() - began, 1),
                    "deciding_accuracy": round(float(np.mean(hits)), 4)}  # fmt: skip
             hits.clear()
@@ -190,7 +193,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=float, default=30e6)
     parser.add_argument("--out", type=Path, default=HERE / "base")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=0.008)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=math.inf)

@@ -142,13 +142,17 @@ def groups(data: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Split a frame into what may share a table or figure (`GROUP`).
 
     Returns (suffix, rows) pairs: suffix is "" for the embedded default (tier mini, model mini, data mini), otherwise
-    "_<tier>_<model>_<data>", for the names of files.
+    "_<tier>_<model>_<data>" (and the evaluation's data and split where they differ), for the names of files.
     """
     found = []
     for key, rows in data.groupby(GROUP, dropna=False, sort=True):
-        tier, model, trained, evaluated = (str(part) for part in key[1:5])
-        plain = {tier, model, trained, evaluated} == {"mini"}
-        parts = [tier, model, trained] + ([evaluated] if evaluated != trained else [])
+        tier, model, trained, evaluated, split = (str(part) for part in key[1:6])
+        plain = {tier, model, trained, evaluated} == {"mini"} and split == "test"
+        parts = (
+            [tier, model, trained]
+            + ([evaluated] if evaluated != trained else [])
+            + ([split] if split != "test" else [])
+        )
         found.append(("" if plain else "_" + "_".join(p.replace("/", "-") for p in parts), rows))
     return sorted(found, key=lambda pair: pair[0])
 

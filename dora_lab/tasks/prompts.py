@@ -1,9 +1,9 @@
 """The two prompt templates: `clean` (train and eval the same) and `published` (byte for byte as released).
 
-The released scripts differ between training and evaluation in three places: two trailing spaces after "request." against
-one; sixteen spaces against none on the line before "### Response:"; and sixteen spaces at the end of the evaluation
-prompt that in training belong to the answer's line. The indents come from an indented multi-line string and are part
-of the prompt; a multi-line instruction is not indented again.
+The released scripts differ between training and evaluation in three places: two trailing spaces after "request."
+against one; sixteen spaces against none on the line before "### Response:"; and sixteen spaces at the end of the
+evaluation prompt that in training belong to the answer's line. The indents come from an indented multi-line string and
+are part of the prompt; a multi-line instruction is not indented again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ _CLEAN = f"{_TASK}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n"
 _PUBLISHED_TRAIN = (
     f"{_TASK}  \n\n{_INDENT}### Instruction:\n{_INDENT}{{instruction}}\n{_INDENT}\n{_INDENT}### Response:\n{_INDENT}"
 )
-_PUBLISHED_EVAL = f"{_TASK} \n\n{_INDENT}### Instruction:\n{_INDENT}{{instruction}}\n\n{_INDENT}### Response:\n{_INDENT}"
+_PUBLISHED_EVAL = (
+    f"{_TASK} \n\n{_INDENT}### Instruction:\n{_INDENT}{{instruction}}\n\n{_INDENT}### Response:\n{_INDENT}"
+)
 
 TEMPLATES = {"clean": (_CLEAN, _CLEAN), "published": (_PUBLISHED_TRAIN, _PUBLISHED_EVAL)}  # name: (train, eval)
 

@@ -1,0 +1,86 @@
+"""Every experiment: documented, its specs valid and distinct, and what the issue says about the commonsense one."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from typer.testing import CliRunner
+
+from dora_lab import __main__ as command
+from dora_lab.spec import from_dict, spec_id, to_dict, validate
+from dora_lab.tasks import all_tasks, load_task
+
+NAMES = command.experiment_names()
+
+
+def test_there_are_experiments() -> None:
+    assert {"commonsense", "commonsense_sweep"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_specs_are_valid(name: str) -> None:
+    module = command.load_experiment(name)
+    assert "dora-lab run" in (module.__doc__ or "")
+    for tier in module.TIERS:
+        specs = module.specs(tier)
+        assert specs
+        assert len({spec_id(spec) for spec in specs}) == len(specs)
+        for spec in specs:
+            validate(spec)
+            assert spec.experiment == name and spec.tier == tier
+            assert from_dict(to_dict(spec)) == spec
+            for task in spec.data.tasks:
+                load_task(task)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dry_run(name: str) -> None:
+    for tier in command.load_experiment(name).TIERS:
+        done = CliRunner().invoke(command.app, ["run", name, "--tier", tier, "--dry-run"])
+        assert done.exit_code == 0, done.output
+        assert "steps" in done.output
+
+
+def test_commonsense_mini() -> None:
+    specs = command.load_experiment("commonsense").specs("mini")
+    assert all(spec.data.tasks == tuple(task.name for task in all_tasks()) for spec in specs)
+    runs = Counter((spec.method.name, spec.method.rank) for spec in specs)
+    ranks = sorted(rank for name, rank in runs if name == "dora" and rank is not None)
+    assert ranks[1] == 2 * ranks[0]
+    assert runs == {
+        ("base", None): 1,
+        ("ft", None): 3,
+        ("lora", ranks[1]): 3,
+        ("dora", ranks[1]): 3,
+        ("dora", ranks[0]): 3,
+    }
+    assert {spec.seed for spec in specs} == {0, 1, 2}
+
+
+def test_commonsense_paper_is_table_8() -> None:
+    specs = command.load_experiment("commonsense").specs("paper")
+    rates = {
+        (spec.model.name.split("/")[1], spec.method.name, spec.method.rank): spec.optim.learning_rate
+        for spec in specs
+        if spec.optim
+    }
+    assert len(specs) == 36 and len(rates) == 12
+    assert rates["llama-7b-hf", "dora", 32] == 1e-4 and rates["llama-7b-hf", "dora", 16] == 2e-4
+    assert rates["llama-13b-hf", "dora", 32] == 2e-4 and rates["llama-13b-hf", "dora", 16] == 3e-4
+    assert {rate for (_, method, _), rate in rates.items() if method == "lora"} == {3e-4}
+    for spec in specs:
+        assert spec.optim is not None and spec.method.rank is not None
+        assert spec.method.alpha == 2 * spec.method.rank and spec.method.dropout == 0.05
+        assert (spec.optim.batch_size, spec.optim.epochs, spec.optim.warmup_steps) == (16, 3.0, 100)
+        assert spec.data.template == "published" and spec.data.train_on_prompt and spec.data.validation_items == 120
+        assert spec.evaluation.num_beams == 4 and spec.optim.keep == "best_loss" and spec.optim.eval_steps == 80
+
+
+def test_sweep_gives_every_method_the_same_number_of_tries_and_no_test_item() -> None:
+    specs = command.load_experiment("commonsense_sweep").specs("mini")
+    tries = Counter((spec.method.name, spec.method.rank) for spec in specs)
+    assert len(set(tries.values())) == 1
+    assert {spec.evaluation.split for spec in specs} == {"validation"}
+    used = {spec.seed for spec in command.load_experiment("commonsense").specs("mini")}
+    assert not used & {spec.seed for spec in specs}

@@ -1,0 +1,288 @@
+"""Runs from spec to directory, several at once, and the command line around them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import boolq_items, make_spec, save_data, save_model
+from typer.testing import CliRunner
+
+from dora_lab import __main__ as command
+from dora_lab.run import Paths, is_complete, run_spec
+from dora_lab.spec import Method, Spec, SpecError
+from dora_lab.store import read_record, read_stream, run_path
+from dora_lab.train import Interrupted
+from dora_lab.workers import run_many
+
+HOUSE = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    save_model(folder / "model")
+    save_data(folder / "data")
+    return folder
+
+
+@pytest.fixture
+def paths(inputs: Path, tmp_path: Path) -> Paths:
+    return Paths(tmp_path, inputs / "data", inputs / "model")
+
+
+def base_spec() -> Spec:
+    return replace(make_spec(), method=Method(name="base"), optim=None, probe=None)
+
+
+def test_pipeline_end_to_end(paths: Paths) -> None:
+    spec = make_spec()
+    assert run_spec(spec, paths) == "complete"
+    path = run_path(paths.results, spec)
+    record = read_record(path)
+    assert record["status"] == "complete" and record["error"] is None
+    assert record["params"]["trainable"] < record["params"]["total"]
+    assert record["training"]["steps"] == 20
+    assert record["inputs"]["items"]["train"] == {"boolq": 40}
+    assert len(record["inputs"]["model"]["sha256"]) == len(record["inputs"]["data"]["sha256"]) == 64
+    assert set(record["seconds"]) == {"load", "train", "evaluate"}
+    assert record["peak_memory_bytes"] > 1e8
+    assert {"torch", "transformers", "lm_eval"} <= set(record["packages"])
+    assert {"commit", "diff"} == set(record["code"])
+    assert [row["step"] for row in read_stream(path, "metrics")] == list(range(1, 21))
+    probes = read_stream(path, "probe")
+    assert {row["step"] for row in probes} == {5, 10, 15, 20} and len(probes) == 4 * 2 * 7
+    assert len(read_stream(path, "eval")) == 4
+    assert (path / "adapter" / "adapter.safetensors").exists() and not (path / "checkpoints").exists()
+    moved = [row["delta_d"] for row in probes if row["kind"] == "q_proj" and row["step"] == 20]
+    still = [row["delta_d"] for row in probes if row["kind"] == "o_proj"]
+    assert all(value > 0 for value in moved) and all(value == 0 for value in still)
+    before = path.stat().st_mtime_ns, (path / "record.json").read_bytes()
+    assert run_spec(spec, paths) == "complete"
+    assert before == (path.stat().st_mtime_ns, (path / "record.json").read_bytes())
+
+
+def test_the_same_spec_gives_the_same_numbers(paths: Paths, tmp_path: Path) -> None:
+    again = replace(paths, results=tmp_path / "again")
+    for where in (paths, again):
+        run_spec(make_spec(), where)
+    for stream in ("eval", "probe"):
+        one, two = (read_stream(run_path(where.results, make_spec()), stream) for where in (paths, again))
+        assert one == two
+
+
+def test_base_is_evaluated_without_training(paths: Paths) -> None:
+    run_spec(base_spec(), paths)
+    path = run_path(paths.results, base_spec())
+    assert read_record(path)["params"]["trainable"] == 0
+    assert read_stream(path, "metrics") == read_stream(path, "probe") == []
+    assert len(read_stream(path, "eval")) == 4
+
+
+def test_interrupted_run_goes_on(paths: Paths) -> None:
+    spec = make_spec()
+    stop = threading.Event()
+    with pytest.raises(Interrupted):
+        run_spec(spec, paths, stop=stop, progress=lambda phase, done, *_: stop.set() if done == 7 else None)
+    path = run_path(paths.results, spec)
+    assert read_record(path)["status"] == "interrupted"
+    run_spec(spec, paths)
+    assert read_record(path)["training"]["resumed_from"] == 8
+    assert [row["step"] for row in read_stream(path, "metrics")] == list(range(1, 21))
+
+
+def test_run_interrupted_while_evaluating_does_not_train_again(paths: Paths, tmp_path: Path) -> None:
+    spec, stop = make_spec(), threading.Event()
+    with pytest.raises(KeyboardInterrupt):
+        run_spec(spec, paths, stop=stop, progress=lambda phase, *_: stop.set() if phase == "evaluate" else None)
+    run_spec(spec, paths)
+    path = run_path(paths.results, spec)
+    assert read_record(path)["training"]["resumed_from"] == 20
+    whole = replace(paths, results=tmp_path / "whole")
+    run_spec(spec, whole)
+    assert read_stream(path, "eval") == read_stream(run_path(whole.results, spec), "eval")
+
+
+def test_failed_run_says_why_and_starts_anew(paths: Paths) -> None:
+    spec = make_spec(method__rank=500)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="rank = 500"):
+            run_spec(spec, paths)
+    record = read_record(run_path(paths.results, spec))
+    assert record["status"] == "failed" and "rank = 500 must be in 1 .. 32" in record["error"]
+
+
+def test_complete_run_of_other_inputs_is_replaced(paths: Paths, tmp_path: Path) -> None:
+    data = save_data(tmp_path / "data")
+    spec, own = base_spec(), replace(paths, data_dir=data)
+    run_spec(spec, own)
+    assert is_complete(spec, own)
+    (data / "boolq" / "test.json").write_text(json.dumps(boolq_items(7)))
+    assert not is_complete(spec, own)
+    run_spec(spec, own)
+    assert read_stream(run_path(tmp_path, spec), "eval")[0]["n"] == 7
+
+
+def test_run_many_skips_records_failures_and_goes_on(paths: Paths, capfd: pytest.CaptureFixture[str]) -> None:
+    specs = [base_spec(), make_spec(method__rank=500), make_spec()]
+    outcomes = run_many(specs, paths, jobs=2)
+    assert [outcome.status for outcome in outcomes] == ["complete", "failed", "complete"]
+    assert "rank = 500" in (outcomes[1].error or "")
+    assert "[3/3]" in capfd.readouterr().err
+    again = run_many([specs[0], specs[2]], paths, jobs=2)
+    assert [outcome.status for outcome in again] == ["skipped", "skipped"]
+    text = command.summary(outcomes, paths.results)
+    assert "3 runs: 2 complete, 1 failed" in text and "generate" in text
+
+
+def start(paths: Paths, specs: list[Spec]) -> subprocess.Popen[str]:
+    """`run_many` in a process of its own, which can be sent signals."""
+    from dora_lab.spec import to_dict
+
+    code = (
+        "import json, sys; from pathlib import Path; from dora_lab.run import Paths\n"
+        "from dora_lab.spec import from_dict; from dora_lab.workers import run_many\n"
+        "specs = [from_dict(s) for s in json.loads(sys.argv[1])]\n"
+        "print([o.status for o in run_many(specs, Paths(*map(Path, sys.argv[2:])), jobs=1)])\n"
+    )
+    places = [str(place) for place in vars(paths).values()]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps([to_dict(spec) for spec in specs]), *places],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HOUSE,
+    )  # fmt: skip
+
+
+def wait_for_steps(paths: Paths, spec: Spec, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if len(read_stream(run_path(paths.results, spec), "metrics")) >= steps:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run did not begin")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_interrupts_and_the_next_call_resumes(number: signal.Signals, paths: Paths) -> None:
+    long = make_spec(optim__epochs=400.0)
+    process = start(paths, [long, make_spec(seed=1)])
+    wait_for_steps(paths, long, 5)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=90)
+    assert out.strip() == "['interrupted', 'interrupted']", err
+    record = read_record(run_path(paths.results, long))
+    assert record["status"] == "interrupted"
+    assert not run_path(paths.results, make_spec(seed=1)).exists()
+    steps = len(read_stream(run_path(paths.results, long), "metrics"))
+    stop = threading.Event()
+    with pytest.raises(Interrupted):
+        run_spec(long, paths, stop=stop, progress=lambda phase, done, *_: stop.set() if done > steps + 2 else None)
+    rows = read_stream(run_path(paths.results, long), "metrics")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) > steps
+
+
+def test_killed_worker_is_reported_and_the_others_go_on(paths: Paths) -> None:
+    long, short = make_spec(optim__epochs=400.0), make_spec(seed=1)
+    process = start(paths, [long, short])
+    wait_for_steps(paths, long, 3)
+    owner = json.loads((run_path(paths.results, long) / "lock").read_text())
+    os.kill(owner["pid"], signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert out.strip() == "['interrupted', 'complete']", err
+    assert "signal 9" in err
+
+
+def test_importing_the_command_line_imports_no_torch() -> None:
+    heavy = {"torch", "transformers", "lm_eval", "datasets"}
+    code = f"import sys, dora_lab.__main__; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HOUSE, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+EXPERIMENT = """\"\"\"A tiny experiment for the tests.\"\"\"
+import sys
+sys.path.insert(0, {tests!r})
+from tiny import make_spec
+from dataclasses import replace
+from dora_lab.spec import Method
+TIERS = ("mini",)
+def specs(tier):
+    base = replace(make_spec(), method=Method(name="base"), optim=None, probe=None)
+    return [base] + [make_spec(seed=s, method__rank=r) for r in (2, 4) for s in (0, 1)]
+"""
+
+
+@pytest.fixture
+def tiny_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    (folder / "tiny_one.py").write_text(EXPERIMENT.format(tests=str(Path(__file__).parent)))
+    monkeypatch.setattr(command, "EXPERIMENTS", folder)
+    return command.load_experiment("tiny_one")
+
+
+def test_only_selects(tiny_experiment: Any) -> None:
+    def chosen(*only: str) -> list[tuple[str, int | None, int]]:
+        return [(s.method.name, s.method.rank, s.seed) for s in command.chosen(tiny_experiment, "mini", only)]
+
+    assert chosen("method=base") == [("base", None, 0)]
+    assert chosen("method.name=dora", "seed=1") == [("dora", 2, 1), ("dora", 4, 1)]
+    assert chosen("rank=none,4") == [("base", None, 0), ("dora", 4, 0), ("dora", 4, 1)]
+    with pytest.raises(SpecError, match="--only seed=7 matches no spec; values there: 0, 1"):
+        chosen("seed=7")
+    with pytest.raises(SpecError, match="--only sed: no such field; did you mean 'seed'"):
+        chosen("sed=1")
+    with pytest.raises(SpecError, match="expected FIELD=VALUE"):
+        chosen("seed")
+
+
+def test_with_changes_every_spec_that_has_the_field(tiny_experiment: Any) -> None:
+    specs = command.chosen(tiny_experiment, "mini", (), ["optim.learning_rate=0.25", "evaluation.num_beams=2"])
+    assert [spec.optim.learning_rate if spec.optim else None for spec in specs] == [None, 0.25, 0.25, 0.25, 0.25]
+    assert {spec.evaluation.num_beams for spec in specs} == {2}
+    with pytest.raises(SpecError, match="some specs became the same run"):
+        command.chosen(tiny_experiment, "mini", ["method=dora"], ["seed=3"])
+
+
+def test_folders_given_on_the_command_line_are_in_the_spec(tiny_experiment: Any, inputs: Path) -> None:
+    from dora_lab import load
+
+    specs = command.chosen(tiny_experiment, "mini", data_dir=inputs / "data", model_dir=inputs / "model")
+    for spec in specs:
+        assert spec.data.name == "llm_adapters" and spec.data.tasks == ("boolq", "ARC-Easy")
+        assert spec.data.sha256 == load.hash_data(inputs / "data")
+        assert spec.model.name == "model" and spec.model.revision == load.hash_model(inputs / "model")[:12]
+
+
+def test_command_line(tiny_experiment: Any, inputs: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    listed = runner.invoke(command.app, ["list"])
+    assert "tiny_one" in listed.output and "A tiny experiment" in listed.output and "mini: 5 runs" in listed.output
+    given = ["run", "tiny_one", "--data-dir", str(inputs / "data"), "--model-dir", str(inputs / "model"),
+             "--results", str(tmp_path / "results"), "--only", "method=base"]  # fmt: skip
+    dry = runner.invoke(command.app, [*given, "--dry-run"])
+    assert dry.exit_code == 0 and "no training" in dry.output and "1 specs" in dry.output
+    assert not (tmp_path / "results").exists()
+    done = runner.invoke(command.app, given)
+    assert done.exit_code == 0, done.output
+    assert "1 complete" in done.output
+    assert "1 skipped" in runner.invoke(command.app, given).output
+    failing = [*given[:-1], "seed=0", "--only", "rank=2", "--with", "method.rank=500", "--with", "method.alpha=1"]
+    failed = runner.invoke(command.app, failing)
+    assert failed.exit_code == 1 and "1 failed" in failed.output
+
+
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dora_lab", "run", "comonsense"], capture_output=True, text=True, cwd=HOUSE, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown experiment 'comonsense'; did you mean 'commonsense'?")
