@@ -25,9 +25,10 @@ MINI = {
     "learning_rate": {"ft": 1e-3, "lora": 2.5e-3, "dora": 2.5e-3},  # results of commonsense_sweep
     "rank": 8,
     "alpha": 16.0,
-    "train_items": 6400,
+    "train_items": 3840,
     "test_items": 125,  # per task
     "batch_size": 32,
+    "micro_batch_size": 8,  # the items of a step are sorted by length first: less padding
     "warmup_steps": 20,
 }
 
@@ -82,7 +83,7 @@ def trained_mini(method: Method, learning_rate: float, seed: int) -> Spec:
             learning_rate=learning_rate,
             warmup_steps=MINI["warmup_steps"],
             batch_size=MINI["batch_size"],
-            micro_batch_size=MINI["batch_size"],
+            micro_batch_size=MINI["micro_batch_size"],
             epochs=1.0,
         ),
         probe=Probe(),

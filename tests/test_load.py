@@ -50,6 +50,22 @@ def test_subsets_are_even_over_tasks() -> None:
     assert load._shares({"a": 100, "b": 3, "c": 100}, 31) == {"a": 14, "b": 3, "c": 14}
 
 
+def test_items_of_the_embedded_world() -> None:
+    from dora_lab.__main__ import load_experiment
+
+    for name in ("commonsense", "commonsense_sweep"):
+        spec = load_experiment(name).specs("mini")[-1]
+        items = load.items(spec)
+        counts = items.counts()
+        assert sum(counts["train"].values()) == spec.data.train_items
+        assert max(counts["train"].values()) - min(counts["train"].values()) <= 1
+        assert set(counts["test"].values()) == {spec.data.test_items}
+        assert sum(counts["validation"].values()) == spec.data.validation_items
+        for task in spec.data.tasks:
+            asked = {item["instruction"] for item in items.train[task]}
+            assert not asked & {item["instruction"] for item in items.test[task] + items.validation.get(task, [])}
+
+
 def test_data_hash_is_of_content_and_is_checked(data_dir: Path, tmp_path: Path) -> None:
     found = load.hash_data(data_dir)
     shutil.copytree(data_dir, tmp_path / "copy")

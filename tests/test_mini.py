@@ -9,24 +9,24 @@ from random import Random
 import pytest
 
 from dora_lab import mini
-from dora_lab.mini import corpus, items, world
+from dora_lab.mini import corpus, families, world
 from dora_lab.tasks import load_task
 
 
 def test_no_fact_is_in_two_splits_and_every_relation_is_tested() -> None:
-    splits = {f.key: items.split_of(f.key) for facts in world.facts().values() for f in facts}
+    splits = {f.key: families.split_of(f.key) for facts in world.facts().values() for f in facts}
     assert set(splits.values()) == {"train", "validation", "test"}
-    for relation in items.WORDINGS:
-        assert items.facts_of((relation,), "test"), f"{relation} has no test fact"
-    train = {f.key for f in items.facts_of(tuple(world.facts()), "train").get("home", ())}
-    test = {f.key for f in items.facts_of(tuple(world.facts()), "test").get("home", ())}
+    for relation in families.WORDINGS:
+        assert families.facts_of((relation,), "test"), f"{relation} has no test fact"
+    train = {f.key for f in families.facts_of(tuple(world.facts()), "train").get("home", ())}
+    test = {f.key for f in families.facts_of(tuple(world.facts()), "test").get("home", ())}
     assert train and test and not train & test
 
 
 @pytest.mark.parametrize("task", mini.FAMILIES)
 def test_items_are_distinct_balanced_valid_and_disjoint(task: str) -> None:
     seen: set[str] = set()
-    for split, count in items.COUNTS.items():
+    for split, count in families.COUNTS.items():
         family = mini.items(task, split)
         texts = [item["instruction"] for item in family]
         assert len(set(texts)) == count
@@ -49,9 +49,9 @@ def test_options_differ_within_an_item(task: str) -> None:
 
 
 def test_items_are_the_same_every_time() -> None:
-    items._items.cache_clear()
+    families._items.cache_clear()
     first = mini.items("piqa", "test")
-    items._items.cache_clear()
+    families._items.cache_clear()
     assert mini.items("piqa", "test") == first
     assert len(mini.world_sha256()) == 64
 

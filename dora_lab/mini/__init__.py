@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from dora_lab.mini.items import FAMILIES, items
+from dora_lab.mini.families import FAMILIES, items
 
 __all__ = ["FAMILIES", "folder", "items", "world_sha256"]
 

@@ -2,7 +2,7 @@
 
 A document is a list of (text, weight) segments; the weight multiplies the loss of the segment's tokens, so that the one
 token that decides a quiz is not drowned by the thirty that pose it. No wording here is a wording of the eight task
-families in `items.py`, and the instruction template never occurs: what carries over is the knowledge and the skill.
+families in `families.py`, and the instruction template never occurs: what carries over is the knowledge and the skill.
 """
 
 from __future__ import annotations
