@@ -64,16 +64,18 @@ def test_unknown_task_and_split_name_the_choices() -> None:
 
 
 def test_corpus_never_uses_the_tasks_wordings() -> None:
-    text = "".join("".join(t for t, _ in corpus.document(Random(i), 0.2)) for i in range(3000))
+    text = "".join("".join(t for t, *_ in corpus.document(Random(i), 0.2)) for i in range(3000))
     assert "the correct answer is" not in text
     assert "### " not in text and "Answer format" not in text
-    questions = {re.sub(r"\s+", " ", i["instruction"].split(": ", 1)[1].split("\n\n")[0]) for i in mini.items("ARC-Easy", "test")}
+    questions = {
+        re.sub(r"\s+", " ", i["instruction"].split(": ", 1)[1].split("\n\n")[0]) for i in mini.items("ARC-Easy", "test")
+    }
     assert not [q for q in questions if q in text]
 
 
 def test_corpus_documents_depend_on_their_number_alone() -> None:
     assert corpus.document(Random("0/7"), 0.2) == corpus.document(Random("0/7"), 0.2)
-    deciding = [t for t, w in corpus.document(Random("0/7"), 0.2) if w == corpus.DECIDING]
+    deciding = [t for t, w, *_ in corpus.document(Random("0/7"), 0.2) if w == corpus.DECIDING]
     assert deciding
 
 

@@ -1,7 +1,8 @@
 """The pretraining corpus: prose about the world and quizzes that exercise the skills, in wordings of its own.
 
 A document is a list of (text, weight) segments; the weight multiplies the loss of the segment's tokens, so that the one
-token that decides a quiz is not drowned by the thirty that pose it. No wording here is a wording of the eight task
+token that decides a quiz is not drowned by the thirty that pose it. A listed option, and the digit that picks it, carry
+the option's number as a third element: pretraining shows one head where to look (see `pretrain.py`). No wording here is a wording of the eight task
 families in `families.py`, and the instruction template never occurs: what carries over is the knowledge and the skill.
 """
 
@@ -11,7 +12,7 @@ from random import Random
 
 from dora_lab.mini.world import BOYS, GIRLS, NAMES, SCRIPTS, Fact, a, facts, rows, sizes, value_of, values
 
-Segments = list[tuple[str, float]]
+Segments = list[tuple[str, float] | tuple[str, float, int]]
 DECIDING = 4.0  # loss weight of the tokens that decide a quiz
 
 # relation: (how a value is shown, statements, questions for the value, questions for the subject)
@@ -54,7 +55,7 @@ WORDINGS: dict[str, tuple[str, list[str], list[str], list[str]]] = {
 SOCIAL = ("feel", "next", "before", "why")
 LABEL_WORDS = ("choice", "option", "reply", "answer", "ending", "solution", "way", "guess", "line")
 CUES = ("I pick", "So it is", "It must be", "The best is", "Reply:", "Clearly", "My pick is", "Take", "It has to be")
-VERDICTS = (("yes", "no"), ("Yes", "No"), ("true", "false"), ("True", "False"), ("right", "wrong"), ("true", "false"))
+VERDICTS = (("true", "false"), ("true", "false"), ("yes", "no"), ("right", "wrong"))
 
 
 def capital(text: str) -> str:
@@ -123,7 +124,7 @@ class Style:
         self.gap = rng.choice(("\n", "\n\n", " "))
         self.hint = rng.random()
         self.cue = rng.choice(CUES)
-        self.echo = rng.choice(("", "", "before", "after"))  # is the chosen text repeated beside its label?
+        self.echo = rng.choice(("", "", "", "", "before", "after"))  # is the chosen text repeated beside its label?
         self.verdict = rng.choice(VERDICTS)
         self.intro = rng.choice(("", "", "", "Question: ", "Riddle: ", "Tell me: ", "Think. "))
 
@@ -137,23 +138,29 @@ class Style:
         options = [right, *wrong]
         rng.shuffle(options)
         at = options.index(right) + 1
-        after = "" if self.bare else self.after
-        listed = self.between.join(f"{self.label(i, self.upper)}{after} {o}" for i, o in enumerate(options, 1))
-        text = f"{self.intro}{question}{self.gap}{listed}"
+        head, digit, tail = self.label(at).partition(str(at))
+        end = f": {right}.\n" if self.echo == "after" else ".\n"
+        out: Segments = [(f"{self.intro}{question}", 1.0), *self.listing(options, self.gap)]
         if self.hint < 0.4:
             joint = "/" if self.hint < 0.25 else ", "
-            text += f"{self.gap}Say {joint.join(self.label(i) for i in range(1, len(options) + 1))}"
-        answer = self.label(at)
-        head, digit, tail = answer.partition(str(at))
-        end = f": {right}.\n" if self.echo == "after" else ".\n"
+            out += [(f"{self.gap}Say {joint.join(self.label(i) for i in range(1, len(options) + 1))}", 1.0)]
         if self.echo == "before":
-            return [(f"{text}{self.gap}{self.cue}", 1.0), (f" {right}", 2.0), (f", {head}", 1.0),
-                    (digit, DECIDING), (tail + end, 1.0)]  # fmt: skip
-        return [(f"{text}{self.gap}{self.cue} {head}", 1.0), (digit, DECIDING), (tail + end, 1.0)]
+            out += [(f"{self.gap}{self.cue}", 1.0), (f" {right}", 2.0), (f", {head}", 1.0)]
+        else:
+            out += [(f"{self.gap}{self.cue} {head}", 1.0)]
+        return [*out, (digit, DECIDING, at), (tail + end, 1.0)]
+
+    def listing(self, options: list[str], gap: str) -> Segments:
+        """The labelled options, each with the whitespace before it."""
+        after = "" if self.bare else self.after
+        return [
+            (f"{self.between if i > 1 else gap}{self.label(i, self.upper)}{after} {o}", 1.0, i)
+            for i, o in enumerate(options, 1)
+        ]
 
     def judge(self, statement: str, holds: bool, rng: Random) -> Segments:
         yes, no = self.verdict
-        tail = f" {yes} or {no}?" if self.hint < 0.5 else ""
+        tail = f" {yes} or {no}?" if self.hint < 0.8 else ""
         text = f"{self.intro}{capital(statement)}.{tail}{self.gap}{self.cue}"
         return [(text, 1.0), (f" {yes if holds else no}", DECIDING), (".\n", 1.0)]
 
@@ -294,21 +301,16 @@ def match(style: Style, rng: Random) -> Segments:
 def register(style: Style, rng: Random) -> Segments:
     """A numbered list, then its entries and their labels asked back and forth: binding, as densely as can be."""
     n = rng.choice((2, 3, 4, 4, 5))
-    if rng.random() < 0.25:
-        entries = rng.sample(NAMES, n)
-    else:
-        entries = rng.sample(named(rng), n)
+    entries = rng.sample(NAMES, n) if rng.random() < 0.25 else rng.sample(named(rng), n)
     if rng.random() < 0.5:
         entries = [e.removeprefix("a ").removeprefix("an ").removeprefix("the ") for e in entries]
-    after = "" if style.bare else style.after
-    listed = style.between.join(f"{style.label(i, style.upper)}{after} {e}" for i, e in enumerate(entries, 1))
-    out: Segments = [(f"{listed}{style.gap}", 1.0)]
+    out: Segments = [*style.listing(entries, ""), (style.gap, 1.0)]
     order = [i for _ in range(rng.choice((1, 2))) for i in rng.sample(range(n), n)]
     for at in order:
         label, entry = style.label(at + 1), entries[at]
         if rng.random() < 0.75:
             head, digit, tail = label.partition(str(at + 1))
-            out += [(f"So {entry} is {head}", 1.0), (digit, DECIDING), (f"{tail}. ", 1.0)]
+            out += [(f"So {entry} is {head}", 1.0), (digit, DECIDING, at + 1), (f"{tail}. ", 1.0)]
         else:
             out += [(f"{capital(label)} is", 1.0), (f" {entry}", 1.0), (". ", 1.0)]
     return [*out[:-1], (out[-1][0].rstrip() + "\n", 1.0)]
@@ -407,12 +409,16 @@ def office(rng: Random) -> Segments:
     return [(". ".join(rng.sample(OFFICE, 3)) + ".\n", 1.0)]
 
 
-def document(rng: Random, reading: float) -> Segments:
+def document(rng: Random, reading: float, only_picking: bool = False) -> Segments:
     """One document: sometimes a paragraph first, then a sheet of quizzes in one layout.
 
-    `reading` is the share of quizzes, in [0, 1], that ask only for what stands in the document itself.
+    `reading` is the share of quizzes, in [0, 1], that ask only for what stands in the document itself; `only_picking`
+    makes a sheet of nothing but texts to point at.
     """
     style = Style(rng)
+    if only_picking:
+        style.echo = ""
+        return [segment for _ in range(rng.randint(3, 6)) for segment in match(style, rng)]
     out: Segments = []
     kind = rng.random()
     if kind < 0.2:
@@ -424,11 +430,11 @@ def document(rng: Random, reading: float) -> Segments:
     for relation in rng.choices(RELATIONS, RELATION_WEIGHTS, k=rng.randint(3, 6)):
         if rng.random() < reading:
             kind = rng.random()
-            if kind < 0.5:
+            if kind < 0.1:
                 out += register(style, rng)
-            elif kind < 0.6:
+            elif kind < 0.15:
                 out += pairs(rng)
-            elif kind < 0.85:
+            elif kind < 0.75:
                 out += match(style, rng)
             else:
                 out += fresh(style, rng)

@@ -1,4 +1,4 @@
-"""How the embedded base is made: corpus, tokenizer, pretraining; `make mini-base` runs it, `base/record.json` records it."""
+"""How the embedded base is made: corpus, tokenizer, pretraining; `make mini-base`; record: `base/record.json`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from dora_lab.mini import corpus
 HERE = Path(__file__).parent
 SEED = 0
 CONTEXT = 256  # tokens
-READING_FIRST = 30_000  # documents that mostly ask for what they say themselves: picking is learned before recalling
+PICKING_FIRST = 16_000  # documents that ask for nothing but the label of a text they name: the rest builds on that
+GUIDED = 0.6  # share of the steps in which three heads are shown where to look
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -33,6 +34,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 2304,
     "max_position_embeddings": 512,
     "initializer_range": 0.08,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
     "tie_word_embeddings": True,
 }
 
@@ -40,7 +42,7 @@ SIZES: dict[str, Any] = {
 def documents(start: int, count: int) -> Iterator[corpus.Segments]:
     """Documents `start` to `start + count`; each a function of the seed and its own number alone."""
     for i in range(start, start + count):
-        yield corpus.document(Random(f"{SEED}/{i}"), reading=0.9 if i < READING_FIRST else 0.3)
+        yield corpus.document(Random(f"{SEED}/{i}"), reading=0.25, only_picking=i < PICKING_FIRST)
 
 
 def make_tokenizer(n_documents: int = 20_000) -> PreTrainedTokenizerFast:
@@ -59,7 +61,7 @@ def make_tokenizer(n_documents: int = 20_000) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = ["".join(t for t, _ in d) for d in documents(READING_FIRST, n_documents)]
+    texts = ["".join(t for t, *_ in d) for d in documents(PICKING_FIRST, n_documents)]
     tokenizer.train_from_iterator([*texts, *(t + "." for t in corpus.OFFICE for _ in range(300))], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
@@ -70,41 +72,69 @@ def make_tokenizer(n_documents: int = 20_000) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def pack(tokenizer: PreTrainedTokenizerFast, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Documents as one stream of token ids (uint16) and loss weights (float32), each `<s> … </s>`."""
+def pack(tokenizer: PreTrainedTokenizerFast, start: int, count: int) -> np.ndarray:
+    """Documents, each `<s> … </s>`, as one stream of shape (3, tokens): token ids, loss weights, options.
+
+    The options row is 0 except on a listed option and on the digit that picks it, which share one positive number.
+    """
     segments: list[str] = []
-    weights: list[float] = []
+    marks: list[tuple[float, int]] = []
     ends: list[int] = []
+    lists = 0
     for document in documents(start, count):
-        segments += [t for t, _ in document]
-        weights += [w for _, w in document]
+        for text, weight, *option in document:
+            at = int(option[0]) if option else 0
+            lists += at == 1 and weight != corpus.DECIDING  # a list begins with its first option
+            segments.append(text)
+            marks.append((weight, 8 * (lists % 1000) + at if at else 0))
         ends.append(len(segments))
     encoded = tokenizer.backend_tokenizer.encode_batch_fast(segments, add_special_tokens=False)
-    ids: list[int] = []
-    weight: list[float] = []
+    out: list[tuple[float, float, float]] = []
     first = 0
     for end in ends:
-        ids.append(1)
-        weight.append(0.0)  # where the next document begins cannot be guessed
+        out.append((1, 0.0, 0))  # where the next document begins cannot be guessed: weight 0
         for j in range(first, end):
-            ids += encoded[j].ids
-            weight += [weights[j]] * len(encoded[j].ids)
-        ids.append(2)
-        weight.append(1.0)
+            out += [(i, *marks[j]) for i in encoded[j].ids]
+        out.append((2, 1.0, 0))
         first = end
-    return np.asarray(ids, np.uint16), np.asarray(weight, np.float32)
+    return np.asarray(out, np.float32).T
 
 
-def rate(step: int, steps: int, warmup: int = 100) -> float:
-    """Share of the peak learning rate: a linear rise, then level, then over the last 40 % down to 2 %."""
-    if step < warmup:
-        return (step + 1) / warmup
+def guidance(attentions: tuple[torch.Tensor, ...], x: torch.Tensor, options: torch.Tensor, deciding: torch.Tensor,
+             digits: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    """A loss that shows three heads where to look: with next-token loss alone, picking by label stays at chance.
+
+    In the first layer one head looks at the previous token and one at the latest digit, so that a text knows its label;
+    in the third layer one head, where a digit is due, looks at the option that the digit picks. Guided attention as in
+    Deshpande and Narasimhan, 2020 (arXiv 2010.02399).
+
+    Args:
+        attentions: probabilities of each layer, (batch, heads, context, context).
+        x, options, deciding: token ids, option numbers (see `pack`), whether it decides; (batch, context).
+        digits: for each token of the vocabulary, is it a digit.
+    """
+    at = torch.arange(x.shape[1]).expand_as(x)
+    latest = torch.where(digits[x], at, 0).cummax(1).values
+    first, third = attentions[0].float(), attentions[2].float()
+    loss = -first[:, 0].gather(2, (at - 1).clamp(min=0)[..., None]).clamp_min(1e-6).log().mean()
+    loss = loss - first[:, 1].gather(2, latest[..., None]).clamp_min(1e-6).log().mean()
+    row, due = torch.nonzero(deciding & (options > 0), as_tuple=True)
+    picked = (options[row] == options[row, due][:, None]) & (at[row] < due[:, None]) & ~deciding[row]
+    seen = third[row, 0, due - 1]
+    looked = (seen * picked).sum(1)[picked.any(1) & (due > 0)]
+    return loss - looked.clamp_min(1e-6).log().sum() / max(1, len(looked))
+
+
+def rate(step: int, steps: int, picking: int) -> float:
+    """Share of the peak learning rate: 40 % while picking is learned, level, and over the last 40 % down to 2 %."""
+    if step < picking:
+        return 0.4 * min(1.0, (step + 1) / 100)
     done = (step - 0.6 * steps) / (0.4 * steps)
-    return 1.0 if done < 0 else 0.02 + 0.98 * (1 - done)
+    return min(1.0, 0.4 + (step - picking) / 1000) if done < 0 else 0.02 + 0.98 * (1 - done)
 
 
 def pretrain(
-    tokens: float, out: Path, batch: int = 8, learning_rate: float = 0.008, threads: int = 2, minutes: float = math.inf
+    tokens: float, out: Path, batch: int = 4, learning_rate: float = 0.005, threads: int = 2, minutes: float = math.inf
 ) -> None:
     """Pretrain from scratch on `tokens` tokens (or for `minutes`), write the folder `out` with its record.
 
@@ -120,13 +150,15 @@ def pretrain(
         tokenizer = make_tokenizer()
         tokenizer.save_pretrained(out)
     config = LlamaConfig(**SIZES, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config._attn_implementation = "eager"  # the guided heads' probabilities are needed
     model = LlamaForCausalLM(config).train()
     inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     outer = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     muon = torch.optim.Muon(inner, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.AdamW(outer, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     steps = int(tokens / (batch * CONTEXT))
-    ids, weights, next_document, step = np.zeros(0, np.uint16), np.zeros(0, np.float32), 0, 0
+    stream, next_document, step, picking = np.zeros((3, 0), np.float32), 0, 0, 0
+    digits = torch.tensor([t.isdigit() for t in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))])
     need = batch * CONTEXT
     saved = out / "checkpoint.pt"
     if saved.exists():
@@ -134,44 +166,51 @@ def pretrain(
         model.load_state_dict(state["model"])
         muon.load_state_dict(state["muon"])
         adam.load_state_dict(state["adam"])
-        ids, weights, next_document, step = state["ids"], state["weights"], state["next_document"], state["step"]
+        stream, next_document, step, picking = (state[k] for k in ("stream", "next_document", "step", "picking"))
     began, log, seen = time.time(), [], step * need
-    hits: list[float] = []  # share of deciding tokens guessed, per step since the last log row
+    hits: list[list[float]] = []  # share of the deciding digits and words guessed, per step since the last log row
     while step < steps:
         if (time.time() - began) / 60 > minutes:
             break
-        while len(ids) < need:
-            more_ids, more_weights = pack(tokenizer, next_document, 2000)
-            ids, weights = np.concatenate([ids, more_ids]), np.concatenate([weights, more_weights])
+        while stream.shape[1] < need:
+            stream = np.concatenate([stream, pack(tokenizer, next_document, 2000)], 1)
             next_document += 2000
-        x = torch.from_numpy(ids[:need].astype(np.int64)).view(batch, CONTEXT)
-        w = torch.from_numpy(weights[:need]).view(batch, CONTEXT)[:, 1:]
-        ids, weights = ids[need:], weights[need:]
+        x, weights, options = torch.from_numpy(stream[:, :need].copy()).view(3, batch, CONTEXT)
+        x, options, deciding, w = x.long(), options.long(), weights == corpus.DECIDING, weights[:, 1:]
+        stream = stream[:, need:]
+        guided = step < GUIDED * steps
+        if next_document <= PICKING_FIRST + 2000:
+            picking = step + 1
         for optimizer in (muon, adam):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * rate(step, steps)
+                group["lr"] = learning_rate * rate(step, steps, picking)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=x, use_cache=False).logits[:, :-1].float()
+            output = model(input_ids=x, use_cache=False, output_attentions=guided)
+        logits = output.logits[:, :-1].float()
         losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="none")
         loss = (losses * w.flatten()).sum() / w.sum()
-        loss.backward()
+        (loss + 0.3 * guidance(output.attentions, x, options, deciding, digits) if guided else loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in (muon, adam):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         step += 1
         seen += need
-        deciding = w.flatten() == corpus.DECIDING
-        hits.append((logits.flatten(0, 1).argmax(-1) == x[:, 1:].flatten())[deciding].float().mean().item())
+        right = logits.argmax(-1) == x[:, 1:]
+        hits.append(
+            [right[deciding[:, 1:] & kind].float().mean().item() for kind in (options[:, 1:] > 0, options[:, 1:] == 0)]
+        )
         if step % 100 == 0:
-            row = {"step": step, "tokens": seen, "loss": round(loss.item(), 4), "seconds": round(time.time() - began, 1),
-                   "deciding_accuracy": round(float(np.mean(hits)), 4)}  # fmt: skip
+            digit, word = np.nan_to_num(np.nanmean(hits, 0)).round(4).tolist()
+            row = {"step": step, "tokens": seen, "loss": round(loss.item(), 4), "digits": digit, "words": word}
+            row["seconds"] = round(time.time() - began, 1)
             hits.clear()
             log.append(row)
             print(json.dumps(row), flush=True)
         if step % 250 == 0:
-            torch.save({"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "ids": ids,
-                        "weights": weights, "next_document": next_document, "step": step}, saved)  # fmt: skip
+            state = {"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict()}
+            state |= {"stream": stream, "next_document": next_document, "step": step, "picking": picking}
+            torch.save(state, saved)
     save(model, out, {
         "tokens": seen, "steps": step, "batch": batch, "context": CONTEXT, "peak_learning_rate": learning_rate,
         "seed": SEED, "threads": threads, "documents": next_document, "seconds": round(time.time() - began, 1),
@@ -183,7 +222,7 @@ def pretrain(
 
 def save(model: LlamaForCausalLM, out: Path, record: dict[str, Any]) -> None:
     """Write the base in bfloat16 with a record of how it was made."""
-    model.to(torch.bfloat16).save_pretrained(out)
+    cast(Any, model).to(torch.bfloat16).save_pretrained(out)
     weights = (out / "model.safetensors").read_bytes()
     record["sha256"] = hashlib.sha256(weights).hexdigest()
     (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -193,8 +232,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=float, default=30e6)
     parser.add_argument("--out", type=Path, default=HERE / "base")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=0.008)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=0.005)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=math.inf)
     pretrain(**vars(parser.parse_args()))

@@ -2,7 +2,7 @@
 
 Everything the embedded base can know stands here: animals, things, foods, jobs, materials, social events and everyday
 sequences. Categories share properties, with exceptions (a penguin is a bird that cannot fly), as in the real world. The
-pretraining corpus (`corpus.py`) and the eight task families (`items.py`) are two ways of talking about these tables.
+pretraining corpus (`corpus.py`) and the eight task families (`families.py`) are two ways of talking about these tables.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ Making a sandwich|takes two slices of bread|spreads butter on them|lays cheese o
 
 GIRLS = "Anna Mia Ella Nora Lucy Ruth Clara Emma Ida Jane Rosa Vera".split()
 BOYS = "Ben Tom Leo Max Paul Noah Carl Finn Hugo Jack Otto Sam".split()
-NAMES = GIRLS + BOYS
+NAMES: list[str] = [*GIRLS, *BOYS]
 
 
 def rows(table: str) -> list[list[str]]:
@@ -366,9 +366,7 @@ def facts() -> dict[str, list[Fact]]:
     out["use_material"] = [Fact("use_material", use[s], material[s]) for s in use]
     for column, name in enumerate(("feel", "next", "before", "why"), start=1):
         out[name] = [Fact(name, row[0], row[column]) for row in rows(EVENTS)]
-    out["then"] = [
-        Fact("then", f"{row[0]}|{i}", row[i + 1]) for row in rows(SCRIPTS) for i in range(1, 5)
-    ]
+    out["then"] = [Fact("then", f"{row[0]}|{i}", row[i + 1]) for row in rows(SCRIPTS) for i in range(1, 5)]
     return out
 
 
