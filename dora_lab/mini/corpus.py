@@ -124,7 +124,7 @@ class Style:
         self.gap = rng.choice(("\n", "\n\n", " "))
         self.hint = rng.random()
         self.cue = rng.choice(CUES)
-        self.echo = rng.choice(("", "", "", "", "before", "after"))  # is the chosen text repeated beside its label?
+        self.echo = rng.choice(("", "", "", "", "first", "before", "after"))  # where the chosen text is said
         self.verdict = rng.choice(VERDICTS)
         self.intro = rng.choice(("", "", "", "Question: ", "Riddle: ", "Tell me: ", "Think. "))
 
@@ -140,7 +140,10 @@ class Style:
         at = options.index(right) + 1
         head, digit, tail = self.label(at).partition(str(at))
         end = f": {right}.\n" if self.echo == "after" else ".\n"
-        out: Segments = [(f"{self.intro}{question}", 1.0), *self.listing(options, self.gap)]
+        out: Segments = [(f"{self.intro}{question}", 1.0)]
+        if self.echo == "first":
+            out += [(f" {capital(right)}.", 2.0)]
+        out += self.listing(options, self.gap)
         if self.hint < 0.4:
             joint = "/" if self.hint < 0.25 else ", "
             out += [(f"{self.gap}Say {joint.join(self.label(i) for i in range(1, len(options) + 1))}", 1.0)]
