@@ -2,8 +2,9 @@
 
 A document is a list of (text, weight) segments; the weight multiplies the loss of the segment's tokens, so that the one
 token that decides a quiz is not drowned by the thirty that pose it. A listed option, and the digit that picks it, carry
-the option's number as a third element: pretraining shows one head where to look (see `pretrain.py`). No wording here is a wording of the eight task
-families in `families.py`, and the instruction template never occurs: what carries over is the knowledge and the skill.
+the option's number as a third element, and so do the value that a judgement is about (1) and its verdict: pretraining
+shows a head where to look (see `pretrain.py`). No wording here is a wording of the eight task families in
+`families.py`, and the instruction template never occurs: what carries over is the knowledge and the skill.
 """
 
 from __future__ import annotations
@@ -161,20 +162,29 @@ class Style:
             for i, o in enumerate(options, 1)
         ]
 
-    def judge(self, statement: str, holds: bool, rng: Random) -> Segments:
+    def judge(self, statement: str, holds: bool, stated: str = "", truth: str = "") -> Segments:
+        """Is the statement true? `stated` is the value it gives, `truth` the right one, said before by some sheets."""
         yes, no = self.verdict
         tail = f" {yes} or {no}?" if self.hint < 0.8 else ""
-        text = f"{self.intro}{capital(statement)}.{tail}{self.gap}{self.cue}"
-        return [(text, 1.0), (f" {yes if holds else no}", DECIDING), (".\n", 1.0)]
+        before, found, after = f"{self.intro}{capital(statement)}".rpartition(f" {stated}")
+        verdict = f" {yes if holds else no}"
+        after += f".{tail}{self.gap}"
+        if truth and self.echo:
+            after += f"In truth: {truth}. "
+        if not stated or not found:
+            return [(f"{before}{found}{after}{self.cue}", 1.0), (verdict, DECIDING), (".\n", 1.0)]
+        return [(before, 1.0), (found, 1.0, 1), (after + self.cue, 1.0), (verdict, DECIDING, 1), (".\n", 1.0)]
 
 
-def statement(fact: Fact, rng: Random, fill: dict[str, str] | None = None, wrong: bool = False) -> str:
-    """One sentence that states the fact, or a false one of the same shape."""
-    fill = dict(fill or scene(fact, rng))
-    if wrong:
-        fill["v"] = wrong_values(fact, 1, rng, fill)[0]
-        fill["v0"] = fill["v"].removeprefix("the ")
+def statement(fact: Fact, rng: Random, fill: dict[str, str]) -> str:
+    """One sentence that states the fact."""
     return capital(rng.choice(WORDINGS[fact.relation][1]).format(**fill))
+
+
+def misstated(fact: Fact, fill: dict[str, str], rng: Random) -> dict[str, str]:
+    """The words of a scene, but with a wrong value."""
+    wrong = wrong_values(fact, 1, rng, fill)[0]
+    return fill | {"v": wrong, "v0": wrong.removeprefix("the ")}
 
 
 def quiz(fact: Fact, style: Style, rng: Random) -> Segments:
@@ -182,13 +192,14 @@ def quiz(fact: Fact, style: Style, rng: Random) -> Segments:
     kind = rng.random()
     fill = scene(fact, rng)
     _, _, ask_value, ask_subject = WORDINGS[fact.relation]
-    if kind < 0.25:
+    if kind < 0.33:
         holds = rng.random() < 0.5
-        return style.judge(statement(fact, rng, fill, wrong=not holds), holds, rng)
-    if kind < 0.32:
+        stated = fill if holds else misstated(fact, fill, rng)
+        return style.judge(statement(fact, rng, stated), holds, stated["v"], fill["v"])
+    if kind < 0.42:
         return [(capital(rng.choice(ask_value).format(**fill)), 1.0), (f" {capital(fill['v'])}.\n", 1.5)]
     n = rng.choice((1, 1, 2, 3, 3, 4))
-    if ask_subject and kind < 0.62:
+    if ask_subject and kind < 0.68:
         wrong = [subject(fact.relation, s) for s in wrong_subjects(fact, n, rng)]
         question = capital(rng.choice(ask_subject).format(**fill))
         return style.choice(question, subject(fact.relation, fact.subject), wrong, rng)
@@ -261,7 +272,7 @@ def compare(style: Style, rng: Random) -> Segments:
     if kind < 0.65:
         holds = rng.random() < 0.5
         one, other = (big, small) if holds else (small, big)
-        return style.judge(f"{a(one)} is larger than {a(other)}", holds, rng)
+        return style.judge(f"{a(one)} is larger than {a(other)}", holds)
     larger = rng.random() < 0.5
     word = "larger" if larger else "less large"
     return style.choice(f"Which is {word}?", a(big if larger else small), [a(small if larger else big)], rng)
@@ -286,7 +297,8 @@ def fresh(style: Style, rng: Random) -> Segments:
     text = " ".join(rng.sample(told, n))
     if rng.random() < 0.25:
         holds = rng.random() < 0.5
-        return style.judge(f"{text} {said.format(n=names[0], x=things[0 if holds else 1])[:-1]}", holds, rng)
+        stated = things[0 if holds else 1]
+        return style.judge(f"{text} {said.format(n=names[0], x=stated)[:-1]}", holds, stated)
     if rng.random() < 0.5:
         return style.choice(f"{text} {ask_name.format(x=things[0])}", names[0], names[1:], rng)
     wrong = [f"the {t}" for t in things[1:]]
@@ -433,11 +445,11 @@ def document(rng: Random, reading: float, only_picking: bool = False) -> Segment
     for relation in rng.choices(RELATIONS, RELATION_WEIGHTS, k=rng.randint(3, 6)):
         if rng.random() < reading:
             kind = rng.random()
-            if kind < 0.1:
+            if kind < 0.05:
                 out += register(style, rng)
-            elif kind < 0.15:
+            elif kind < 0.2:
                 out += pairs(rng)
-            elif kind < 0.75:
+            elif kind < 0.55:
                 out += match(style, rng)
             else:
                 out += fresh(style, rng)

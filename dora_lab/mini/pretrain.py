@@ -42,7 +42,7 @@ SIZES: dict[str, Any] = {
 def documents(start: int, count: int) -> Iterator[corpus.Segments]:
     """Documents `start` to `start + count`; each a function of the seed and its own number alone."""
     for i in range(start, start + count):
-        yield corpus.document(Random(f"{SEED}/{i}"), reading=0.25, only_picking=i < PICKING_FIRST)
+        yield corpus.document(Random(f"{SEED}/{i}"), reading=0.2, only_picking=i < PICKING_FIRST)
 
 
 def make_tokenizer(n_documents: int = 20_000) -> PreTrainedTokenizerFast:
@@ -75,7 +75,8 @@ def make_tokenizer(n_documents: int = 20_000) -> PreTrainedTokenizerFast:
 def pack(tokenizer: PreTrainedTokenizerFast, start: int, count: int) -> np.ndarray:
     """Documents, each `<s> … </s>`, as one stream of shape (3, tokens): token ids, loss weights, options.
 
-    The options row is 0 except on a listed option and on the digit that picks it, which share one positive number.
+    The options row is 0 except on a listed option and the digit that picks it, and on a judged value and its verdict:
+    each pair shares one positive number.
     """
     segments: list[str] = []
     marks: list[tuple[float, int]] = []
@@ -105,7 +106,7 @@ def guidance(attentions: tuple[torch.Tensor, ...], x: torch.Tensor, options: tor
     """A loss that shows four heads where to look: with next-token loss alone, picking by label stays at chance.
 
     In the first layer one head looks at the previous token and one at the latest digit, so that a text knows its label;
-    in the third and fourth layer one head each, where a digit is due, looks at the option that the digit picks. Guided
+    in the third and fourth layer one head each, where a digit or a verdict is due, looks at what it is about. Guided
     attention as in Deshpande and Narasimhan, 2020 (arXiv 2010.02399).
 
     Args:
@@ -200,7 +201,7 @@ def pretrain(
         seen += need
         right = logits.argmax(-1) == x[:, 1:]
         hits.append(
-            [right[deciding[:, 1:] & kind].float().mean().item() for kind in (options[:, 1:] > 0, options[:, 1:] == 0)]
+            [right[deciding[:, 1:] & kind].float().mean().item() for kind in (digits[x[:, 1:]], ~digits[x[:, 1:]])]
         )
         if step % 100 == 0:
             digit, word = np.nan_to_num(np.nanmean(hits, 0)).round(4).tolist()
