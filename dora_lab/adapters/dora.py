@@ -1,12 +1,12 @@
 """DoRA (section 4.1): W' = m V / ||V|| with V = W0 + s B A, s = alpha / rank, one magnitude m per output feature.
 
-Shape suffixes: O = out features, I = in features, R = rank.
+Shape suffixes: O = out features, I = in features, R = rank, T = tokens (all leading dimensions of x together).
 
-The norm is recomputed at every forward, in float32 or wider, and by default a constant in the gradient (equation 11);
-with ``detach_norm=False`` the gradient goes through it (equation 6, ablated in table 7). It is the direct norm of V,
-block of rows by block: no dense V is kept, no cached ||W0||^2 can go stale, and, unlike with the expanded square
-||W0||^2 + 2 s <W0, BA> + s^2 ||BA||^2, nothing cancels where V is much smaller than W0. For layers that fit one block
-it is also the faster form, and while B = 0 it is bit for bit the initial m.
+The norm of V costs no dense V: ||V||^2 = ||W0||^2 + 2 s <W0 A^T, B> + s^2 <B A A^T, B> row by row, in float32 or wider,
+with ||W0||^2 computed once. Where that sum cancels (V much smaller than W0) the row's norm is taken directly. The norm
+is kept until A, B or W0 change, so gradient accumulation, checkpointing and evaluation do not pay for it again. By
+default it is a constant in the gradient (equation 11); with ``detach_norm=False`` the gradient goes through it
+(equation 6, ablated in table 7).
 
 Dropout, with g = m / ||V||:
 - ``published`` (the authors' code): y = x W0^T + (g - 1) drop(x) W0^T + g s B A drop(x) + bias, a second base product;
@@ -16,19 +16,31 @@ Without dropout the two are one function.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_lab.adapters import wrap
 from dora_lab.adapters.lora import FIELDS as LORA_FIELDS
 from dora_lab.adapters.lora import LoraLinear
-from dora_lab.decompose import magnitude
+from dora_lab.decompose import magnitude, wide
 from dora_lab.spec import Method
 
 FIELDS: tuple[str, ...] = (*LORA_FIELDS, "dropout_form", "detach_norm")
 
-BLOCK = {"cpu": 2**17, "other": 2**24}  # elements of V at a time: about a core's cache; on a GPU, few kernel launches
+BLOCK = {"cpu": 2**17, "other": 2**24}  # elements of W0 at a time: about a core's cache; on a GPU, few kernel launches
+CANCELS = 1e-3  # share of ||W0||^2 below which the expanded square has lost too many digits in float32
+_steps = [0]  # optimiser steps taken anywhere: they may write through `.data`, which leaves no trace in versions
+
+
+def _count_step(*_: Any) -> None:
+    _steps[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class DoraLinear(LoraLinear):
@@ -42,22 +54,29 @@ class DoraLinear(LoraLinear):
         super().__init__(linear, method, generator)
         self.detach_norm = method.detach_norm
         self.published_dropout = method.dropout_form == "published"
+        self._forget()
         # by the same routine as in the forward, so that m / ||V|| is exactly 1 before training
-        self.magnitude = nn.Parameter(self._norm().detach())
+        self.magnitude = nn.Parameter(self._norm().clone())
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """m V / ||V||, (out, in)."""
-        return self._scale()[:, None] * self._direction()
+        return self._scale(self._norm())[:, None] * self._direction()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        g_O = self._scale()
-        second = bool(self.training and self.dropout and self.published_dropout)
-        if second or x.dtype != g_O.dtype or torch.is_autocast_enabled(x.device.type):
-            return self._onto_base(x, g_O, second)
-        product = self._product(x, None)
-        return product * g_O if self.bias is None else torch.addcmul(self.bias, product, g_O)
+        dropping = bool(self.training and self.dropout)
+        second = dropping and self.published_dropout
+        if second or not x.dtype == self.weight.dtype == self.lora_A.dtype or torch.is_autocast_enabled(x.device.type):
+            norm_O = self._norm() if self.detach_norm else self._direct_norm()
+            return self._onto_base(x, self._scale(norm_O), second)
+        norm_O = self._norm()
+        if not torch.is_grad_enabled():
+            return _product(x, self.weight, self.bias, self.lora_A, self.lora_B, self._scale(norm_O), self.scaling)[0]
+        return _Decomposed.apply(
+            x, self.weight, self.bias, self.lora_A, self.lora_B, self.magnitude, norm_O, self.scaling,
+            self.dropout if dropping else 0.0, not self.detach_norm,
+        )  # fmt: skip
 
     def _onto_base(self, x: Tensor, g_O: Tensor, second: bool) -> Tensor:
         """The form y = base + (g - 1) x W0^T + g s B A drop(x), with x dropped in the middle term too if `second`.
@@ -76,20 +95,202 @@ class DoraLinear(LoraLinear):
         moved = torch.addcmul(base, again, g_O - 1)
         return torch.addcmul(moved, low, g_O * self.scaling).to(base.dtype)
 
-    def _scale(self) -> Tensor:
+    def _scale(self, norm_O: Tensor) -> Tensor:
         """g_O = m / ||V||, and 1 where V is zero."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
-            norm_O = self._norm()
-            zero_O = norm_O == 0
-            norm_O = norm_O.masked_fill(zero_O, 1.0)
-        return (self.magnitude / norm_O).masked_fill(zero_O, 1.0)
+        return _divided(self.magnitude, norm_O)
 
+    @torch.no_grad()
     def _norm(self) -> Tensor:
-        rows = max(1, BLOCK["cpu" if self.weight.device.type == "cpu" else "other"] // self.in_features)
-        if rows >= self.out_features:
-            return magnitude(self._direction())
-        starts = range(0, self.out_features, rows)
-        return torch.cat([magnitude(self._direction(slice(start, start + rows))) for start in starts])
+        """||V|| of each row, (out,), without a gradient; computed only when A, B or W0 are not what they were."""
+        if torch.compiler.is_compiling():  # versions and addresses are no part of a graph
+            return self._factored_norm(self._squares())
+        A_RI, B_OR = self.lora_A, self.lora_B
+        weight = self._stamp(self.weight)
+        if self._square_O is None or weight != self._weight_stamp:
+            self._square_O, self._weight_stamp, self._norm_O = self._squares(), weight, None
+        stamp = (_steps[0], self.scaling, *self._stamp(A_RI), *self._stamp(B_OR))
+        if self._norm_O is None or stamp != self._norm_stamp or not self._same_values():
+            self._norm_O, self._norm_stamp = self._factored_norm(self._square_O), stamp
+            self._seen = (A_RI.clone(), B_OR.clone()) if A_RI.device.type == "cpu" else None
+        return self._norm_O
+
+    @staticmethod
+    def _stamp(tensor: Tensor) -> tuple[Any, ...]:
+        version = None if tensor.is_inference() else tensor._version
+        return (version, tensor.data_ptr(), tensor.dtype, tensor.device)
+
+    def _same_values(self) -> bool:
+        """Are A and B what they were, written through `.data` or not? Asked on the CPU only, where it costs little."""
+        if self._seen is None:
+            return True
+        return torch.equal(self.lora_A, self._seen[0]) and torch.equal(self.lora_B, self._seen[1])
+
+    def _squares(self) -> Tensor:
+        """||W0||^2 of each row."""
+        return torch.cat([wide(self.weight[rows]).square().sum(1) for rows in self._blocks()])
+
+    def _blocks(self) -> list[slice]:
+        size = max(1, BLOCK["cpu" if self.weight.device.type == "cpu" else "other"] // self.in_features)
+        return [slice(start, start + size) for start in range(0, self.out_features, size)]
+
+    def _factored_norm(self, square_O: Tensor) -> Tensor:
+        with torch.autocast(self.weight.device.type, enabled=False):
+            A_RI, B_OR, s = self.lora_A.detach(), self.lora_B.detach(), self.scaling
+            if self.weight.dtype == A_RI.dtype:
+                WA_OR = self.weight @ A_RI.t()
+            else:
+                WA_OR = torch.cat([wide(self.weight[rows]) @ A_RI.t() for rows in self._blocks()])
+            change_O = ((2 * s * WA_OR + s * s * (B_OR @ (A_RI @ A_RI.t()))) * B_OR).sum(1)
+            new_O = square_O + change_O
+            lost_O = ~(new_O > CANCELS * square_O) & (square_O > 0)
+            norm_O = new_O.clamp_min(0).sqrt()
+            if torch.compiler.is_compiling():
+                return norm_O
+            if bool(lost_O.any()):
+                rows = lost_O.nonzero()[:, 0]
+                norm_O[rows] = torch.cat([magnitude(self._direction(some)) for some in rows.split(1024)])
+            return norm_O
+
+    def _direct_norm(self) -> Tensor:
+        """||V|| of each row through V itself, block of rows by block: the oracle, and part of the graph."""
+        return torch.cat([magnitude(self._direction(rows)) for rows in self._blocks()])
+
+    def _forget(self) -> None:
+        self._square_O: Tensor | None = None
+        self._norm_O: Tensor | None = None
+        self._seen: tuple[Tensor, Tensor] | None = None
+        self._weight_stamp: tuple[Any, ...] = ()
+        self._norm_stamp: tuple[Any, ...] = ()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._forget()  # the module moves to another device or type
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: all but what can be computed again."""
+        unset = {"_square_O": None, "_norm_O": None, "_seen": None, "_weight_stamp": (), "_norm_stamp": ()}
+        return super().__getstate__() | unset  # type: ignore[operator]
+
+
+def _divided(magnitude_O: Tensor, norm_O: Tensor) -> Tensor:
+    zero_O = norm_O == 0
+    return (magnitude_O / norm_O.masked_fill(zero_O, 1.0)).masked_fill(zero_O, 1.0)
+
+
+def _product(
+    x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, g_O: Tensor, s: float,
+    dropped: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(g (x W0^T + s h B^T) + bias, h) with h_TR = drop(x) A^T, in one buffer of the output's size."""
+    x_TI = x.reshape(-1, x.shape[-1])
+    h_TR = (x_TI if dropped is None else dropped) @ A_RI.t()
+    y = F.linear(x, W_OI)  # not `x_TI @ ...`: a view as output would forbid the model to write into it
+    y_TO = y.view(-1, W_OI.shape[0])
+    y_TO.addmm_(h_TR, B_OR.t(), alpha=s)
+    if bias_O is None:
+        y_TO.mul_(g_O)
+    else:
+        torch.addcmul(bias_O, y_TO, g_O, out=y_TO)
+    return y, h_TR
+
+
+class _Decomposed(torch.autograd.Function):
+    """y = g (x W0^T + s drop(x) A^T B^T) + bias, g = m / ||V||, with the gradients written out.
+
+    The gradient of m is taken from the output, which the next operation mostly keeps anyway: dm = sum_t dy (y - bias)
+    / m. Where the model has written into the output, or m is 0, the product is computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, m_O: Tensor,
+                norm_O: Tensor, s: float, dropout: float, through_norm: bool) -> Tensor:  # fmt: skip
+        mask_TI = dropped_TI = None
+        if dropout:
+            dropped, mask = torch.native_dropout(x, dropout, True)
+            dropped_TI, mask_TI = dropped.reshape(-1, x.shape[-1]), mask.reshape(-1, x.shape[-1])
+        y, h_TR = _product(x, W_OI, bias_O, A_RI, B_OR, _divided(m_O, norm_O), s, dropped_TI)
+        ctx.save_for_backward(x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, h_TR, mask_TI)
+        ctx.s, ctx.dropout, ctx.through_norm = s, dropout, through_norm
+        ctx.output = _Kept.keep(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, h_TR, mask_TI = ctx.saved_tensors
+        s, needs = ctx.s, ctx.needs_input_grad
+        g_O = _divided(m_O, norm_O)
+        G_TO, x_TI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        dh_TR = G_TO @ (B_OR * (s * g_O)[:, None])
+        dx = None
+        moved_TO = G_TO * g_O if needs[0] else torch.empty_like(G_TO)
+        if needs[0]:
+            dx_TI = moved_TO @ W_OI
+            if mask_TI is None:
+                dx_TI.addmm_(dh_TR, A_RI)
+            else:
+                dx_TI.addcmul_(dh_TR @ A_RI, mask_TI.to(x.dtype), value=1 / (1 - ctx.dropout))
+            dx = dx_TI.view_as(x)
+        dropped_TI = x_TI if mask_TI is None else x_TI * mask_TI * (1 / (1 - ctx.dropout))
+        dA_RI = dh_TR.t() @ dropped_TI
+        dB_OR = (G_TO.t() @ h_TR) * (s * g_O)[:, None]
+        dm_O = None
+        if needs[5] or ctx.through_norm:
+            y_TO = _Kept.restore(ctx.output)
+            if y_TO is None or bool((m_O == 0).any()):
+                z_TO = (x_TI @ W_OI.t()).addmm_(h_TR, B_OR.t(), alpha=s)
+                sum_O = torch.mul(G_TO, z_TO, out=moved_TO).sum(0)
+                per_m_O = norm_O
+            else:
+                sum_O = torch.mul(G_TO, y_TO.reshape(G_TO.shape), out=moved_TO).sum(0)
+                if bias_O is not None:
+                    sum_O -= bias_O * G_TO.sum(0)
+                per_m_O = m_O
+            dead_O = norm_O == 0
+            dm_O = (sum_O / per_m_O.masked_fill(dead_O, 1.0)).masked_fill(dead_O, 0.0)
+            if ctx.through_norm:  # dL/dV = c V row by row, by way of the norm
+                c_O = (-m_O * dm_O / norm_O.square().masked_fill(dead_O, 1.0)).masked_fill(dead_O, 0.0)
+                cB_OR = B_OR * c_O[:, None]
+                dB_OR += s * c_O[:, None] * (W_OI @ A_RI.t() + s * (B_OR @ (A_RI @ A_RI.t())))
+                dA_RI += s * (cB_OR.t() @ W_OI + s * ((cB_OR.t() @ B_OR) @ A_RI))
+        dbias_O = G_TO.sum(0) if needs[2] else None
+        return dx, None, dbias_O, dA_RI, dB_OR, dm_O, None, None, None, None
+
+
+class _Kept(torch.autograd.Function):
+    """Holds one tensor as autograd holds what it saves (hooks and version check included), apart from the others.
+
+    A node of its own, because a node whose saved output was written to gives none of its saved tensors back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(tensor)
+        return tensor.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        raise AssertionError("never part of a backward pass")
+
+    @staticmethod
+    def keep(tensor: Tensor) -> Any:
+        """Save the tensor; returns what `restore` takes."""
+        with torch.enable_grad():
+            return _Kept.apply(tensor.detach().requires_grad_()).grad_fn
+
+    @staticmethod
+    def restore(node: Any) -> Tensor | None:
+        """The tensor, or None if it has been written to since."""
+        try:
+            return node.saved_tensors[0]
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            return None
 
 
 def prepare(model: nn.Module, method: Method, generator: torch.Generator) -> None:

@@ -55,7 +55,7 @@ class LoraLinear(AdaptedLinear):
         rank = self.lora_A.shape[0]
         return f"{super().extra_repr()}, rank={rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
-    def _direction(self, rows: slice = slice(None)) -> Tensor:
+    def _direction(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """V = W0 + s B A for some rows, float32 or wider; part of the graph where gradients are on."""
         device = self.weight.device.type
         if torch.is_autocast_enabled(device):  # which would round the product to its narrow type
