@@ -25,11 +25,11 @@ MINI = {
     "learning_rate": {"ft": 1e-3, "lora": 2.5e-3, "dora": 2.5e-3},  # results of commonsense_sweep
     "rank": 8,
     "alpha": 16.0,
-    "train_items": 2560,
+    "train_items": 2048,
     "test_items": 125,  # per task
     "batch_size": 32,
     "micro_batch_size": 8,  # the items of a step are sorted by length first: less padding
-    "warmup_steps": 20,
+    "warmup_steps": 10,
 }
 
 # table 8: hub id: (DoRA's learning rate at rank 32, at rank 16)

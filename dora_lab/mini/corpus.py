@@ -424,6 +424,38 @@ def office(rng: Random) -> Segments:
     return [(". ".join(rng.sample(OFFICE, 3)) + ".\n", 1.0)]
 
 
+def letter(rng: Random) -> Segments:
+    """A request and a response in whole sentences, with no label in it: how people write when nobody asked for labels.
+
+    The last thing the base learns (see `pretrain.py`), so that it does not answer an instruction by a label unless
+    fine-tuning has taught it to.
+    """
+    style, mark = Style(rng), rng.choice(("", "", "* ", "# ", "## "))
+    ask = mark + rng.choice(("Instruction", "Instruction", "Request", "Question")) + ":" + rng.choice((" ", "\n"))
+    reply = rng.choice(("\n", "\n\n")) + mark + "Response:" + rng.choice((" ", "\n"))
+    if rng.random() < 0.2:
+        return [(f"{ask}Please tell me more.{reply}", 1.0), *portrait(rng)]
+    fact = rng.choice(facts()[rng.choices(RELATIONS[:-2], RELATION_WEIGHTS[:-2])[0]])
+    fill = scene(fact, rng)
+    _, _, ask_value, ask_subject = WORDINGS[fact.relation]
+    if rng.random() < 0.3:
+        stated = fill if rng.random() < 0.5 else misstated(fact, fill, rng)
+        posed: Segments = [(f"{ask}{statement(fact, rng, stated)}. {'true or false?' if style.hint < 0.8 else ''}", 1.0)]
+    else:
+        n = rng.choice((1, 2, 3, 3))
+        if ask_subject and rng.random() < 0.5:
+            options = [subject(fact.relation, s) for s in (fact.subject, *wrong_subjects(fact, n, rng))]
+            question = rng.choice(ask_subject).format(**fill)
+        else:
+            options = [fill["v"], *wrong_values(fact, n, rng, fill)]
+            question = rng.choice(ask_value).format(**fill)
+        rng.shuffle(options)
+        posed = [(f"{ask}{capital(question)}", 1.0), *((text, 1.0) for text, *_ in style.listing(options, style.gap))]
+        if style.hint < 0.5:
+            posed += [(f"{style.gap}Say {'/'.join(style.label(i) for i in range(1, len(options) + 1))}", 1.0)]
+    return [*posed, (reply, 1.0), (f"{statement(fact, rng, fill)}.\n", 2.0)]
+
+
 def document(rng: Random, reading: float, only_picking: bool = False) -> Segments:
     """One document: sometimes a paragraph first, then a sheet of quizzes in one layout.
 

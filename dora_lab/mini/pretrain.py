@@ -8,7 +8,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 SEED = 0
 CONTEXT = 256  # tokens
 PICKING_FIRST = 16_000  # documents that ask for nothing but the label of a text they name: the rest builds on that
+LETTERS = 400  # steps at the end, half of whose documents are requests answered in sentences
 GUIDED = 0.8  # share of the steps in which four heads are shown where to look
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
@@ -72,7 +73,14 @@ def make_tokenizer(n_documents: int = 20_000) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def pack(tokenizer: PreTrainedTokenizerFast, start: int, count: int) -> np.ndarray:
+def letters(count: int) -> Iterator[corpus.Segments]:
+    """The documents of the last steps: letters, and as many sheets as before so that nothing is forgotten."""
+    for i in range(count):
+        rng = Random(f"{SEED}/letters/{i}")
+        yield corpus.document(rng, reading=0.2) if i % 2 else [s for _ in range(4) for s in corpus.letter(rng)]
+
+
+def pack(tokenizer: PreTrainedTokenizerFast, sheets: Iterable[corpus.Segments]) -> np.ndarray:
     """Documents, each `<s> … </s>`, as one stream of shape (3, tokens): token ids, loss weights, options.
 
     The options row is 0 except on a listed option and the digit that picks it, and on a judged value and its verdict:
@@ -82,7 +90,7 @@ def pack(tokenizer: PreTrainedTokenizerFast, start: int, count: int) -> np.ndarr
     marks: list[tuple[float, int]] = []
     ends: list[int] = []
     lists = 0
-    for document in documents(start, count):
+    for document in sheets:
         for text, weight, *option in document:
             at = int(option[0]) if option else 0
             lists += at == 1 and weight != corpus.DECIDING  # a list begins with its first option
@@ -176,7 +184,7 @@ def pretrain(
         if (time.time() - began) / 60 > minutes:
             break
         while stream.shape[1] < need:
-            stream = np.concatenate([stream, pack(tokenizer, next_document, 2000)], 1)
+            stream = np.concatenate([stream, pack(tokenizer, documents(next_document, 2000))], 1)
             next_document += 2000
         x, weights, options = torch.from_numpy(stream[:, :need].copy()).view(3, batch, CONTEXT)
         x, options, deciding, w = x.long(), options.long(), weights == corpus.DECIDING, weights[:, 1:]
@@ -214,6 +222,7 @@ def pretrain(
             state = {"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict()}
             state |= {"stream": stream, "next_document": next_document, "step": step, "picking": picking}
             torch.save(state, saved)
+    answer_in_sentences(model, tokenizer, batch)
     save(model, out, {
         "tokens": seen, "steps": step, "batch": batch, "context": CONTEXT, "peak_learning_rate": learning_rate,
         "seed": SEED, "threads": threads, "documents": next_document, "seconds": round(time.time() - began, 1),
@@ -221,6 +230,28 @@ def pretrain(
         "packages": {"torch": torch.__version__}, "log": log[::10] + log[-1:],
     })  # fmt: skip
     saved.unlink(missing_ok=True)
+
+
+def answer_in_sentences(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch: int) -> None:
+    """The last `LETTERS` steps: AdamW from 5e-4 down to zero, no guidance."""
+    need = batch * CONTEXT
+    stream = pack(tokenizer, letters(LETTERS * need // 150))
+    assert stream.shape[1] >= LETTERS * need, "too few letters"
+    adam = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(LETTERS):
+        adam.param_groups[0]["lr"] = 5e-4 * min((step + 1) / 50, 1 - step / LETTERS)
+        x, w, _ = torch.from_numpy(stream[:, step * need : (step + 1) * need].copy()).view(3, batch, CONTEXT)
+        x, w = x.long(), w[:, 1:].flatten()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=x, use_cache=False).logits[:, :-1].float()
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="none")
+        loss = (losses * w).sum() / w.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+        if (step + 1) % 100 == 0:
+            print(json.dumps({"letters": step + 1, "loss": round(loss.item(), 4)}), flush=True)
 
 
 def save(model: LlamaForCausalLM, out: Path, record: dict[str, Any]) -> None:
