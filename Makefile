@@ -7,7 +7,7 @@ RUN := $(BIN)/dora-lab
 export PYTHONHASHSEED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check format notebooks mini-base real-data clean-local results verdicts
+.PHONY: help setup test check format results notebooks mini-base clean-local
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -42,7 +42,7 @@ results: setup  ## rebuild the committed tables, figures and README block from t
 notebooks: setup  ## open the notebooks
 	$(BIN)/jupyter lab notebooks
 
-mini-base: setup  ## pretrain the embedded base again (about 50 minutes on two cores)
+mini-base: setup  ## pretrain the embedded base again (24 M tokens, about an hour on one core)
 	$(BIN)/python -m dora_lab.mini.pretrain
 
 clean-local:  ## remove your own runs, tables and figures (the committed ones stay)

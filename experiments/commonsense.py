@@ -1,6 +1,6 @@
 """Commonsense reasoning: table 1 and figures 2 and 3 (eight tasks; FT, LoRA, DoRA and DoRA at half the rank).
 
-    dora-lab run commonsense                    # mini: 13 runs of about a minute, one per core at a time
+    dora-lab run commonsense                    # mini: 13 runs of about half a minute, one per core at a time
     dora-lab run commonsense --tier paper       # paper: 36 runs, 10 to 20 hours each on one 80 GB GPU
 
 mini: the embedded base and world; no network, no GPU. Learning rates come from `commonsense_sweep`.
@@ -22,10 +22,11 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 SEEDS = (0, 1, 2)
 
 MINI = {
-    "learning_rate": {"ft": 1e-3, "lora": 2.5e-3, "dora": 2.5e-3},  # results of commonsense_sweep
+    # method, rank: result of commonsense_sweep (0.02 is the end of the grid)
+    "learning_rate": {("ft", None): 2e-3, ("lora", 8): 1e-2, ("dora", 8): 1e-2, ("dora", 4): 2e-2},
     "rank": 8,
     "alpha": 16.0,
-    "train_items": 2048,
+    "train_items": 1536,
     "test_items": 125,  # per task
     "batch_size": 32,
     "micro_batch_size": 8,  # the items of a step are sorted by length first: less padding
@@ -52,7 +53,7 @@ def mini() -> list[Spec]:
     """The base, and FT, LoRA, DoRA and DoRA at half the rank with three seeds each."""
     rank = MINI["rank"]
     trained = [
-        trained_mini(method, MINI["learning_rate"][method.name], seed)
+        trained_mini(method, MINI["learning_rate"][method.name, method.rank], seed)
         for method in (full(), low_rank("lora", rank), low_rank("dora", rank), low_rank("dora", rank // 2))
         for seed in SEEDS
     ]

@@ -1,8 +1,8 @@
 """Learning rates for `commonsense`, chosen per method on validation items, the same number of tries for each method.
 
-    dora-lab run commonsense_sweep              # mini: 4 methods x 5 learning rates, one seed, about a minute each
+    dora-lab run commonsense_sweep              # mini: 4 methods x 5 learning rates, one seed, about half a minute each
 
-A method's rates lie on one grid, a factor of two apart, around what is usual for it (adapters about 2.5 times FT's).
+A method's rates lie on one grid, a factor of two apart, around what is usual for it (adapters five times FT's).
 Scored on the validation split with a seed that `commonsense` does not use; the best mean accuracy of protocol
 "generate" is the rate that goes into `commonsense`. No test item is looked at.
 """
@@ -18,7 +18,7 @@ from dora_lab.spec import Spec
 TIERS = ("mini",)
 SEED = 100
 STEPS = (1 / 4, 1 / 2, 1, 2, 4)  # of the middle
-MIDDLE = {"ft": 1e-3, "lora": 2.5e-3, "dora": 2.5e-3}
+MIDDLE = {"ft": 1e-3, "lora": 5e-3, "dora": 5e-3}
 VALIDATION_ITEMS = 800  # in all
 
 _found = importlib.util.spec_from_file_location("commonsense_of_sweep", Path(__file__).with_name("commonsense.py"))

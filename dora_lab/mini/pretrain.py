@@ -145,7 +145,7 @@ def rate(step: int, steps: int, picking: int) -> float:
 
 
 def pretrain(
-    tokens: float, out: Path, batch: int = 4, learning_rate: float = 0.005, threads: int = 2, minutes: float = math.inf
+    tokens: float, out: Path, batch: int = 4, learning_rate: float = 0.005, threads: int = 1, minutes: float = math.inf
 ) -> None:
     """Pretrain from scratch on `tokens` tokens (or for `minutes`), write the folder `out` with its record.
 
@@ -264,10 +264,10 @@ def save(model: LlamaForCausalLM, out: Path, record: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=float, default=30e6)
+    parser.add_argument("--tokens", type=float, default=24e6)
     parser.add_argument("--out", type=Path, default=HERE / "base")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=0.005)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=math.inf)
     pretrain(**vars(parser.parse_args()))
