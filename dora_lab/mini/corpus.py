@@ -440,7 +440,9 @@ def letter(rng: Random) -> Segments:
     _, _, ask_value, ask_subject = WORDINGS[fact.relation]
     if rng.random() < 0.3:
         stated = fill if rng.random() < 0.5 else misstated(fact, fill, rng)
-        posed: Segments = [(f"{ask}{statement(fact, rng, stated)}. {'true or false?' if style.hint < 0.8 else ''}", 1.0)]
+        posed: Segments = [
+            (f"{ask}{statement(fact, rng, stated)}. {'true or false?' if style.hint < 0.8 else ''}", 1.0)
+        ]
     else:
         n = rng.choice((1, 2, 3, 3))
         if ask_subject and rng.random() < 0.5:
