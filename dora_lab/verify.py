@@ -265,6 +265,7 @@ def _select(data: pd.DataFrame, wanted: dict[str, Any]) -> pd.DataFrame:
 @dataclass(frozen=True)
 class _Score:
     spec_id: str
+    setting: str  # experiment, tier, model and data
     method: str
     protocol: str
     by_task: dict[str, tuple[float, int]]  # accuracy (fraction), items
@@ -284,7 +285,8 @@ def compare(local_root: Path, committed_root: Path, experiment: str | None = Non
     Training on another CPU adds up floats in another order, which can flip single items; so besides "agree exactly"
     (every task of every run equal) there is "within tolerance": the method's averages differ by at most two binomial
     standard errors of the difference of two such averages (items counted once, not once per seed, since all seeds
-    answer the same items). Beyond that they "differ"; without a local run they are "missing".
+    answer the same items). Beyond that they "differ"; without a local run they are "missing". Committed runs on data, a
+    model or a tier that none of the user's runs is about are left out: nobody asked for them.
 
     Args: the roots are results folders (with `runs/` in them); experiment: one name, None = all of the committed ones.
     Returns (text for a terminal, ok); ok means that every committed method has all its runs and none differs.
@@ -293,12 +295,20 @@ def compare(local_root: Path, committed_root: Path, experiment: str | None = Non
     local, committed = _scores(local_root, experiment, packages), _scores(committed_root, experiment, packages)
     if not committed:
         return f"No complete committed runs in {committed_root}: there is nothing to compare with.", False
-    by_method: dict[tuple[str, str], list[_Score]] = defaultdict(list)
+    asked = {score.setting for score in local.values()}
+    by_method: dict[tuple[str, str, str], list[_Score]] = defaultdict(list)
     for score in committed.values():
-        by_method[score.method, score.protocol].append(score)
+        if not asked or score.setting in asked:
+            by_method[score.setting, score.method, score.protocol].append(score)
+    if not by_method:
+        return f"No complete committed run in {committed_root} is about {', '.join(sorted(asked))}.", False
     lines = [f"{'method':<18} {'protocol':<14} {'runs':>5} {'local':>7} {'committed':>10} {'tolerance':>10}  agreement"]
     counts: dict[str, int] = defaultdict(int)
-    for (method, protocol), scores in sorted(by_method.items()):
+    before = ""
+    for (setting, method, protocol), scores in sorted(by_method.items()):
+        if setting != before:
+            lines.append(f"{setting}:")
+        before = setting
         pairs = [(local[s.spec_id, protocol], s) for s in scores if (s.spec_id, protocol) in local]
         status, ours, theirs, tolerance = _agreement(pairs, len(scores))
         counts[status] += 1
@@ -353,7 +363,10 @@ def _scores(root: Path, experiment: str | None, packages: dict[str, dict[str, st
             if row["metric"] == "accuracy" and row["value"] is not None:
                 key = record["spec_id"], row["protocol"]
                 name = method if rank is None else f"{method} rank {rank}"
-                found.setdefault(key, _Score(record["spec_id"], name, row["protocol"], {}))
+                spec = record["spec"]
+                data = spec["data"].get("eval_name") or spec["data"]["name"]
+                setting = f"{spec['experiment']}, tier {spec['tier']}, model {spec['model']['name']}, data {data}"
+                found.setdefault(key, _Score(record["spec_id"], setting, name, row["protocol"], {}))
                 found[key].by_task[row["task"]] = (float(row["value"]), int(row["n"]))
     return found
 

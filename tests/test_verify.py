@@ -166,6 +166,23 @@ def test_compare_tells_tolerance_difference_and_absence_apart(tmp_path: Path, ru
     assert verify.compare(mine, tmp_path / "nothing")[1] is False
 
 
+def test_compare_leaves_out_committed_runs_that_nobody_asked_for(
+    tmp_path: Path, run_writer: Callable[..., Path]
+) -> None:
+    for root in ("mine", "theirs"):
+        run_writer(tmp_path / root, make_spec("lora", 8, 0))
+    run_writer(tmp_path / "theirs", make_spec("lora", 8, 0, data__name="llm_adapters"))
+    text, ok = verify.compare(tmp_path / "mine", tmp_path / "theirs")
+    assert ok and "data mini:" in text and "llm_adapters" not in text
+    run_writer(tmp_path / "mine", make_spec("dora", 8, 0, data__name="llm_adapters"))
+    text, ok = verify.compare(tmp_path / "mine", tmp_path / "theirs")
+    assert not ok and "data llm_adapters:" in text and "missing" in text
+    (tmp_path / "other").mkdir()
+    run_writer(tmp_path / "other", make_spec("lora", 8, 0, model__name="elsewhere"))
+    text, ok = verify.compare(tmp_path / "other", tmp_path / "theirs")
+    assert not ok and "is about commonsense, tier mini, model elsewhere, data mini" in text
+
+
 def test_experiments_and_splits_do_not_mix(tmp_path: Path, run_writer: Callable[..., Path]) -> None:
     write_tree(tmp_path)
     alone = table_of_verdicts(tmp_path)
