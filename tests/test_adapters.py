@@ -448,6 +448,21 @@ def test_gradient_checkpointing_copies_pickles_and_compilation(tmp_path: Any) ->
 
 
 @pytest.mark.parametrize("detach", [True, False])
+def test_compiled_without_a_graph_break_it_is_the_same(detach: bool) -> None:
+    layer = layers_of(dora_model(detach_norm=detach))[0]
+    nn.init.constant_(layer.lora_B, 0.3)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = inputs(torch.float64)
+    weights = [layer.lora_A, layer.lora_B, layer.magnitude]
+    plain, seen = layer(x), compiled(x)
+    torch.testing.assert_close(seen, plain, rtol=1e-12, atol=1e-12)
+    for one, other in zip(
+        torch.autograd.grad(seen.pow(2).sum(), weights), torch.autograd.grad(plain.pow(2).sum(), weights), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("detach", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_rows_of_zeros_are_defined(detach: bool, dropout: float) -> None:
     model = toy()

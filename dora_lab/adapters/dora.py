@@ -3,7 +3,8 @@
 Shape suffixes: O = out features, I = in features, R = rank, T = tokens (all leading dimensions of x together).
 
 The norm of V costs no dense V: ||V||^2 = ||W0||^2 + 2 s <W0 A^T, B> + s^2 <B A A^T, B> row by row, in float32 or wider,
-with ||W0||^2 computed once. Where that sum cancels (V much smaller than W0) the row's norm is taken directly. The norm
+with ||W0||^2 computed once. Where that sum cancels (V much smaller than W0) the row's norm is taken directly (but not in a
+compiled graph, where rows cannot be singled out). The norm
 is kept until A, B or W0 change, so gradient accumulation, checkpointing and evaluation do not pay for it again. By
 default it is a constant in the gradient (equation 11); with ``detach_norm=False`` the gradient goes through it
 (equation 6, ablated in table 7).
@@ -67,7 +68,8 @@ class DoraLinear(LoraLinear):
         """(..., in) -> (..., out)."""
         dropping = bool(self.training and self.dropout)
         second = dropping and self.published_dropout
-        if second or not x.dtype == self.weight.dtype == self.lora_A.dtype or torch.is_autocast_enabled(x.device.type):
+        mixed = torch.is_autocast_enabled(x.device.type) or not x.dtype == self.weight.dtype == self.lora_A.dtype
+        if second or mixed or torch.compiler.is_compiling():  # the compiler fuses by itself
             norm_O = self._norm() if self.detach_norm else self._direct_norm()
             return self._onto_base(x, self._scale(norm_O), second)
         norm_O = self._norm()
@@ -177,6 +179,8 @@ class DoraLinear(LoraLinear):
 
 
 def _divided(magnitude_O: Tensor, norm_O: Tensor) -> Tensor:
+    if norm_O.device.type == "cpu" and not torch.compiler.is_compiling() and bool(norm_O.all()):  # the usual case
+        return magnitude_O / norm_O
     zero_O = norm_O == 0
     return (magnitude_O / norm_O.masked_fill(zero_O, 1.0)).masked_fill(zero_O, 1.0)
 
@@ -212,8 +216,9 @@ class _Decomposed(torch.autograd.Function):
         if dropout:
             dropped, mask = torch.native_dropout(x, dropout, True)
             dropped_TI, mask_TI = dropped.reshape(-1, x.shape[-1]), mask.reshape(-1, x.shape[-1])
-        y, h_TR = _product(x, W_OI, bias_O, A_RI, B_OR, _divided(m_O, norm_O), s, dropped_TI)
-        ctx.save_for_backward(x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, h_TR, mask_TI)
+        g_O = _divided(m_O, norm_O)
+        y, h_TR = _product(x, W_OI, bias_O, A_RI, B_OR, g_O, s, dropped_TI)
+        ctx.save_for_backward(x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, mask_TI)
         ctx.s, ctx.dropout, ctx.through_norm = s, dropout, through_norm
         ctx.output = _Kept.keep(y)
         return y
@@ -221,11 +226,11 @@ class _Decomposed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, h_TR, mask_TI = ctx.saved_tensors
+        x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, mask_TI = ctx.saved_tensors
         s, needs = ctx.s, ctx.needs_input_grad
-        g_O = _divided(m_O, norm_O)
         G_TO, x_TI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        dh_TR = G_TO @ (B_OR * (s * g_O)[:, None])
+        sg_O1 = (s * g_O)[:, None]
+        dh_TR = G_TO @ (B_OR * sg_O1)
         dx = None
         moved_TO = G_TO * g_O if needs[0] else torch.empty_like(G_TO)
         if needs[0]:
@@ -237,11 +242,11 @@ class _Decomposed(torch.autograd.Function):
             dx = dx_TI.view_as(x)
         dropped_TI = x_TI if mask_TI is None else x_TI * mask_TI * (1 / (1 - ctx.dropout))
         dA_RI = dh_TR.t() @ dropped_TI
-        dB_OR = (G_TO.t() @ h_TR) * (s * g_O)[:, None]
+        dB_OR = (G_TO.t() @ h_TR).mul_(sg_O1)
         dm_O = None
         if needs[5] or ctx.through_norm:
             y_TO = _Kept.restore(ctx.output)
-            if y_TO is None or bool((m_O == 0).any()):
+            if y_TO is None or not bool(m_O.all()):
                 z_TO = (x_TI @ W_OI.t()).addmm_(h_TR, B_OR.t(), alpha=s)
                 sum_O = torch.mul(G_TO, z_TO, out=moved_TO).sum(0)
                 per_m_O = norm_O
@@ -250,10 +255,13 @@ class _Decomposed(torch.autograd.Function):
                 if bias_O is not None:
                     sum_O -= bias_O * G_TO.sum(0)
                 per_m_O = m_O
-            dead_O = norm_O == 0
-            dm_O = (sum_O / per_m_O.masked_fill(dead_O, 1.0)).masked_fill(dead_O, 0.0)
+            dm_O = sum_O / per_m_O
+            dead_O = None if bool(norm_O.all()) else norm_O == 0
+            if dead_O is not None:
+                dm_O = dm_O.masked_fill(dead_O, 0.0)
             if ctx.through_norm:  # dL/dV = c V row by row, by way of the norm
-                c_O = (-m_O * dm_O / norm_O.square().masked_fill(dead_O, 1.0)).masked_fill(dead_O, 0.0)
+                c_O = -m_O * dm_O / norm_O.square()
+                c_O = c_O if dead_O is None else c_O.masked_fill(dead_O, 0.0)
                 cB_OR = B_OR * c_O[:, None]
                 dB_OR += s * c_O[:, None] * (W_OI @ A_RI.t() + s * (B_OR @ (A_RI @ A_RI.t())))
                 dA_RI += s * (cB_OR.t() @ W_OI + s * ((cB_OR.t() @ B_OR) @ A_RI))
