@@ -3,11 +3,10 @@
 Shape suffixes: O = out features, I = in features, R = rank, T = tokens (all leading dimensions of x together).
 
 The norm of V costs no dense V: ||V||^2 = ||W0||^2 + 2 s <W0 A^T, B> + s^2 <B A A^T, B> row by row, in float32 or wider,
-with ||W0||^2 computed once. Where that sum cancels (V much smaller than W0) the row's norm is taken directly (but not in a
-compiled graph, where rows cannot be singled out). The norm
-is kept until A, B or W0 change, so gradient accumulation, checkpointing and evaluation do not pay for it again. By
-default it is a constant in the gradient (equation 11); with ``detach_norm=False`` the gradient goes through it
-(equation 6, ablated in table 7).
+with ||W0||^2 computed once. Where that sum cancels (V much smaller than W0) the row's norm is taken directly (but not
+in a compiled graph, where rows cannot be singled out). The norm is kept until A, B or W0 change, so gradient
+accumulation, checkpointing and evaluation do not pay for it again. By default it is a constant in the gradient
+(equation 11); with ``detach_norm=False`` the gradient goes through it (equation 6, ablated in table 7).
 
 Dropout, with g = m / ||V||:
 - ``published`` (the authors' code): y = x W0^T + (g - 1) drop(x) W0^T + g s B A drop(x) + bias, a second base product;
