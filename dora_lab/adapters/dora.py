@@ -61,7 +61,7 @@ class DoraLinear(LoraLinear):
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """m V / ||V||, (out, in)."""
-        return self._scale(self._norm())[:, None] * self._direction()
+        return _scale(self.magnitude, self._norm())[:, None] * self._direction()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -70,10 +70,11 @@ class DoraLinear(LoraLinear):
         mixed = torch.is_autocast_enabled(x.device.type) or not x.dtype == self.weight.dtype == self.lora_A.dtype
         if second or mixed or torch.compiler.is_compiling():  # the compiler fuses by itself
             norm_O = self._norm() if self.detach_norm else self._direct_norm()
-            return self._onto_base(x, self._scale(norm_O), second)
+            return self._onto_base(x, _scale(self.magnitude, norm_O), second)
         norm_O = self._norm()
         if not torch.is_grad_enabled():
-            return _product(x, self.weight, self.bias, self.lora_A, self.lora_B, self._scale(norm_O), self.scaling)[0]
+            g_O = _scale(self.magnitude, norm_O)
+            return _product(x, self.weight, self.bias, self.lora_A, self.lora_B, g_O, self.scaling)[0]
         return _Decomposed.apply(
             x, self.weight, self.bias, self.lora_A, self.lora_B, self.magnitude, norm_O, self.scaling,
             self.dropout if dropping else 0.0, not self.detach_norm,
@@ -95,10 +96,6 @@ class DoraLinear(LoraLinear):
         low = F.linear(F.linear(dropped.to(self.lora_A.dtype), self.lora_A), self.lora_B)
         moved = torch.addcmul(base, again, g_O - 1)
         return torch.addcmul(moved, low, g_O * self.scaling).to(base.dtype)
-
-    def _scale(self, norm_O: Tensor) -> Tensor:
-        """g_O = m / ||V||, and 1 where V is zero."""
-        return _divided(self.magnitude, norm_O)
 
     @torch.no_grad()
     def _norm(self) -> Tensor:
@@ -171,13 +168,14 @@ class DoraLinear(LoraLinear):
         self._forget()  # the module moves to another device or type
         return super()._apply(*args, **kwargs)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Any:
         """What is copied and pickled: all but what can be computed again."""
-        unset = {"_square_O": None, "_norm_O": None, "_seen": None, "_weight_stamp": (), "_norm_stamp": ()}
-        return super().__getstate__() | unset  # type: ignore[operator]
+        self._forget()
+        return super().__getstate__()
 
 
-def _divided(magnitude_O: Tensor, norm_O: Tensor) -> Tensor:
+def _scale(magnitude_O: Tensor, norm_O: Tensor) -> Tensor:
+    """g_O = m / ||V||, and 1 where V is zero."""
     if norm_O.device.type == "cpu" and not torch.compiler.is_compiling() and bool(norm_O.all()):  # the usual case
         return magnitude_O / norm_O
     zero_O = norm_O == 0
@@ -215,7 +213,7 @@ class _Decomposed(torch.autograd.Function):
         if dropout:
             dropped, mask = torch.native_dropout(x, dropout, True)
             dropped_TI, mask_TI = dropped.reshape(-1, x.shape[-1]), mask.reshape(-1, x.shape[-1])
-        g_O = _divided(m_O, norm_O)
+        g_O = _scale(m_O, norm_O)
         y, h_TR = _product(x, W_OI, bias_O, A_RI, B_OR, g_O, s, dropped_TI)
         ctx.save_for_backward(x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, mask_TI)
         ctx.s, ctx.dropout, ctx.through_norm = s, dropout, through_norm

@@ -136,6 +136,12 @@ def guidance(attentions: tuple[torch.Tensor, ...], x: torch.Tensor, options: tor
     return loss
 
 
+def weighted_loss(logits: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Mean next-token loss of the ids x, (batch, context); logits and weights are those of all positions but one."""
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="none")
+    return (losses * weights.flatten()).sum() / weights.sum()
+
+
 def rate(step: int, steps: int, picking: int) -> float:
     """Share of the peak learning rate: 40 % while picking is learned, level, and over the last 40 % down to 2 %."""
     if step < picking:
@@ -198,8 +204,7 @@ def pretrain(
         with torch.autocast("cpu", torch.bfloat16):
             output = model(input_ids=x, use_cache=False, output_attentions=guided)
         logits = output.logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="none")
-        loss = (losses * w.flatten()).sum() / w.sum()
+        loss = weighted_loss(logits, x, w)
         (loss + 0.3 * guidance(output.attentions, x, options, deciding, digits) if guided else loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in (muon, adam):
@@ -241,11 +246,10 @@ def answer_in_sentences(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerF
     for step in range(LETTERS):
         adam.param_groups[0]["lr"] = 5e-4 * min((step + 1) / 50, 1 - step / LETTERS)
         x, w, _ = torch.from_numpy(stream[:, step * need : (step + 1) * need].copy()).view(3, batch, CONTEXT)
-        x, w = x.long(), w[:, 1:].flatten()
+        x, w = x.long(), w[:, 1:]
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=x, use_cache=False).logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="none")
-        loss = (losses * w).sum() / w.sum()
+        loss = weighted_loss(logits, x, w)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
