@@ -127,7 +127,7 @@ def _fill(
     with clock("evaluate"):
         run.truncate("eval", lambda _: False)  # rows of an evaluation that was cut short
         if spec.model.dtype == "float32":  # merging rounds in narrower types
-            merge(model)
+            merge(model, keep=False)
         evaluate(
             spec,
             model,

@@ -12,9 +12,10 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -69,6 +70,12 @@ class Method(_Checked):
     dropout_form: Literal["published", "branch"] = "published"  # what DoRA drops: see adapters/dora.py
     target_modules: tuple[str, ...] = ()  # leaf module names, e.g. "q_proj"
     detach_norm: bool = True  # DoRA: norm as a constant in the gradient (eq. 11); False: eq. 6
+    rslora: bool = field(default=False, metadata={"since": 2})  # True: the scale is alpha / sqrt(rank)
+    # "pattern=value": rank or alpha of the modules whose name ends with the pattern (a regular expression, as in PEFT)
+    rank_pattern: tuple[str, ...] = field(default=(), metadata={"since": 2})
+    alpha_pattern: tuple[str, ...] = field(default=(), metadata={"since": 2})
+    # DoRA: leaf names of modules of which the magnitude alone is trained (table 6)
+    magnitude_modules: tuple[str, ...] = field(default=(), metadata={"since": 2})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +191,7 @@ def validate(spec: Spec) -> None:
 
 Rule = tuple[str, object, bool, str]  # dotted path, value, whether it is right, what is allowed
 PROTOCOLS = ("generate", "loglikelihood")
+NUMBER = r"(?=.*[1-9])\d+(\.\d+)?"  # above zero, as text
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -220,9 +228,15 @@ def _method_rules(spec: Spec) -> list[Rule]:
         ("method.alpha", method.alpha, method.alpha is None or method.alpha > 0, "greater than 0"),
         ("method.alpha", method.alpha, (method.alpha is None) == (method.rank is None), "given exactly with a rank"),
         ("method.dropout", method.dropout, 0 <= method.dropout < 1, "in [0, 1)"),
+        ("method.rank_pattern", method.rank_pattern, _are_pairs(method.rank_pattern, r"[1-9]\d*"), "pattern=rank each"),
+        ("method.alpha_pattern", method.alpha_pattern, _are_pairs(method.alpha_pattern, NUMBER), "pattern=alpha each"),
         ("optim", spec.optim, (spec.optim is None) == untrained, "None for method base, given for every other"),
         ("probe", spec.probe, not (untrained and spec.probe), "None for method base"),
     ]
+
+
+def _are_pairs(pairs: tuple[str, ...], value: str) -> bool:
+    return all(re.fullmatch(f".+={value}", pair) for pair in pairs)
 
 
 def _optim_rules(spec: Spec, optim: Optim) -> list[Rule]:

@@ -217,13 +217,14 @@ def test_a_layer_by_itself_is_frozen() -> None:
         assert not layer.weight.requires_grad and layer.bias is not None and not layer.bias.requires_grad
 
 
-def test_only_plain_linear_layers_are_adapted() -> None:
+def test_layers_that_cannot_be_adapted_are_refused_and_nothing_is_changed() -> None:
     model = toy()
-    model.add_module("table", nn.Embedding(3, 4))
-    with pytest.raises(ValueError, match=r"'table' is a Embedding, only nn\.Linear"):
-        inject(model, method("lora", target_modules=("table",)), seed=0)
+    model.add_module("norm", nn.LayerNorm(3))
+    with pytest.raises(ValueError, match="norm: a LayerNorm cannot be adapted; what can: Linear, "):
+        inject(model, method("lora", target_modules=("first", "norm")), seed=0)
+    assert not list(adapted(model)) and all(parameter.requires_grad for parameter in model.parameters())
     inject(model, method("lora"), seed=0)
-    with pytest.raises(ValueError, match="'first' is a LoraLinear"):
+    with pytest.raises(ValueError, match=r"first: is adapted already and adapters do not add up: detach\(model\)"):
         inject(model, method("dora"), seed=0)
 
 

@@ -56,7 +56,7 @@ def test_every_field_has_its_part_in_the_id() -> None:
         "optim.micro_batch_size": "8", "probe": "none", "probe.fractions": "0.5,1.0", "data.tasks": "piqa",
         "evaluation.protocols": "loglikelihood", "evaluation.split": "validation", "data.sha256": "a",
         "data.revision": "a", "data.eval_name": "a", "model.revision": "a", "model.name": "a", "data.name": "a",
-        "model.dtype": "bfloat16", "method.dropout": "0.5",
+        "model.dtype": "bfloat16", "method.dropout": "0.5", "method.rslora": True,
     }  # fmt: skip
     seen = {specs.spec_id(DORA)}
     for path in specs._paths():

@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dora_lab.adapters import wrap
+from dora_lab.adapters import AdaptedLinear, wrap
+from dora_lab.adapters._layers import Opaque
 from dora_lab.adapters.lora import FIELDS as LORA_FIELDS
 from dora_lab.adapters.lora import LoraLinear
 from dora_lab.decompose import magnitude, wide
 from dora_lab.spec import Method
 
-FIELDS: tuple[str, ...] = (*LORA_FIELDS, "dropout_form", "detach_norm")
+FIELDS: tuple[str, ...] = (*LORA_FIELDS, "dropout_form", "detach_norm", "magnitude_modules")
 
 BLOCK = {"cpu": 2**17, "other": 2**24}  # elements of W0 at a time: about a core's cache; on a GPU, few kernel launches
 CANCELS = 1e-3  # share of ||W0||^2 below which the expanded square has lost too many digits in float32
@@ -50,13 +51,13 @@ class DoraLinear(LoraLinear):
     finite.
     """
 
-    def __init__(self, linear: nn.Linear, method: Method, generator: torch.Generator) -> None:
-        super().__init__(linear, method, generator)
+    def __init__(self, layer: nn.Module, method: Method, generator: torch.Generator) -> None:
+        super().__init__(layer, method, generator)
         self.detach_norm = method.detach_norm
         self.published_dropout = method.dropout_form == "published"
         self._forget()
         # by the same routine as in the forward, so that m / ||V|| is exactly 1 before training
-        self.magnitude = nn.Parameter(self._norm().clone())
+        self.magnitude = _initial(self._norm())
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
@@ -67,43 +68,49 @@ class DoraLinear(LoraLinear):
         """(..., in) -> (..., out)."""
         dropping = bool(self.training and self.dropout)
         second = dropping and self.published_dropout
-        mixed = torch.is_autocast_enabled(x.device.type) or not x.dtype == self.weight.dtype == self.lora_A.dtype
-        if second or mixed or torch.compiler.is_compiling():  # the compiler fuses by itself
-            norm_O = self._norm() if self.detach_norm else self._direct_norm()
-            return self._onto_base(x, _scale(self.magnitude, norm_O), second)
-        norm_O = self._norm()
-        if not torch.is_grad_enabled():
-            g_O = _scale(self.magnitude, norm_O)
-            return _product(x, self.weight, self.bias, self.lora_A, self.lora_B, g_O, self.scaling)[0]
-        return _Decomposed.apply(
-            x, self.weight, self.bias, self.lora_A, self.lora_B, self.magnitude, norm_O, self.scaling,
-            self.dropout if dropping else 0.0, not self.detach_norm,
-        )  # fmt: skip
+        if self._own_products(x) and not second:
+            norm_O = self._norm()
+            if not torch.is_grad_enabled():
+                g_O = _scale(self.magnitude, norm_O)
+                return _product(x, self.matrix, self.bias, self.lora_A, self.lora_B, g_O, self.scaling)[0]
+            return _Decomposed.apply(
+                x, self.matrix, self.bias, self.lora_A, self.lora_B, self.magnitude, norm_O, self.scaling,
+                self.dropout if dropping else 0.0, not self.detach_norm,
+            )  # fmt: skip
+        norm_O = self._norm() if self.detach_norm else self._direct_norm()
+        return self._onto_base(x, _scale(self.magnitude, norm_O), second)
+
+    def _own_products(self, x: Tensor) -> bool:
+        """Is it all one type and one matrix product, so that the layer can be computed in one buffer?"""
+        if torch.compiler.is_compiling() or not self.kind.is_matrix:  # the compiler fuses by itself
+            return False
+        return x.dtype == self.weight.dtype == self.lora_A.dtype and not torch.is_autocast_enabled(x.device.type)
 
     def _onto_base(self, x: Tensor, g_O: Tensor, second: bool) -> Tensor:
         """The form y = base + (g - 1) x W0^T + g s B A drop(x), with x dropped in the middle term too if `second`.
 
-        It is the `published` dropout, and the form for bfloat16: exact at g = 1, and the small terms are summed in
-        float32 instead of being rounded away.
+        It is the `published` dropout, the form for bfloat16 (exact at g = 1, and the small terms are summed in float32
+        instead of being rounded away), and that of every layer which is not one matrix product.
         """
         dropped = self._drop(x)
-        base = F.linear(x, self.weight, self.bias)
+        base = self._base(x)
         again = base
         if second:
-            again = F.linear(dropped, self.weight)
-        elif self.bias is not None:
-            again = base - self.bias
-        low = F.linear(F.linear(dropped.to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        moved = torch.addcmul(base, again, g_O - 1)
-        return torch.addcmul(moved, low, g_O * self.scaling).to(base.dtype)
+            again = self._base(dropped, bias=False)
+        elif (bias := self.bias if self.frozen is None else getattr(self.frozen, "bias", None)) is not None:
+            again = base - self.kind.across(bias)
+        moved = torch.addcmul(base, again, self.kind.across(g_O - 1))
+        return torch.addcmul(moved, self._low(dropped), self.kind.across(g_O * self.scaling)).to(base.dtype)
 
     @torch.no_grad()
     def _norm(self) -> Tensor:
         """||V|| of each row, (out,), without a gradient; computed only when A, B or W0 are not what they were."""
+        if self.lora_A.is_meta:
+            return self.lora_A.new_empty(self.out_features)
         if torch.compiler.is_compiling():  # versions and addresses are no part of a graph
             return self._factored_norm(self._squares())
         A_RI, B_OR = self.lora_A, self.lora_B
-        weight = self._stamp(self.weight)
+        weight = self._stamp(self._base_tensor())
         if self._square_O is None or weight != self._weight_stamp:
             self._square_O, self._weight_stamp, self._norm_O = self._squares(), weight, None
         stamp = (_steps[0], self.scaling, *self._stamp(A_RI), *self._stamp(B_OR))
@@ -123,21 +130,36 @@ class DoraLinear(LoraLinear):
             return True
         return torch.equal(self.lora_A, self._seen[0]) and torch.equal(self.lora_B, self._seen[1])
 
+    def _base_tensor(self) -> Tensor:
+        """What a change of the base would show in: its weight, or an opaque layer's first tensor."""
+        return self.weight if self.frozen is None else next(self.frozen.parameters(), self.lora_A)
+
     def _squares(self) -> Tensor:
         """||W0||^2 of each row."""
-        return torch.cat([wide(self.weight[rows]).square().sum(1) for rows in self._blocks()])
+        if isinstance(self.kind, Opaque):
+            return self.kind.dense(self.frozen).square().sum(1)
+        W_OI = self.kind.matrix(self.weight)
+        return torch.cat([wide(W_OI[rows]).square().sum(1) for rows in self._blocks()])
 
     def _blocks(self) -> list[slice]:
-        size = max(1, BLOCK["cpu" if self.weight.device.type == "cpu" else "other"] // self.in_features)
+        if isinstance(self.kind, Opaque):
+            return [slice(None)]  # every look at its rows builds them all
+        size = max(1, BLOCK["cpu" if self.lora_A.device.type == "cpu" else "other"] // self.in_features)
         return [slice(start, start + size) for start in range(0, self.out_features, size)]
 
+    def _on_factor(self, A_RI: Tensor) -> Tensor:
+        """W0 A^T, (out, rank), in the type of A."""
+        if isinstance(self.kind, Opaque):
+            return self.kind.product(self.frozen, A_RI).to(A_RI.dtype).t()
+        W_OI = self.kind.matrix(self.weight)
+        if W_OI.dtype == A_RI.dtype:
+            return W_OI @ A_RI.t()
+        return torch.cat([wide(W_OI[rows]) @ A_RI.t() for rows in self._blocks()])
+
     def _factored_norm(self, square_O: Tensor) -> Tensor:
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with torch.autocast(self.lora_A.device.type, enabled=False):
             A_RI, B_OR, s = self.lora_A.detach(), self.lora_B.detach(), self.scaling
-            if self.weight.dtype == A_RI.dtype:
-                WA_OR = self.weight @ A_RI.t()
-            else:
-                WA_OR = torch.cat([wide(self.weight[rows]) @ A_RI.t() for rows in self._blocks()])
+            WA_OR = self._on_factor(A_RI)
             change_O = ((2 * s * WA_OR + s * s * (B_OR @ (A_RI @ A_RI.t()))) * B_OR).sum(1)
             new_O = square_O + change_O
             lost_O = ~(new_O > CANCELS * square_O) & (square_O > 0)
@@ -172,6 +194,43 @@ class DoraLinear(LoraLinear):
         """What is copied and pickled: all but what can be computed again."""
         self._forget()
         return super().__getstate__()
+
+
+class MagnitudeLinear(AdaptedLinear):
+    """Trains the magnitude alone: W' = m W0 / ||W0|| (table 6: what is not given a direction update).
+
+    A row of zeros has no direction and stays zero.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self.norm: Tensor
+        self.register_buffer("norm", magnitude(self.base_weight()), persistent=False)
+        self.magnitude = _initial(self.norm)
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """m W0 / ||W0||, (out, in)."""
+        return _scale(self.magnitude, self.norm)[:, None] * self.base_weight()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        base = self._base(x)
+        bias = self.bias if self.frozen is None else getattr(self.frozen, "bias", None)
+        again = base if bias is None else base - self.kind.across(bias)
+        g_O = _scale(self.magnitude, self.norm)
+        return torch.addcmul(base, again, self.kind.across(g_O - 1)).to(base.dtype)
+
+
+def _initial(norm_O: Tensor) -> nn.Parameter:
+    """The magnitude that training begins with; raises ValueError if a row's norm is not a finite number."""
+    if norm_O.device.type != "meta" and not bool(torch.isfinite(norm_O).all()):
+        rows = (~torch.isfinite(norm_O)).nonzero()[:, 0].tolist()
+        raise ValueError(
+            f"{len(rows)} rows of the base weight, the first is {rows[0]}, have a norm that is not finite: the weight "
+            "holds inf, nan, or numbers whose squares overflow float32; load the base again or in a wider type"
+        )
+    return nn.Parameter(norm_O.clone())
 
 
 def _scale(magnitude_O: Tensor, norm_O: Tensor) -> Tensor:
@@ -299,5 +358,11 @@ class _Kept(torch.autograd.Function):
 
 
 def prepare(model: nn.Module, method: Method, generator: torch.Generator) -> None:
-    """Freeze the model and adapt its target modules with `DoraLinear`."""
-    wrap(model, method, lambda linear: DoraLinear(linear, method, generator))
+    """Freeze the model, adapt its target modules with `DoraLinear` and the magnitude modules with `MagnitudeLinear`."""
+
+    def make(name: str, layer: nn.Module, settings: Method) -> AdaptedLinear:
+        if name.rpartition(".")[2] in method.magnitude_modules:
+            return MagnitudeLinear(layer)
+        return DoraLinear(layer, settings, generator)
+
+    wrap(model, method, make)
