@@ -102,6 +102,27 @@ def report(results: ResultsOption = RESULTS) -> None:
 
 
 @app.command()
+def export(
+    base: Annotated[Path, typer.Argument(help="Folder of the base model, as transformers saves it.")],
+    adapter: Annotated[Path, typer.Argument(help="Adapter: a PEFT folder, the authors' format, or a LyCORIS file.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the merged model.")],
+    allow_pickle: Annotated[bool, typer.Option(help="Read adapter_model.bin if there is no safetensors file.")] = False,
+) -> None:
+    """Merge an adapter into its base and write a plain transformers folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dora_lab import checkpoints
+
+    if not (base / "config.json").is_file():
+        raise checkpoints.CheckpointError(f"{base}: no config.json in it; give the folder of a saved model")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    has_tokenizer = any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    tokenizer = AutoTokenizer.from_pretrained(base) if has_tokenizer else None
+    checkpoints.load_adapter(model, adapter, allow_pickle=allow_pickle)
+    typer.echo(checkpoints.export(model, out, tokenizer))
+
+
+@app.command()
 def reproduce(
     experiment: Annotated[str, typer.Argument(help="An experiment, see `dora-lab list`.")],
     results: ResultsOption = LOCAL,

@@ -27,8 +27,15 @@ from dora_lab.adapters import AdaptedLinear, adapted, attach, merge, unmerge
 from dora_lab.adapters.dora import DoraLinear, MagnitudeLinear
 from dora_lab.adapters.lora import LoraLinear
 from dora_lab.checkpoints.formats import (
-    CONFIG, WEIGHTS, Adapter, CheckpointError, Factors, read_adapter, write_config, write_tensors,
-)  # fmt: skip
+    CONFIG,
+    WEIGHTS,
+    Adapter,
+    CheckpointError,
+    Factors,
+    read_adapter,
+    write_config,
+    write_tensors,
+)
 from dora_lab.spec import Method, did_you_mean
 
 MANIFEST = "dora_lab.json"
@@ -94,19 +101,21 @@ def load_adapter(model: nn.Module, path: Path | str, *, allow_pickle: bool = Fal
     path = Path(path)
     if busy := next((name for name, _ in adapted(model)), None):
         raise CheckpointError(
-            f"'{busy}' is adapted already; the sum of two DoRAs is no DoRA (each has its own norm): detach(model) first, "
-            "or export one of them and train on"
+            f"'{busy}' is adapted already; the sum of two DoRAs is no DoRA (each has its own norm): detach(model) "
+            "first, or export one of them and train on"
         )
     modules = dict(model.named_modules())
     _check_manifest(model, path)
     adapter = read_adapter(path, modules, allow_pickle=allow_pickle)
-    layers = {name: _layer(path, modules, name, factors, adapter) for name, factors in adapter.layers.items()}
-    saved = {name: _parameter(path, model, name, tensor) for name, tensor in adapter.saved.items()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        layers = {name: _layer(path, modules, name, factors, adapter) for name, factors in adapter.layers.items()}
+        saved = {name: _parameter(path, model, name, tensor) for name, tensor in adapter.saved.items()}
+    except CheckpointError:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        raise
     model.requires_grad_(False)
-    for layer in layers.values():
-        for name in _TRAINED:
-            if getattr(layer, name, None) is not None:
-                getattr(layer, name).requires_grad_(True)
     with torch.no_grad():
         for name, parameter in saved.items():
             parameter.copy_(adapter.saved[name])
@@ -229,8 +238,8 @@ def _check_manifest(model: nn.Module, path: Path) -> None:
             )
     if (seen := fingerprint(model)) != wanted:
         raise CheckpointError(
-            f"{path}: made for the base {base or 'with another fingerprint'} ({wanted[:12]}), this model's is {seen[:12]}: "
-            f"load the base it was trained on (delete {MANIFEST} to use it on this one all the same)"
+            f"{path}: made for the base {base or 'with another fingerprint'} ({wanted[:12]}), this model's is "
+            f"{seen[:12]}: load the base it was trained on (delete {MANIFEST} to use it on this one all the same)"
         )
 
 

@@ -1,10 +1,8 @@
 """Adapter files as one neutral value: PEFT's folders, the DoRA authors' release, LyCORIS / ComfyUI files.
 
-| format  | factors                                  | magnitude                                  | where                      |
-|---------|------------------------------------------|--------------------------------------------|----------------------------|
-| peft    | lora_A, lora_B, lora_embedding_A and _B  | lora_magnitude_vector (out,)               | adapter_model.safetensors  |
-| authors | lora_A, lora_B                           | weight_m_wdecomp.weight (out, 1)           | adapter_model.{safetensors,bin} |
-| lycoris | lora_down, lora_up, alpha                | dora_scale (out, 1); (1, in) is refused    | any .safetensors           |
+- "peft": a folder, lora_A and lora_B (lora_embedding_A and _B), lora_magnitude_vector (out,);
+- "authors": a folder, lora_A and lora_B, weight_m_wdecomp.weight (out, 1), pickled in the release;
+- "lycoris": a safetensors file, lora_down, lora_up, alpha, dora_scale (out, 1); one of (1, in) is refused.
 
 What a file holds and this module does not understand is refused by name: an adapter that is read in part is another
 function. Shape suffixes: O = out features, I = in features, R = rank.
@@ -287,7 +285,9 @@ def _settings(where: Path, config: dict[str, Any]) -> _Settings:
         patterns.append(table)
     rank = positive("r", config.get("r"), (int,))
     alpha = positive("lora_alpha", config.get("lora_alpha"), (int, float))
-    return _Settings(rank, alpha, bool(config.get("use_rslora")), *patterns, bool(config.get("fan_in_fan_out")))
+    return _Settings(
+        rank, alpha, bool(config.get("use_rslora")), patterns[0], patterns[1], bool(config.get("fan_in_fan_out"))
+    )
 
 
 _KEY = re.compile(
@@ -367,8 +367,8 @@ def _lycoris_factors(part: Mapping[str, Tensor]) -> Factors:
             raise CheckpointError(f"dora_scale {tuple(m.shape)} of a square layer does not say its axis: out or in")
         if m.dim() >= 2 and m.shape[0] == 1 and out != 1:
             raise CheckpointError(
-                f"dora_scale {tuple(m.shape)} has one magnitude per input feature; DoRA as published has one per output "
-                f"({out}, 1): another function, trained with wd_on_output=False, which cannot be converted"
+                f"dora_scale {tuple(m.shape)} has one magnitude per input feature; DoRA as published has one per "
+                f"output ({out}, 1): another function, trained with wd_on_output=False, which cannot be converted"
             )
         if m.numel() != out:
             raise CheckpointError(f"dora_scale {tuple(m.shape)} fits neither axis of a layer with {out} outputs")
