@@ -156,18 +156,20 @@ def test_state_dict_round_trip(name: str) -> None:
     assert torch.equal(other.eval()(inputs()), model.eval()(inputs()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NAMES)
-def test_bfloat16_base_is_the_identity_too(name: str) -> None:
-    model, before = toy(torch.bfloat16), toy(torch.bfloat16)
+def test_a_narrow_base_is_the_identity_too(name: str, dtype: torch.dtype) -> None:
+    model, before = toy(dtype), toy(dtype)
     inject(model, method(name), seed=3)
-    x = inputs(torch.bfloat16)
-    assert model(x).dtype == torch.bfloat16
+    x = inputs(dtype)
+    assert model(x).dtype == dtype
     assert torch.equal(model(x), before(x))
     for _, layer in adapted(model):
         assert layer.effective_weight().dtype == torch.float32
         assert all(p.dtype == torch.float32 for p in layer.parameters() if p.requires_grad)
     train(model)
-    assert torch.isfinite(model(x)).all()
+    # Adam's epsilon is zero in float16: what is trained in it is lost, whatever we do
+    assert torch.isfinite(model(x)).all() or (name, dtype) == ("ft", torch.float16)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -526,6 +528,11 @@ def peft_twin(model: Toy, *, use_dora: bool, dropout: float) -> nn.Module:
     return twin.train(model.training)
 
 
+def apart(one: Tensor, other: Tensor) -> float:
+    """Largest difference relative to the largest number."""
+    return ((one - other).abs().max() / other.abs().max()).item()
+
+
 @pytest.mark.parametrize("name", ["lora", "dora"])
 @pytest.mark.parametrize("dropout", [0.0, 0.05, 0.5])
 @pytest.mark.parametrize("training", [True, False])
@@ -545,8 +552,8 @@ def test_equal_to_peft_in_float64(name: str, dropout: float, training: bool) -> 
         assert x.grad is not None
         outputs.append(y)
         input_gradients.append(x.grad)
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(input_gradients[0], input_gradients[1], rtol=1e-11, atol=1e-13)
+    assert apart(*outputs) <= 1e-13
+    assert apart(*input_gradients) <= 1e-13
     for path, layer in adapted(model):
         other: Any = twin.get_submodule(f"base_model.model.{path}")
         assert isinstance(layer, LoraLinear)
@@ -555,7 +562,7 @@ def test_equal_to_peft_in_float64(name: str, dropout: float, training: bool) -> 
             pairs.append((layer.magnitude, other.lora_magnitude_vector["default"].weight))
         for mine, theirs in pairs:
             assert mine.grad is not None and mine.grad.abs().max() > 0
-            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-11, atol=1e-13)
+            assert apart(mine.grad, theirs.grad) <= 1e-13
 
 
 @pytest.mark.parametrize("name", ["lora", "dora"])
@@ -568,3 +575,46 @@ def test_merged_weight_equal_to_pefts(name: str) -> None:
     for path, layer in adapted(model):
         assert isinstance(layer, AdaptedLinear)
         torch.testing.assert_close(layer.effective_weight(), merged.get_submodule(path).weight, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_forty_steps_of_adamw_as_in_peft(dropout: float) -> None:
+    model = dora_model(dropout=dropout)
+    twin = peft_twin(model, use_dora=True, dropout=dropout)
+    losses: list[list[float]] = []
+    for one in (model.train(), twin.train()):
+        optimizer = torch.optim.AdamW([p for p in one.parameters() if p.requires_grad], lr=0.02)
+        torch.manual_seed(4)
+        losses.append([])
+        for _ in range(40):
+            optimizer.zero_grad()
+            loss = (one(inputs(torch.float64)) - inputs(torch.float64)[..., :3].sin()).pow(2).mean()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def test_bfloat16_is_no_further_from_the_truth_than_peft() -> None:
+    errors: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for seed in range(5):
+        truth = toy(torch.bfloat16).double()
+        inject(truth, method("dora"), seed=seed)
+        train(truth)
+        narrow = toy(torch.bfloat16)
+        inject(narrow, method("dora"), seed=seed)
+        narrow.load_state_dict(truth.state_dict())
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(TARGETS), use_dora=True)
+        twin = peft.get_peft_model(toy(torch.bfloat16), config)  # type: ignore[arg-type]
+        with torch.no_grad():
+            for name, layer in adapted(truth):
+                other: Any = twin.get_submodule(f"base_model.model.{name}")
+                other.lora_A["default"].weight.copy_(layer.lora_A)
+                other.lora_B["default"].weight.copy_(layer.lora_B)
+                other.lora_magnitude_vector["default"].weight.copy_(layer.magnitude)
+            x = inputs(torch.bfloat16)
+            expected = truth(x.double())
+            for key, one in (("ours", narrow), ("theirs", twin)):
+                errors[key].append((one(x).double() - expected).square().mean().sqrt().item())
+    assert sum(errors["ours"]) <= sum(errors["theirs"]), errors

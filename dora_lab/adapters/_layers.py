@@ -153,8 +153,16 @@ class Opaque(Linear):
     @staticmethod
     def product(layer: Any, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) without the bias, in the type that the layer gives."""
-        y, bias = layer(x), getattr(layer, "bias", None)
-        return y if bias is None else y - bias
+        weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            x = x.to(weight.dtype)
+        if bias is None:
+            return layer(x)
+        layer.bias = None  # taken off the output again it would leave its rounding behind
+        try:
+            return layer(x)
+        finally:
+            layer.bias = bias
 
     def dense(self, layer: Any, rows: slice | Tensor = slice(None)) -> Tensor:
         """Some rows of the weight, float32, by way of the identity."""
