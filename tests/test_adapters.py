@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import dora_lab
 from dora_lab import adapters
 from dora_lab.adapters import AdaptedLinear, adapted, dora, inject, methods
+from dora_lab.adapters._products import Decomposed
 from dora_lab.adapters.dora import DoraLinear
 from dora_lab.adapters.lora import LoraLinear
 from dora_lab.decompose import magnitude
@@ -325,7 +326,7 @@ def test_gradcheck(through_norm: bool, bias: bool) -> None:
 
     def output(x: Tensor, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
         norm_O = magnitude(layer.weight + layer.scaling * (B @ A)).detach() if through_norm else fixed_O
-        return dora._Decomposed.apply(x, layer.weight, layer.bias, A, B, m, norm_O, layer.scaling, 0.0, through_norm)  # type: ignore[no-any-return]
+        return Decomposed.apply(x, layer.weight, layer.bias, A, B, m, norm_O, True, layer.scaling, 0.0, through_norm)  # type: ignore[no-any-return]
 
     assert torch.autograd.gradcheck(output, (x, layer.lora_A, layer.lora_B, layer.magnitude))
 
@@ -486,16 +487,17 @@ def test_rows_of_zeros_are_defined(detach: bool, dropout: float) -> None:
     assert layers_of(model)[0].lora_B[3].abs().max() > 0, "a row of zeros cannot begin to move"
 
 
-def test_published_and_branch_dropout_as_written() -> None:
+@pytest.mark.parametrize("dropout", [0.08, 0.4])  # with sparse products and without
+def test_published_and_branch_dropout_as_written(dropout: float) -> None:
     for form in ("published", "branch"):
-        model = dora_model(dropout=0.4, dropout_form=form)
+        model = dora_model(dropout=dropout, dropout_form=form)
         train(model)
         layer = layers_of(model)[0]
         x = inputs(torch.float64)
         torch.manual_seed(5)
         seen = layer(x)
         torch.manual_seed(5)
-        dropped = F.dropout(x, 0.4)
+        dropped = F.dropout(x, dropout)
         g = layer.magnitude / magnitude(layer.weight + layer.scaling * layer.lora_B @ layer.lora_A)
         low = layer.scaling * dropped @ layer.lora_A.T @ layer.lora_B.T
         if form == "published":

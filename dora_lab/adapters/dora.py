@@ -19,12 +19,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_lab.adapters import AdaptedLinear, wrap
 from dora_lab.adapters._layers import Opaque
+from dora_lab.adapters._products import SPARSE, Decomposed, Published, product, scale
 from dora_lab.adapters.lora import FIELDS as LORA_FIELDS
 from dora_lab.adapters.lora import LoraLinear
 from dora_lab.decompose import magnitude, wide
@@ -62,23 +62,28 @@ class DoraLinear(LoraLinear):
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """m V / ||V||, (out, in)."""
-        return _scale(self.magnitude, self._norm())[:, None] * self._direction()
+        return scale(self.magnitude, self._norm(), self._alive)[:, None] * self._direction()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        dropping = bool(self.training and self.dropout)
-        second = dropping and self.published_dropout
-        if self._own_products(x) and not second:
-            norm_O = self._norm()
-            if not torch.is_grad_enabled():
-                g_O = _scale(self.magnitude, norm_O)
-                return _product(x, self.matrix, self.bias, self.lora_A, self.lora_B, g_O, self.scaling)[0]
-            return _Decomposed.apply(
-                x, self.matrix, self.bias, self.lora_A, self.lora_B, self.magnitude, norm_O, self.scaling,
-                self.dropout if dropping else 0.0, not self.detach_norm,
-            )  # fmt: skip
-        norm_O = self._norm() if self.detach_norm else self._direct_norm()
-        return self._onto_base(x, _scale(self.magnitude, norm_O), second)
+        dropout = self.dropout if self.training else 0.0
+        second = bool(dropout) and self.published_dropout
+        if not self._own_products(x) or (second and not self._sparse(x)):
+            norm_O = self._norm() if self.detach_norm else self._direct_norm()
+            return self._onto_base(x, scale(self.magnitude, norm_O, False), second)
+        norm_O = self._norm()
+        layer = (x, self.matrix, self.bias, self.lora_A, self.lora_B)
+        if second:
+            return Published.apply(*layer, self.magnitude, norm_O, self._alive, self.scaling, dropout)
+        if torch.is_grad_enabled():
+            how = (self._alive, self.scaling, dropout, not self.detach_norm)
+            return Decomposed.apply(*layer, self.magnitude, norm_O, *how)
+        dropped = self._drop(x).reshape(-1, self.in_features) if dropout else None
+        return product(*layer, scale(self.magnitude, norm_O, self._alive), self.scaling, dropped)[0]
+
+    def _sparse(self, x: Tensor) -> bool:
+        """Does the authors' dropout have the form with one dense product here?"""
+        return self.detach_norm and self.dropout <= SPARSE and x.device.type == "cpu"
 
     def _own_products(self, x: Tensor) -> bool:
         """Is it all one type and one matrix product, so that the layer can be computed in one buffer?"""
@@ -157,19 +162,23 @@ class DoraLinear(LoraLinear):
         return torch.cat([wide(W_OI[rows]) @ A_RI.t() for rows in self._blocks()])
 
     def _factored_norm(self, square_O: Tensor) -> Tensor:
-        with torch.autocast(self.lora_A.device.type, enabled=False):
-            A_RI, B_OR, s = self.lora_A.detach(), self.lora_B.detach(), self.scaling
-            WA_OR = self._on_factor(A_RI)
-            change_O = ((2 * s * WA_OR + s * s * (B_OR @ (A_RI @ A_RI.t()))) * B_OR).sum(1)
-            new_O = square_O + change_O
-            lost_O = ~(new_O > CANCELS * square_O) & (square_O > 0)
-            norm_O = new_O.clamp_min(0).sqrt()
-            if torch.compiler.is_compiling():
-                return norm_O
-            if bool(lost_O.any()):
-                rows = lost_O.nonzero()[:, 0]
-                norm_O[rows] = torch.cat([magnitude(self._direction(some)) for some in rows.split(1024)])
-            return norm_O
+        if torch.is_autocast_enabled(device := self.lora_A.device.type):
+            with torch.autocast(device, enabled=False):
+                return self._factored_norm(square_O)
+        A_RI, B_OR, s = self.lora_A.detach(), self.lora_B.detach(), self.scaling
+        half_OR = torch.addmm(self._on_factor(A_RI), B_OR, A_RI @ A_RI.t(), beta=2 * s, alpha=s * s)
+        new_O = (half_OR * B_OR).sum(1).add_(square_O)
+        if torch.compiler.is_compiling():
+            return new_O.clamp_min(0).sqrt()
+        sound_O = new_O > CANCELS * square_O
+        self._alive = bool(sound_O.all())
+        if self._alive:  # the usual case
+            return new_O.sqrt_()
+        norm_O = new_O.clamp_min(0).sqrt()
+        rows = (~sound_O & (square_O > 0)).nonzero()[:, 0]
+        if len(rows):
+            norm_O[rows] = torch.cat([magnitude(self._direction(some)) for some in rows.split(1024)])
+        return norm_O
 
     def _direct_norm(self) -> Tensor:
         """||V|| of each row through V itself, block of rows by block: the oracle, and part of the graph."""
@@ -178,6 +187,7 @@ class DoraLinear(LoraLinear):
     def _forget(self) -> None:
         self._square_O: Tensor | None = None
         self._norm_O: Tensor | None = None
+        self._alive = False  # is it known that no row of V is zero?
         self._seen: tuple[Tensor, Tensor] | None = None
         self._weight_stamp: tuple[Any, ...] = ()
         self._norm_stamp: tuple[Any, ...] = ()
@@ -211,14 +221,14 @@ class MagnitudeLinear(AdaptedLinear):
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """m W0 / ||W0||, (out, in)."""
-        return _scale(self.magnitude, self.norm)[:, None] * self.base_weight()
+        return scale(self.magnitude, self.norm, bool(self.norm.all()))[:, None] * self.base_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         base = self._base(x)
         bias = self.bias if self.frozen is None else getattr(self.frozen, "bias", None)
         again = base if bias is None else base - self.kind.across(bias)
-        g_O = _scale(self.magnitude, self.norm)
+        g_O = scale(self.magnitude, self.norm, bool(self.norm.all()))
         return torch.addcmul(base, again, self.kind.across(g_O - 1)).to(base.dtype)
 
 
@@ -231,130 +241,6 @@ def _initial(norm_O: Tensor) -> nn.Parameter:
             "holds inf, nan, or numbers whose squares overflow float32; load the base again or in a wider type"
         )
     return nn.Parameter(norm_O.clone())
-
-
-def _scale(magnitude_O: Tensor, norm_O: Tensor) -> Tensor:
-    """g_O = m / ||V||, and 1 where V is zero."""
-    if norm_O.device.type == "cpu" and not torch.compiler.is_compiling() and bool(norm_O.all()):  # the usual case
-        return magnitude_O / norm_O
-    zero_O = norm_O == 0
-    return (magnitude_O / norm_O.masked_fill(zero_O, 1.0)).masked_fill(zero_O, 1.0)
-
-
-def _product(
-    x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, g_O: Tensor, s: float,
-    dropped: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(g (x W0^T + s h B^T) + bias, h) with h_TR = drop(x) A^T, in one buffer of the output's size."""
-    x_TI = x.reshape(-1, x.shape[-1])
-    h_TR = (x_TI if dropped is None else dropped) @ A_RI.t()
-    y = F.linear(x, W_OI)  # not `x_TI @ ...`: a view as output would forbid the model to write into it
-    y_TO = y.view(-1, W_OI.shape[0])
-    y_TO.addmm_(h_TR, B_OR.t(), alpha=s)
-    if bias_O is None:
-        y_TO.mul_(g_O)
-    else:
-        torch.addcmul(bias_O, y_TO, g_O, out=y_TO)
-    return y, h_TR
-
-
-class _Decomposed(torch.autograd.Function):
-    """y = g (x W0^T + s drop(x) A^T B^T) + bias, g = m / ||V||, with the gradients written out.
-
-    The gradient of m is taken from the output, which the next operation mostly keeps anyway: dm = sum_t dy (y - bias)
-    / m. Where the model has written into the output, or m is 0, the product is computed again.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, m_O: Tensor,
-                norm_O: Tensor, s: float, dropout: float, through_norm: bool) -> Tensor:  # fmt: skip
-        mask_TI = dropped_TI = None
-        if dropout:
-            dropped, mask = torch.native_dropout(x, dropout, True)
-            dropped_TI, mask_TI = dropped.reshape(-1, x.shape[-1]), mask.reshape(-1, x.shape[-1])
-        g_O = _scale(m_O, norm_O)
-        y, h_TR = _product(x, W_OI, bias_O, A_RI, B_OR, g_O, s, dropped_TI)
-        ctx.save_for_backward(x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, mask_TI)
-        ctx.s, ctx.dropout, ctx.through_norm = s, dropout, through_norm
-        ctx.output = _Kept.keep(y)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, mask_TI = ctx.saved_tensors
-        s, needs = ctx.s, ctx.needs_input_grad
-        G_TO, x_TI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        sg_O1 = (s * g_O)[:, None]
-        dh_TR = G_TO @ (B_OR * sg_O1)
-        dx = None
-        moved_TO = G_TO * g_O if needs[0] else torch.empty_like(G_TO)
-        if needs[0]:
-            dx_TI = moved_TO @ W_OI
-            if mask_TI is None:
-                dx_TI.addmm_(dh_TR, A_RI)
-            else:
-                dx_TI.addcmul_(dh_TR @ A_RI, mask_TI.to(x.dtype), value=1 / (1 - ctx.dropout))
-            dx = dx_TI.view_as(x)
-        dropped_TI = x_TI if mask_TI is None else x_TI * mask_TI * (1 / (1 - ctx.dropout))
-        dA_RI = dh_TR.t() @ dropped_TI
-        dB_OR = (G_TO.t() @ h_TR).mul_(sg_O1)
-        dm_O = None
-        if needs[5] or ctx.through_norm:
-            y_TO = _Kept.restore(ctx.output)
-            if y_TO is None or not bool(m_O.all()):
-                z_TO = (x_TI @ W_OI.t()).addmm_(h_TR, B_OR.t(), alpha=s)
-                sum_O = torch.mul(G_TO, z_TO, out=moved_TO).sum(0)
-                per_m_O = norm_O
-            else:
-                sum_O = torch.mul(G_TO, y_TO.reshape(G_TO.shape), out=moved_TO).sum(0)
-                if bias_O is not None:
-                    sum_O -= bias_O * G_TO.sum(0)
-                per_m_O = m_O
-            dm_O = sum_O / per_m_O
-            dead_O = None if bool(norm_O.all()) else norm_O == 0
-            if dead_O is not None:
-                dm_O = dm_O.masked_fill(dead_O, 0.0)
-            if ctx.through_norm:  # dL/dV = c V row by row, by way of the norm
-                c_O = -m_O * dm_O / norm_O.square()
-                c_O = c_O if dead_O is None else c_O.masked_fill(dead_O, 0.0)
-                cB_OR = B_OR * c_O[:, None]
-                dB_OR += s * c_O[:, None] * (W_OI @ A_RI.t() + s * (B_OR @ (A_RI @ A_RI.t())))
-                dA_RI += s * (cB_OR.t() @ W_OI + s * ((cB_OR.t() @ B_OR) @ A_RI))
-        dbias_O = G_TO.sum(0) if needs[2] else None
-        return dx, None, dbias_O, dA_RI, dB_OR, dm_O, None, None, None, None
-
-
-class _Kept(torch.autograd.Function):
-    """Holds one tensor as autograd holds what it saves (hooks and version check included), apart from the others.
-
-    A node of its own, because a node whose saved output was written to gives none of its saved tensors back.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(tensor)
-        return tensor.new_empty(())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        raise AssertionError("never part of a backward pass")
-
-    @staticmethod
-    def keep(tensor: Tensor) -> Any:
-        """Save the tensor; returns what `restore` takes."""
-        with torch.enable_grad():
-            return _Kept.apply(tensor.detach().requires_grad_()).grad_fn
-
-    @staticmethod
-    def restore(node: Any) -> Tensor | None:
-        """The tensor, or None if it has been written to since."""
-        try:
-            return node.saved_tensors[0]
-        except RuntimeError as error:
-            if "inplace operation" not in str(error):
-                raise
-            return None
 
 
 def prepare(model: nn.Module, method: Method, generator: torch.Generator) -> None:
