@@ -326,7 +326,9 @@ def test_gradcheck(through_norm: bool, bias: bool) -> None:
 
     def output(x: Tensor, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
         norm_O = magnitude(layer.weight + layer.scaling * (B @ A)).detach() if through_norm else fixed_O
-        return Decomposed.apply(x, layer.weight, layer.bias, A, B, m, norm_O, True, layer.scaling, 0.0, through_norm)  # type: ignore[no-any-return]
+        return Decomposed.apply(
+            x, layer.weight, layer.bias, A, B, m, norm_O, True, layer.scaling, 0.0, through_norm, None
+        )  # type: ignore[no-any-return]
 
     assert torch.autograd.gradcheck(output, (x, layer.lora_A, layer.lora_B, layer.magnitude))
 
@@ -362,7 +364,7 @@ def test_the_norm_is_computed_once_per_optimiser_step(monkeypatch: pytest.Monkey
     layer = DoraLinear(nn.Linear(12, 20), method("dora"), torch.Generator())
     counted: list[int] = []
     compute = layer._factored_norm
-    monkeypatch.setattr(layer, "_factored_norm", lambda square_O: counted.append(1) or compute(square_O))
+    monkeypatch.setattr(layer, "_factored_norm", lambda *args: counted.append(1) or compute(*args))
     optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
         for _ in range(4):

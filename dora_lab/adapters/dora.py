@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -34,6 +35,7 @@ FIELDS: tuple[str, ...] = (*LORA_FIELDS, "dropout_form", "detach_norm", "magnitu
 
 BLOCK = {"cpu": 2**17, "other": 2**24}  # elements of W0 at a time: about a core's cache; on a GPU, few kernel launches
 CANCELS = 1e-3  # share of ||W0||^2 below which the expanded square has lost too many digits in float32
+STACK = 2  # outputs per token from which reading W0 once pays for copying x beside A
 _steps = [0]  # optimiser steps taken anywhere: they may write through `.data`, which leaves no trace in versions
 
 
@@ -71,15 +73,27 @@ class DoraLinear(LoraLinear):
         if not self._own_products(x) or (second and not self._sparse(x)):
             norm_O = self._norm() if self.detach_norm else self._direct_norm()
             return self._onto_base(x, scale(self.magnitude, norm_O, False), second)
-        norm_O = self._norm()
+        norm_O, base_TO = self._norm_and_base(x)
         layer = (x, self.matrix, self.bias, self.lora_A, self.lora_B)
         if second:
-            return Published.apply(*layer, self.magnitude, norm_O, self._alive, self.scaling, dropout)
+            return Published.apply(*layer, self.magnitude, norm_O, self._alive, self.scaling, dropout, base_TO)
         if torch.is_grad_enabled():
-            how = (self._alive, self.scaling, dropout, not self.detach_norm)
+            how = (self._alive, self.scaling, dropout, not self.detach_norm, base_TO)
             return Decomposed.apply(*layer, self.magnitude, norm_O, *how)
         dropped = self._drop(x).reshape(-1, self.in_features) if dropout else None
-        return product(*layer, scale(self.magnitude, norm_O, self._alive), self.scaling, dropped)[0]
+        return product(*layer, scale(self.magnitude, norm_O, self._alive), self.scaling, dropped, base_TO)[0]
+
+    @torch.no_grad()
+    def _norm_and_base(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """||V|| of each row and, where the norm had to be computed and tokens are few, x W0^T (tokens, out) as well.
+
+        One product of W0 with the rows of x and of A reads W0 once; alone, that with A takes as long as reading it.
+        """
+        tokens = x.numel() // self.in_features
+        if STACK * tokens > self.out_features or self._known():
+            return self._norm(), None
+        both = F.linear(torch.cat([x.reshape(tokens, -1), self.lora_A]), self.matrix)
+        return self._norm(both[tokens:].t()), both[:tokens]
 
     def _sparse(self, x: Tensor) -> bool:
         """Does the authors' dropout have the form with one dense product here?"""
@@ -108,21 +122,34 @@ class DoraLinear(LoraLinear):
         return torch.addcmul(moved, self._low(dropped), self.kind.across(g_O * self.scaling)).to(base.dtype)
 
     @torch.no_grad()
-    def _norm(self) -> Tensor:
-        """||V|| of each row, (out,), without a gradient; computed only when A, B or W0 are not what they were."""
+    def _norm(self, WA_OR: Tensor | None = None) -> Tensor:
+        """||V|| of each row, (out,), without a gradient; computed only when A, B or W0 are not what they were.
+
+        WA_OR: W0 A^T, if it is at hand.
+        """
         if self.lora_A.is_meta:
             return self.lora_A.new_empty(self.out_features)
         if torch.compiler.is_compiling():  # versions and addresses are no part of a graph
             return self._factored_norm(self._squares())
-        A_RI, B_OR = self.lora_A, self.lora_B
+        if not self._known() or self._norm_O is None:
+            if self._square_O is None:
+                self._square_O = self._squares()
+            self._norm_O = self._factored_norm(self._square_O, WA_OR)
+            self._norm_stamp = self._stamps()
+            self._seen = (self.lora_A.clone(), self.lora_B.clone()) if self.lora_A.device.type == "cpu" else None
+        return self._norm_O
+
+    def _known(self) -> bool:
+        """Is the norm that is kept that of the A, B and W0 of now? Forgets ||W0||^2 if that is another W0's."""
         weight = self._stamp(self._base_tensor())
         if self._square_O is None or weight != self._weight_stamp:
-            self._square_O, self._weight_stamp, self._norm_O = self._squares(), weight, None
-        stamp = (_steps[0], self.scaling, *self._stamp(A_RI), *self._stamp(B_OR))
-        if self._norm_O is None or stamp != self._norm_stamp or not self._same_values():
-            self._norm_O, self._norm_stamp = self._factored_norm(self._square_O), stamp
-            self._seen = (A_RI.clone(), B_OR.clone()) if A_RI.device.type == "cpu" else None
-        return self._norm_O
+            self._square_O, self._weight_stamp, self._norm_O = None, weight, None
+        return self._norm_O is not None and self._stamps() == self._norm_stamp and self._same_values()
+
+    def _stamps(self) -> tuple[Any, ...]:
+        # a norm from an evaluation may differ in its last bit from one of training, which must not depend on whether
+        # there was an evaluation before: a resumed run has to go on exactly
+        return (_steps[0], self.scaling, self.training, *self._stamp(self.lora_A), *self._stamp(self.lora_B))
 
     @staticmethod
     def _stamp(tensor: Tensor) -> tuple[Any, ...]:
@@ -161,12 +188,13 @@ class DoraLinear(LoraLinear):
             return W_OI @ A_RI.t()
         return torch.cat([wide(W_OI[rows]) @ A_RI.t() for rows in self._blocks()])
 
-    def _factored_norm(self, square_O: Tensor) -> Tensor:
+    def _factored_norm(self, square_O: Tensor, WA_OR: Tensor | None = None) -> Tensor:
         if torch.is_autocast_enabled(device := self.lora_A.device.type):
             with torch.autocast(device, enabled=False):
-                return self._factored_norm(square_O)
+                return self._factored_norm(square_O, WA_OR)
         A_RI, B_OR, s = self.lora_A.detach(), self.lora_B.detach(), self.scaling
-        half_OR = torch.addmm(self._on_factor(A_RI), B_OR, A_RI @ A_RI.t(), beta=2 * s, alpha=s * s)
+        WA_OR = self._on_factor(A_RI) if WA_OR is None else WA_OR
+        half_OR = torch.addmm(WA_OR, B_OR, A_RI @ A_RI.t(), beta=2 * s, alpha=s * s)
         new_O = (half_OR * B_OR).sum(1).add_(square_O)
         if torch.compiler.is_compiling():
             return new_O.clamp_min(0).sqrt()

@@ -1,0 +1,231 @@
+"""The products of the DoRA layer on one dense matrix, with their gradients written out.
+
+With z = W0 x + s B A drop(x) and g = m / ||V||, per token:
+- `Decomposed`, ``branch`` dropout or none: y = g z + bias;
+- `Published`, the authors' dropout: y = W0 x + (g - 1) W0 drop(x) + g s B A drop(x) + bias. What is dropped is few and
+  known, so the second product is had from the first: W0 drop(x) = (W0 x - W0 (x o Z)) / (1 - p), Z the dropped entries.
+  Backwards, with D = (g - 1) G: dx = (G + D / (1 - p)) W0, less D W0 / (1 - p) at Z alone.
+Shape suffixes: O = out features, I = in features, R = rank, T = tokens.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SPARSE = 0.1  # dropout up to which few enough entries are dropped for sparse products to be the faster ones
+BLOCK = 2**20  # elements of W0 that are transposed at a time for a sparse product
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)  # said once a process, to nobody
+
+
+def scale(m_O: Tensor, norm_O: Tensor, alive: bool) -> Tensor:
+    """g_O = m / ||V||, and 1 where V is zero; `alive` says that it is zero nowhere."""
+    if alive:
+        return m_O / norm_O
+    zero_O = norm_O == 0
+    return (m_O / norm_O.masked_fill(zero_O, 1.0)).masked_fill(zero_O, 1.0)
+
+
+def product(
+    x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, g_O: Tensor, s: float,
+    dropped_TI: Tensor | None = None, base_TO: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(g z + bias, h) with h_TR = drop(x) A^T; `base_TO` = x W0^T, which is written into, if it is at hand."""
+    h_TR = (x.reshape(-1, x.shape[-1]) if dropped_TI is None else dropped_TI) @ A_RI.t()
+    y, base_TO = _output(x, W_OI, base_TO)
+    y_TO = y.view(base_TO.shape)
+    z_TO = base_TO.addmm_(h_TR, B_OR.t(), alpha=s)
+    if bias_O is None:
+        torch.mul(z_TO, g_O, out=y_TO)
+    else:
+        torch.addcmul(bias_O, z_TO, g_O, out=y_TO)
+    return y, h_TR
+
+
+def _output(x: Tensor, W_OI: Tensor, base_TO: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(what becomes the output, x W0^T), in one memory where the product is not at hand.
+
+    The output is no view of anything: the model may write into it.
+    """
+    if base_TO is not None:
+        return x.new_empty(*x.shape[:-1], W_OI.shape[0]), base_TO
+    y = F.linear(x, W_OI)
+    return y, y.view(-1, W_OI.shape[0])
+
+
+class Decomposed(torch.autograd.Function):
+    """y = g (x W0^T + s drop(x) A^T B^T) + bias.
+
+    The gradient of m is taken from the output, which the next operation mostly keeps anyway: dm = sum_t dy (y - bias)
+    / m. Where the model has written into the output, or m is 0, the product is computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, m_O: Tensor,
+                norm_O: Tensor, alive: bool, s: float, dropout: float, through_norm: bool,
+                base_TO: Tensor | None) -> Tensor:  # fmt: skip
+        dropped_TI, rest_TI = _drop(x.reshape(-1, x.shape[-1]), dropout) if dropout else (None, None)
+        g_O = scale(m_O, norm_O, alive)
+        y, h_TR = product(x, W_OI, bias_O, A_RI, B_OR, g_O, s, dropped_TI, base_TO)
+        ctx.save_for_backward(x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, rest_TI)
+        ctx.s, ctx.dropout, ctx.through_norm, ctx.alive = s, dropout, through_norm, alive
+        ctx.output = _Kept.keep(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, rest_TI = ctx.saved_tensors
+        s, needs = ctx.s, ctx.needs_input_grad
+        G_TO, x_TI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        sg_O1 = (g_O * s)[:, None]
+        dh_TR = G_TO @ (B_OR * sg_O1)
+        dx = None
+        moved_TO = G_TO * g_O if needs[0] else torch.empty_like(G_TO)
+        if needs[0]:
+            dx_TI = moved_TO @ W_OI
+            if rest_TI is None:
+                dx_TI.addmm_(dh_TR, A_RI)
+            else:
+                dx_TI.addcmul_(dh_TR @ A_RI, rest_TI.to(x.dtype), value=1 / (1 - ctx.dropout))
+            dx = dx_TI.view_as(x)
+        dA_RI = dh_TR.t() @ (x_TI if rest_TI is None else x_TI * rest_TI)
+        if rest_TI is not None:
+            dA_RI *= 1 / (1 - ctx.dropout)
+        dB_OR = (G_TO.t() @ h_TR).mul_(sg_O1)
+        dm_O = None
+        if needs[5] or ctx.through_norm:
+            y_TO = _Kept.restore(ctx.output)
+            if y_TO is None or not bool(m_O.all()):
+                z_TO = (x_TI @ W_OI.t()).addmm_(h_TR, B_OR.t(), alpha=s)
+                sum_O, per_m_O = torch.mul(G_TO, z_TO, out=moved_TO).sum(0), norm_O
+            else:
+                sum_O, per_m_O = torch.mul(G_TO, y_TO.reshape(G_TO.shape), out=moved_TO).sum(0), m_O
+                if bias_O is not None:
+                    sum_O -= bias_O * G_TO.sum(0)
+            dm_O = _living(sum_O / per_m_O, norm_O, ctx.alive)
+            if ctx.through_norm:  # dL/dV = c V row by row, by way of the norm
+                c_O = _living(-m_O * dm_O / norm_O.square(), norm_O, ctx.alive)
+                cB_OR = B_OR * c_O[:, None]
+                dB_OR += s * c_O[:, None] * (W_OI @ A_RI.t() + s * (B_OR @ (A_RI @ A_RI.t())))
+                dA_RI += s * (cB_OR.t() @ W_OI + s * ((cB_OR.t() @ B_OR) @ A_RI))
+        dbias_O = G_TO.sum(0) if needs[2] else None
+        return dx, None, dbias_O, dA_RI, dB_OR, dm_O, None, None, None, None, None, None
+
+
+class Published(torch.autograd.Function):
+    """The authors' dropout with one dense product each way (on the CPU, for a `dropout` of at most `SPARSE`)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, m_O: Tensor,
+                norm_O: Tensor, alive: bool, s: float, dropout: float,
+                base_TO: Tensor | None) -> Tensor:  # fmt: skip
+        x_TI = x.reshape(-1, x.shape[-1])
+        dropped_TI, rest_TI = _drop(x_TI, dropout)
+        gone = (rest_TI == 0).view(-1).nonzero()[:, 0]
+        h_TR = dropped_TI @ A_RI.t()
+        g_O = scale(m_O, norm_O, alive)
+        y, base_TO = _output(x, W_OI, base_TO)
+        z_TO = base_TO - _sparse_product(_entries(x_TI, gone), W_OI)
+        z_TO.mul_(1 / (1 - dropout)).addmm_(h_TR, B_OR.t(), alpha=s)
+        y_TO = y.view(base_TO.shape)
+        # W0 drop(x) = z - s B A drop(x)
+        torch.addcmul(base_TO.addmm_(h_TR, B_OR.t(), alpha=s), z_TO, g_O - 1, out=y_TO)
+        if bias_O is not None:
+            y_TO += bias_O
+        ctx.save_for_backward(x, W_OI, A_RI, B_OR, norm_O, g_O, h_TR, z_TO, gone)
+        ctx.s, ctx.dropout, ctx.alive = s, dropout, alive
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, W_OI, A_RI, B_OR, norm_O, g_O, h_TR, z_TO, gone = ctx.saved_tensors
+        s, needs, kept = ctx.s, ctx.needs_input_grad, 1 - ctx.dropout
+        G_TO, x_TI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        sg_O1 = (g_O * s)[:, None]
+        dh_TR = G_TO @ (B_OR * sg_O1)
+        dm_O = _living((G_TO * z_TO).sum(0) / norm_O, norm_O, ctx.alive) if needs[5] else None
+        dx = None
+        if needs[0]:
+            D_TO = G_TO * ((g_O - 1) / kept)
+            dx_TI = _without(dh_TR @ A_RI, gone, ctx.dropout)
+            pattern = _entries(x_TI, gone)
+            at_gone = torch.sparse.sampled_addmm(pattern, D_TO, W_OI, beta=0).values()
+            dx_TI.addmm_(D_TO.add_(G_TO), W_OI).view(-1)[gone] -= at_gone
+            dx = dx_TI.view_as(x)
+        dA_RI = dh_TR.t() @ _without(x_TI.clone(), gone, ctx.dropout)
+        dB_OR = (G_TO.t() @ h_TR).mul_(sg_O1)
+        dbias_O = G_TO.sum(0) if needs[2] else None
+        return dx, None, dbias_O, dA_RI, dB_OR, dm_O, None, None, None, None, None
+
+
+def _living(numbers_O: Tensor, norm_O: Tensor, alive: bool) -> Tensor:
+    """The numbers, and 0 where V is zero."""
+    return numbers_O if alive else numbers_O.masked_fill(norm_O == 0, 0.0)
+
+
+def _drop(x_TI: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+    """drop(x), drawn as `F.dropout` draws it, and the rest: 0 where it is dropped and 1 elsewhere."""
+    if x_TI.device.type != "cpu":
+        return torch.native_dropout(x_TI, dropout, True)
+    # numbers, not truth values: these would be converted at every use, which takes longer
+    rest_TI = torch.empty_like(x_TI, memory_format=torch.contiguous_format).bernoulli_(1 - dropout)
+    return torch.mul(x_TI, rest_TI).mul_(1 / (1 - dropout)), rest_TI
+
+
+def _without(t_TI: Tensor, gone: Tensor, dropout: float) -> Tensor:
+    """What dropout does, in place, where the places that are `gone` are known."""
+    t_TI.mul_(1 / (1 - dropout)).view(-1).index_fill_(0, gone, 0.0)
+    return t_TI
+
+
+def _entries(x_TI: Tensor, gone: Tensor) -> Tensor:
+    """x at the places `gone`, as a sparse matrix (T, I) in rows."""
+    tokens, width = x_TI.shape
+    starts = torch.searchsorted(gone, torch.arange(tokens + 1) * width)
+    return torch.sparse_csr_tensor(
+        starts, gone % width, x_TI.reshape(-1)[gone], (tokens, width), check_invariants=False
+    )
+
+
+def _sparse_product(Z_TI: Tensor, W_OI: Tensor) -> Tensor:
+    """Z W0^T, (T, O), for a sparse Z; the rows of W0^T are what it reads, so W0 is transposed, a block at a time."""
+    size = max(1, BLOCK // W_OI.shape[1])
+    return torch.cat([Z_TI @ rows.t().contiguous() for rows in W_OI.split(size)], dim=1)
+
+
+class _Kept(torch.autograd.Function):
+    """Holds one tensor as autograd holds what it saves (hooks and version check included), apart from the others.
+
+    A node of its own, because a node whose saved output was written to gives none of its saved tensors back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(tensor)
+        return tensor.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        raise AssertionError("never part of a backward pass")
+
+    @staticmethod
+    def keep(tensor: Tensor) -> Any:
+        """Save the tensor; returns what `restore` takes."""
+        with torch.enable_grad():
+            return _Kept.apply(tensor.detach().requires_grad_()).grad_fn
+
+    @staticmethod
+    def restore(node: Any) -> Tensor | None:
+        """The tensor, or None if it has been written to since."""
+        try:
+            return node.saved_tensors[0]
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            return None
