@@ -7,7 +7,7 @@ RUN := $(BIN)/dora-lab
 export PYTHONHASHSEED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check format results notebooks mini-base clean-local
+.PHONY: help setup test check format results notebooks mini-base bench bench-gpu clean-local
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -44,6 +44,15 @@ notebooks: setup  ## open the notebooks
 
 mini-base: setup  ## pretrain the embedded base again (24 M tokens, about an hour on one core)
 	$(BIN)/python -m dora_lab.mini.pretrain
+
+bench: setup  ## time of a step and its memory: our LoRA and DoRA, PEFT's, full fine-tuning (about 12 minutes)
+	$(BIN)/python -m experiments.speed --results $(RESULTS)
+	$(BIN)/python -m analysis.tables.speed --results $(RESULTS)
+	@cat $(RESULTS)/tables/speed.md
+
+bench-gpu: setup  ## the same on LLaMA-7B and 8B shapes in bfloat16; needs a GPU
+	$(BIN)/python -m experiments.speed --gpu --results $(RESULTS)
+	$(BIN)/python -m analysis.tables.speed --results $(RESULTS)
 
 clean-local:  ## remove your own runs, tables and figures (the committed ones stay)
 	rm -rf results/local
