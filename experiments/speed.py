@@ -164,7 +164,7 @@ class Contender:
         return provenance.peak_memory_bytes() - before
 
 
-def measure(cell: Cell, device: str = "cpu", rounds: int, budget: float = BUDGET) -> dict[str, list[float]]:
+def measure(cell: Cell, device: str = "cpu", rounds: int = ROUNDS, budget: float = BUDGET) -> dict[str, list[float]]:
     """What every contender of a cell took, in the same order of rounds: seconds of a step, or bytes (one number)."""
     if cell.measure == "bytes":
         return {name: [_bytes_in_a_process(name, cell, device)] for name in cell.contenders}
