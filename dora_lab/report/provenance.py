@@ -26,10 +26,12 @@ class Provenance:
         commits = ", ".join(c[:10] for c in self.commits[:3]) or "unknown"
         if len(self.commits) > 3:
             commits += f" and {len(self.commits) - 3} more"
+        changed = " with uncommitted changes" if self.modified else ""
+        if self.commits and not self.tiers:
+            return f"Measured by experiments/{', '.join(self.experiments)}.py, code {commits}{changed}."
         return (
             f"Experiment {', '.join(self.experiments) or MISSING}, tier {', '.join(self.tiers) or MISSING}, "
-            f"{len(self.runs)} complete run{'' if len(self.runs) == 1 else 's'}, code {commits}"
-            f"{' with uncommitted changes' if self.modified else ''}."
+            f"{len(self.runs)} complete run{'' if len(self.runs) == 1 else 's'}, code {commits}{changed}."
         )
 
     def incomplete(self) -> str | None:
