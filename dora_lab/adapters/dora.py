@@ -73,7 +73,9 @@ class DoraLinear(LoraLinear):
         if not self._own_products(x) or (second and not self._sparse(x)):
             norm_O = self._norm() if self.detach_norm else self._direct_norm()
             return self._onto_base(x, scale(self.magnitude, norm_O, False), second)
-        norm_O, base_TO = self._norm_and_base(x)
+        norm_O, base_TO = self._kept(), None
+        if norm_O is None:
+            norm_O, base_TO = self._norm_and_base(x)
         layer = (x, self.matrix, self.bias, self.lora_A, self.lora_B)
         if second:
             return Published.apply(*layer, self.magnitude, norm_O, self._alive, self.scaling, dropout, base_TO)
@@ -85,12 +87,12 @@ class DoraLinear(LoraLinear):
 
     @torch.no_grad()
     def _norm_and_base(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """||V|| of each row and, where the norm had to be computed and tokens are few, x W0^T (tokens, out) as well.
+        """||V|| of each row, computed, and where tokens are few x W0^T (tokens, out) as well.
 
         One product of W0 with the rows of x and of A reads W0 once; alone, that with A takes as long as reading it.
         """
         tokens = x.numel() // self.in_features
-        if STACK * tokens > self.out_features or self._known():
+        if STACK * tokens > self.out_features:
             return self._norm(), None
         both = F.linear(torch.cat([x.reshape(tokens, -1), self.lora_A]), self.matrix)
         return self._norm(both[tokens:].t()), both[:tokens]
@@ -131,20 +133,25 @@ class DoraLinear(LoraLinear):
             return self.lora_A.new_empty(self.out_features)
         if torch.compiler.is_compiling():  # versions and addresses are no part of a graph
             return self._factored_norm(self._squares())
-        if not self._known() or self._norm_O is None:
-            if self._square_O is None:
-                self._square_O = self._squares()
-            self._norm_O = self._factored_norm(self._square_O, WA_OR)
-            self._norm_stamp = self._stamps()
-            self._seen = (self.lora_A.clone(), self.lora_B.clone()) if self.lora_A.device.type == "cpu" else None
+        if (kept_O := self._kept()) is not None:
+            return kept_O
+        if self._square_O is None:
+            self._square_O = self._squares()
+        self._norm_O = self._factored_norm(self._square_O, WA_OR)
+        self._norm_stamp = self._stamps()
+        if self.lora_A.device.type == "cpu":
+            self._seen = [(bits, bits.clone()) for bits in map(_bits, (self.lora_A, self.lora_B))]
         return self._norm_O
 
-    def _known(self) -> bool:
-        """Is the norm that is kept that of the A, B and W0 of now? Forgets ||W0||^2 if that is another W0's."""
+    def _kept(self) -> Tensor | None:
+        """The norm that is kept, if it is that of the A, B and W0 of now; forgets ||W0||^2 if that is another W0's."""
         weight = self._stamp(self._base_tensor())
-        if self._square_O is None or weight != self._weight_stamp:
+        if weight != self._weight_stamp:
             self._square_O, self._weight_stamp, self._norm_O = None, weight, None
-        return self._norm_O is not None and self._stamps() == self._norm_stamp and self._same_values()
+        if self._norm_O is None or self._stamps() != self._norm_stamp:
+            return None
+        # A and B may have been written through `.data`, which leaves no trace: looked for where looking costs little
+        return self._norm_O if all(torch.equal(bits, seen) for bits, seen in self._seen) else None
 
     def _stamps(self) -> tuple[Any, ...]:
         # a norm from an evaluation may differ in its last bit from one of training, which must not depend on whether
@@ -155,12 +162,6 @@ class DoraLinear(LoraLinear):
     def _stamp(tensor: Tensor) -> tuple[Any, ...]:
         version = None if tensor.is_inference() else tensor._version
         return (version, tensor.data_ptr(), tensor.dtype, tensor.device)
-
-    def _same_values(self) -> bool:
-        """Are A and B what they were, written through `.data` or not? Asked on the CPU only, where it costs little."""
-        if self._seen is None:
-            return True
-        return torch.equal(self.lora_A, self._seen[0]) and torch.equal(self.lora_B, self._seen[1])
 
     def _base_tensor(self) -> Tensor:
         """What a change of the base would show in: its weight, or an opaque layer's first tensor."""
@@ -216,7 +217,7 @@ class DoraLinear(LoraLinear):
         self._square_O: Tensor | None = None
         self._norm_O: Tensor | None = None
         self._alive = False  # is it known that no row of V is zero?
-        self._seen: tuple[Tensor, Tensor] | None = None
+        self._seen: list[tuple[Tensor, Tensor]] = []
         self._weight_stamp: tuple[Any, ...] = ()
         self._norm_stamp: tuple[Any, ...] = ()
 
@@ -258,6 +259,12 @@ class MagnitudeLinear(AdaptedLinear):
         again = base if bias is None else base - self.kind.across(bias)
         g_O = scale(self.magnitude, self.norm, bool(self.norm.all()))
         return torch.addcmul(base, again, self.kind.across(g_O - 1)).to(base.dtype)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The memory of a tensor as whole numbers: equal to themselves also where a number is nan, and few to compare."""
+    flat = tensor.detach().reshape(-1)
+    return flat.view(torch.int64 if flat.nbytes % 8 == 0 else torch.uint8)
 
 
 def _initial(norm_O: Tensor) -> nn.Parameter:
