@@ -102,6 +102,45 @@ def report(results: ResultsOption = RESULTS) -> None:
 
 
 @app.command()
+def probe(
+    base: Annotated[Path, typer.Argument(help="Folder of the base model (safetensors, sharded or not).")],
+    tuned: Annotated[list[Path], typer.Argument(help="Models, adapters, folders of checkpoint-N, or runs.")],
+    axis: Annotated[
+        str, typer.Option(help="One magnitude per output feature (out, DoRA's) or per input (in).")
+    ] = "out",
+    kinds: Annotated[str, typer.Option(help="Comma-separated leaf names, e.g. q_proj,v_proj; default: all.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Write the rows: .csv, .jsonl or .parquet.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the scatter of ΔD and ΔM: .png or .pdf.")] = None,
+    dynamics: Annotated[bool, typer.Option(help="Also ranks, singular values, intruder directions (slow).")] = False,
+    allow_pickle: Annotated[bool, typer.Option(help="Read adapter_model.bin if there is no safetensors file.")] = False,
+) -> None:
+    """ΔM and ΔD of tuned models or adapters against their base, from the files, in bounded memory."""
+    from dora_lab import measure
+    from dora_lab.report import decomposition
+
+    decomposition.refuse_endings(out, plot)
+    failures: list[str] = []
+    rows = list(
+        measure.probe(
+            base, tuned, axis=axis, kinds=[kind for kind in kinds.split(",") if kind], dynamics=dynamics,
+            allow_pickle=allow_pickle, failed=lambda error: failures.append(str(error)),
+            progress=lambda text: typer.echo(f"\r{text[-78:]:78}", err=True, nl=False) if sys.stderr.isatty() else None,
+        )
+    )  # fmt: skip
+    if rows:
+        typer.echo(decomposition.summary(rows))
+        for path in (
+            *([decomposition.save(rows, out)] if out else []),
+            *([decomposition.plot(rows, plot)] if plot else []),
+        ):
+            typer.echo(path)
+    for failure in failures:
+        typer.echo(f"error: {failure}", err=True)
+    if failures:
+        raise typer.Exit(2)
+
+
+@app.command()
 def export(
     base: Annotated[Path, typer.Argument(help="Folder of the base model, as transformers saves it.")],
     adapter: Annotated[Path, typer.Argument(help="Adapter: a PEFT folder, the authors' format, or a LyCORIS file.")],

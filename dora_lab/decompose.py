@@ -9,6 +9,9 @@ changes of early training are below one unit in the last place. Shape suffixes: 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -65,6 +68,60 @@ def relative_change(W0_OI: Tensor, W_OI: Tensor) -> float:
     if norm == 0:
         raise ValueError(f"initial weight of shape {tuple(W0_OI.shape)} is zero: its relative change has no value")
     return torch.linalg.vector_norm(W_OI - W0_OI).item() / norm
+
+
+@dataclass(frozen=True)
+class Change:
+    """How far each vector of a matrix has moved: one number per output feature (or per input feature), float64."""
+
+    norm0: Tensor  # |W0|
+    delta_m: Tensor  # |W| - |W0|, signed: the mean of its absolute value is equation 3
+    delta_d: Tensor  # 1 - cos (equation 4), in [0, 2]; nan where W or W0 is zero and has no direction
+    square: Tensor  # |W - W0|^2
+
+
+def change(blocks: Callable[[], Iterable[tuple[Tensor, Tensor]]], *, axis: str = "out") -> Change:
+    """The change of a matrix that is given as blocks of rows (W0_BI, E_BI), E = W - W0, in order.
+
+    axis: "out" (one number per row) or "in" (one per column; `blocks` is gone through twice).
+
+    With w2 = |W0|^2, a = W0.E and e2 = |E|^2: |W|^2 - |W0|^2 = 2a + e2 and, with the part of E across W0,
+    1 - cos = sin^2 / (1 + cos), sin^2 = |E - (a / w2) W0|^2 / |W|^2. No two nearly equal numbers are subtracted, so
+    small changes keep their digits; sums are in float64.
+    """
+    if axis not in ("out", "in"):
+        raise ValueError(f"axis = '{axis}': must be 'out' or 'in'")
+    along = 1 if axis == "out" else 0
+    sums: list[list[Tensor]] = []
+    for W0, E in blocks():
+        W0, E = wide(W0), wide(E)
+        part = [_sum(W0 * W0, along), _sum(W0 * E, along), _sum(E * E, along)]
+        if axis == "out":  # the row is at hand whole
+            part.append(_across(W0, E, part, along))
+        sums.append(part)
+    if axis == "out":
+        w2, a, e2, across = (torch.cat(parts) for parts in zip(*sums, strict=True))
+    else:
+        w2, a, e2 = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
+        across = sum((_across(wide(W0), wide(E), [w2, a], along) for W0, E in blocks()), torch.zeros_like(w2))
+    v2 = (w2 + 2 * a + e2).clamp_min(0)
+    safe_w2, safe_v2 = w2.masked_fill(w2 == 0, 1.0), v2.masked_fill(v2 == 0, 1.0)
+    sine2 = (across / safe_v2).clamp(0, 1)
+    cosine = ((w2 + a) / (safe_w2 * safe_v2).sqrt()).clamp(-1, 1)
+    turned = torch.where(cosine >= 0, sine2 / (1 + cosine), 1 - cosine)
+    norm0 = w2.sqrt()
+    moved = (2 * a + e2) / (norm0 + v2.sqrt()).masked_fill((w2 == 0) & (v2 == 0), 1.0)
+    return Change(norm0, moved, torch.where((w2 > 0) & (v2 > 0), turned, torch.nan), e2)
+
+
+def _sum(values: Tensor, along: int) -> Tensor:
+    return values.sum(along, dtype=torch.float64)
+
+
+def _across(W0: Tensor, E: Tensor, sums: list[Tensor], along: int) -> Tensor:
+    """|E - (a / w2) W0|^2, summed over this block."""
+    ratio = (sums[1] / sums[0].masked_fill(sums[0] == 0, 1.0)).to(W0.dtype).unsqueeze(along)
+    return _sum(torch.addcmul(E, W0, ratio, value=-1).square_(), along)
 
 
 def _pair(W0_OI: Tensor, W_OI: Tensor) -> tuple[Tensor, Tensor]:

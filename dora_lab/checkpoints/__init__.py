@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 from dora_lab.checkpoints.adapters import export, fingerprint, load_adapter, save_adapter
-from dora_lab.checkpoints.formats import Adapter, CheckpointError, Factors, read_adapter
+from dora_lab.checkpoints.formats import Adapter, Factors, read_adapter
+from dora_lab.checkpoints.shards import CheckpointError
 
 __all__ = [
     "Adapter",

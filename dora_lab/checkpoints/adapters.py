@@ -30,12 +30,12 @@ from dora_lab.checkpoints.formats import (
     CONFIG,
     WEIGHTS,
     Adapter,
-    CheckpointError,
     Factors,
     read_adapter,
     write_config,
     write_tensors,
 )
+from dora_lab.checkpoints.shards import CheckpointError
 from dora_lab.spec import Method, did_you_mean
 
 MANIFEST = "dora_lab.json"

@@ -24,14 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dora_lab.checkpoints.shards import CheckpointError, refuse_what_is_no_weights
 from dora_lab.spec import did_you_mean
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of every key in a PEFT file
-
-
-class CheckpointError(ValueError):
-    """A saved model or adapter that cannot be used: names the file, what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +115,7 @@ def read_adapter(path: Path, modules: Iterable[str] = (), *, allow_pickle: bool 
 
 def read_tensors(file: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
     """Every tensor of a safetensors file; CheckpointError says what the file is if it is something else."""
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file")
+    refuse_what_is_no_weights(file)
     if file.suffix in (".bin", ".pt", ".pth"):
         if not allow_pickle:
             raise CheckpointError(
@@ -132,12 +128,6 @@ def read_tensors(file: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]
         if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
             raise CheckpointError(f"{file}: not a table of tensors")
         return loaded
-    with file.open("rb") as handle:
-        head = handle.read(64).lstrip()
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{file}: a git-LFS pointer, not the weights; fetch them with `git lfs pull`")
-    if head[:1] == b"<":
-        raise CheckpointError(f"{file}: a web page, not weights; the download went wrong, fetch it again")
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError, OverflowError) as error:

@@ -1,0 +1,284 @@
+"""ΔM and ΔD between saved models, against float64 brute force and against PEFT's own merge."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import dora_lab
+from dora_lab import __main__ as command
+from dora_lab.checkpoints import CheckpointError, pairs, save_adapter
+from dora_lab.decompose import change
+from dora_lab.measure import probe
+from dora_lab.spec import Method
+
+KINDS = ("q_proj", "v_proj", "down_proj")
+
+
+def truth(W0: Tensor, W: Tensor, axis: str = "out") -> dict[str, float]:
+    """The textbook formulas in float64."""
+    W0, W = (w.double() if axis == "out" else w.double().t() for w in (W0, W))
+    m0, m = W0.norm(dim=1), W.norm(dim=1)
+    turned = ((W / m[:, None] - W0 / m0[:, None]).square().sum(1) / 2).mean()
+    return {
+        "delta_m": (m - m0).abs().mean().item(),
+        "delta_d": turned.item(),
+        "relative_change": ((W - W0).norm() / W0.norm()).item(),
+        "grown": (m > m0).double().mean().item(),
+    }
+
+
+def check(row: dict[str, Any], W0: Tensor, W: Tensor, axis: str = "out", rel: float = 1e-5) -> None:
+    for name, value in truth(W0, W, axis).items():
+        assert row[name] == pytest.approx(value, rel=rel), (row["module"], name)
+
+
+def one(W0: Tensor, E: Tensor, axis: str, size: int) -> dict[str, float]:
+    seen = change(lambda: iter([(W0[i : i + size], E[i : i + size]) for i in range(0, len(W0), size)]), axis=axis)
+    return {"delta_m": seen.delta_m.abs().mean().item(), "delta_d": seen.delta_d.nanmean().item()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.floats(1e-4, 1.0), along=st.sampled_from([0.0, 0.9, 1.0]), block=st.integers(1, 40),
+    axis=st.sampled_from(["out", "in"]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_small_changes_keep_their_digits(size: float, along: float, block: int, axis: str, seed: int) -> None:
+    """Down to a relative change of 1e-4, across the weight or nearly along it, in float32 (a true ΔD of 5e-9)."""
+    source = torch.Generator().manual_seed(seed)
+    W0 = torch.randn(24, 200, generator=source)
+    noise = torch.randn(24, 200, generator=source)
+    E = size * (along * W0 + (1 - along if along < 1 else 1e-3) * noise)
+    expected, seen = truth(W0, W0.double() + E.double(), axis), one(W0, E, axis, block)
+    assert seen["delta_m"] == pytest.approx(expected["delta_m"], rel=1e-5)
+    assert seen["delta_d"] == pytest.approx(expected["delta_d"], rel=1e-5, abs=1e-16)
+
+
+def test_rows_without_a_direction_and_turned_ones() -> None:
+    W0 = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0], [3.0, 4.0]])
+    W = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [3.0, 4.0]])
+    seen = change(lambda: iter([(W0, W - W0)]))
+    assert seen.delta_d[[0, 3]].tolist() == [2.0, 0.0] and seen.delta_d[[1, 2]].isnan().all()
+    assert seen.delta_m.tolist() == [0.0, 1.0, -1.0, 0.0]
+    with pytest.raises(ValueError, match="axis = 'rows': must be 'out' or 'in'"):
+        change(lambda: iter([(W0, W)]), axis="rows")
+
+
+# --- saved models
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=40, initializer_range=0.2, **sizes))
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=40, n_positions=16))
+
+
+def moved(model: Any, size: float) -> Any:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(size * parameter.abs().mean() * torch.randn_like(parameter))
+    return model
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name.removesuffix(".weight"): value for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("shard", ["5MB", "8KB"])
+def test_two_whole_models(axis: str, shard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "BLOCK", 200)  # a few rows at a time
+    llama().save_pretrained(tmp_path / "base", max_shard_size=shard)
+    moved(llama(), 1e-3).save_pretrained(tmp_path / "tuned", max_shard_size=shard)
+    rows = list(probe(tmp_path / "base", [tmp_path / "tuned"], axis=axis))
+    before, after = weights(llama()), weights(moved(llama(), 1e-3))
+    assert len(rows) == 3 * 7 and {row["kind"] for row in rows} >= set(KINDS)
+    for row in rows:
+        check(row, before[row["module"]], after[row["module"]], axis)
+        assert (row["layer"], row["undirected"], row["axis"]) == (int(row["module"].split(".")[2]), 0, axis)
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_adapters_against_pefts_merge(make: Any, dora: bool, axis: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pairs, "BLOCK", 300)
+    targets = list(KINDS) if make is llama else ["c_attn", "c_proj"]
+    make().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(
+        r=4, target_modules=targets, use_dora=dora, rank_pattern={targets[0]: 2}, use_rslora=True,
+        fan_in_fan_out=make is gpt2,
+    )  # fmt: skip
+    model = moved(peft.get_peft_model(make(), config), 0.0)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(1.01) if "magnitude" in name else parameter.add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "tuned")
+    rows = list(probe(tmp_path / "base", [tmp_path / "tuned"], axis=axis))
+    before = weights(make())
+    after = weights(model.double().merge_and_unload())
+    assert {row["module"] for row in rows} == {name for name in before if name.rpartition(".")[2] in targets}
+    for row in rows:
+        W0, W = (w[row["module"]] if make is llama else w[row["module"]].t() for w in (before, after))
+        check(row, W0, W, axis, rel=1e-4 if dora else 1e-5)  # the merge takes its norms in float32
+
+
+def test_our_adapters_in_every_format_and_a_trajectory(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    run = tmp_path / "trained"
+    for step in (200, 20):
+        model = llama()
+        dora_lab.inject(model, Method(name="dora", rank=4, alpha=8.0, target_modules=KINDS), seed=0)
+        torch.manual_seed(step)
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.add_(1e-4 * step * torch.randn_like(parameter))
+        save_adapter(model, run / f"checkpoint-{step}")
+    save_adapter(model, tmp_path / "authors", format="authors")
+    rows = list(probe(tmp_path / "base", [run, tmp_path / "authors"], kinds=("q_proj",)))
+    assert [row["step"] for row in rows] == [20] * 3 + [200] * 3 + [None] * 3
+    before = weights(llama())
+    for mine, theirs in zip(rows[:3], rows[6:], strict=True):
+        assert {**mine, "tuned": 0, "step": 0} == {**theirs, "tuned": 0, "step": 0}
+        W = model.get_submodule(mine["module"]).effective_weight()
+        check(mine, before[mine["module"]], W, rel=1e-3)  # that weight is rounded to float32
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "record.json").write_text("{}")
+    shutil.copytree(run / "checkpoint-20", tmp_path / "run" / "adapter", dirs_exist_ok=True)
+    again = list(probe(tmp_path / "base", [tmp_path / "run"], kinds=("q_proj",)))
+    assert [row["delta_d"] for row in again] == [row["delta_d"] for row in rows[:3]]
+
+
+def test_dynamics(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    model, name = llama(), "model.layers.1.self_attn.q_proj"
+    torch.manual_seed(3)
+    u, v = (torch.nn.functional.normalize(torch.randn(32), dim=0) for _ in range(2))
+    sigma = torch.linalg.svdvals(model.get_submodule(name).weight.detach())[0].item()
+    with torch.no_grad():
+        model.get_submodule(name).weight.add_(3 * sigma * torch.outer(u, v))  # one large new direction
+    model.save_pretrained(tmp_path / "tuned")
+    rows = {r["module"]: r for r in probe(tmp_path / "base", [tmp_path / "tuned"], kinds=("q_proj",), dynamics=True)}
+    row = rows[name]
+    assert row["effective_rank"] == pytest.approx(1, abs=0.01)
+    assert row["sigma_1"] == pytest.approx(3, rel=1e-3) and row["sigma_2"] < 1e-5
+    assert row["intruders"] >= 1
+    still = rows["model.layers.0.self_attn.q_proj"]
+    assert (still["effective_rank"], still["intruders"], still["delta_d"], still["delta_m"]) == (0.0, 0, 0.0, 0.0)
+
+
+# --- what is refused, and what is not lost
+
+
+def test_one_bad_model_does_not_lose_the_others(tmp_path: Path) -> None:
+    base, good, bad = (tmp_path / name for name in ("base", "good", "bad"))
+    llama().save_pretrained(base)
+    moved(llama(), 0.01).save_pretrained(good)
+    shutil.copytree(good, bad)
+    (bad / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    run = CliRunner().invoke(
+        command.app,
+        ["probe", *map(str, (base, bad, good)), "--kinds", "q_proj,v_proj", "--out", str(tmp_path / "rows.csv"),
+         "--plot", str(tmp_path / "scatter.png")],
+    )  # fmt: skip
+    assert run.exit_code == 2 and "bad/model.safetensors: a git-LFS pointer" in run.output
+    frame = pd.read_csv(tmp_path / "rows.csv")
+    assert len(frame) == 6 and set(frame["tuned"]) == {str(good)}
+    assert (tmp_path / "scatter.png").stat().st_size > 5000
+    for ending in ("jsonl", "parquet"):
+        assert CliRunner().invoke(command.app, ["probe", str(base), str(good), "--out", f"{tmp_path}/rows.{ending}"])
+        read = pd.read_json if ending == "jsonl" else pd.read_parquet
+        kept = read(f"{tmp_path}/rows.{ending}", **({"lines": True} if ending == "jsonl" else {}))
+        both = kept[kept["kind"].isin(["q_proj", "v_proj"])].reset_index(drop=True)
+        assert both["delta_d"].tolist() == pytest.approx(frame["delta_d"].tolist(), rel=1e-9)
+
+
+def change_index(folder: Path, **values: str) -> None:
+    file = folder / "model.safetensors.index.json"
+    table = json.loads(file.read_text())
+    table["weight_map"] |= values
+    file.write_text(json.dumps(table))
+
+
+def retensor(folder: Path, name: str, new: Tensor | None) -> None:
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            tensors.pop(name) if new is None else tensors.update({name: new})
+            save_file(tensors, file)
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+WRONG: dict[str, tuple[Any, str]] = {
+    "no model": (lambda f: shutil.rmtree(f) or f.mkdir(), "no model, adapter, checkpoint-N or run in it"),
+    "no folder": (lambda f: shutil.rmtree(f), "no such folder"),
+    "outside": (lambda f: change_index(f, odd="../other.safetensors"), "names a file outside its folder"),
+    "lost shard": (lambda f: change_index(f, odd="model-9.safetensors"), "model-9.safetensors: no such file"),
+    "lost tensor": (lambda f: retensor(f, Q, None), f"'{Q}' should be in it and is not"),
+    "not JSON": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "not an index of shards"),
+    "shape": (lambda f: retensor(f, Q, torch.zeros(3, 32)), r"is \(3, 32\), in the base \(32, 32\): another base"),
+    "nan": (lambda f: retensor(f, Q, torch.full((32, 32), torch.nan)), "holds numbers that are not finite"),
+    "quantised": (lambda f: retensor(f, Q, torch.ones(32, 32, dtype=torch.int8)), "is I8, not floating point"),
+    "cut": (
+        lambda f: [s.write_bytes(s.read_bytes()[:-9]) for s in f.glob("*.safetensors")],
+        "not a whole safetensors file",
+    ),
+    "page": (lambda f: [s.write_text("<html>") for s in f.glob("*.safetensors")], "a web page, not weights"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    llama().save_pretrained(folder / "base", max_shard_size="8KB")
+    moved(llama(), 0.01).save_pretrained(folder / "tuned", max_shard_size="8KB")
+    return folder
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_models_that_cannot_be_used_say_why(name: str, saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tuned"
+    shutil.copytree(saved / "tuned", folder)
+    spoil, words = WRONG[name]
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        list(probe(saved / "base", [folder]))
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_wrong_requests_are_refused_at_once(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no matrix is named 'q_prj'; did you mean 'q_proj'"):
+        list(probe(saved / "base", [saved / "tuned"], kinds=("q_prj",)))
+    for option, words in (
+        (("--out", "rows.xlsx"), "must end in .csv"),
+        (("--plot", "no/such/a.png"), "does not exist"),
+    ):
+        run = CliRunner().invoke(command.app, ["probe", str(saved / "base"), str(saved / "tuned"), *option])
+        assert words in str(run.exception)
+    model = llama()
+    dora_lab.inject(model, Method(name="lora", rank=2, alpha=4.0, target_modules=("q_proj",)), seed=0)
+    save_adapter(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"has no 'model.layers.0.self_attn.q_proj.weight': is it the right base"):
+        gpt2().save_pretrained(tmp_path / "other")
+        list(probe(tmp_path / "other", [tmp_path]))
