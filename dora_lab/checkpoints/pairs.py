@@ -1,7 +1,7 @@
 """A base and what was tuned from it, as matrices (W0, W - W0) in blocks of rows: no model is loaded, nothing merged.
 
-What is tuned may be a whole model, an adapter (see `formats`), a folder of ``checkpoint-N`` of either, or one of our run
-directories. Shape suffixes: O = out features, I = in features, R = rank, B = rows of a block.
+What is tuned may be a whole model, an adapter (see `formats`), a folder of ``checkpoint-N`` of either, or one of our
+run directories. Shape suffixes: O = out features, I = in features, R = rank, B = rows of a block.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def pairs(base: Shards, tuned: Path, kinds: Sequence[str] = (), *, allow_pickle:
 
     kinds: leaf names of modules; () = all that an adapter has, or all matrices of a whole model but embeddings.
 
-    Raises CheckpointError, naming tensor and file, for what is missing or of another shape, and kinds that match nothing.
+    Raises CheckpointError, naming tensor and file, for what is missing or of another shape; for kinds that match nothing.
     """
     if tuned.is_file() or (tuned / CONFIG).is_file():
         modules = [name.removesuffix(".weight") for name in base]
