@@ -6,8 +6,6 @@ Torch is imported only when there is something to run. Several runs at once: see
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
 import threading
 import time
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_lab import load, provenance
-from dora_lab.spec import Spec, spec_id, to_dict
+from dora_lab.spec import Spec
 from dora_lab.store import STREAMS, RunDir, StoreError, read_record, run_path
 
 if TYPE_CHECKING:
@@ -206,16 +204,14 @@ def _initial(files: dict[str, safe_open], name: str, spec: Spec) -> Any:
 
 
 def _save_adapter(model: PreTrainedModel, spec: Spec, run: RunDir) -> None:
-    from safetensors.torch import save_file
+    """What was trained, in forms that others read: a PEFT folder, or the model where all of it was trained."""
+    from dora_lab.adapters import adapted
+    from dora_lab.checkpoints import save_adapter
 
-    from dora_lab.train import trainable
-
-    run.adapter.mkdir(exist_ok=True)
-    partial = run.adapter / ".adapter.safetensors.partial"
-    save_file(trainable(model), partial, metadata={"format": "pt", "spec_id": spec_id(spec)})
-    os.replace(partial, run.adapter / "adapter.safetensors")
-    text = json.dumps({"spec_id": spec_id(spec), "model": to_dict(spec)["model"], "method": to_dict(spec)["method"]})
-    (run.adapter / "adapter.json").write_text(text + "\n", encoding="utf-8")
+    if any(True for _ in adapted(model)):
+        save_adapter(model, run.adapter, base_name=spec.model.name)
+    else:
+        model.save_pretrained(run.adapter)
 
 
 def _changed_inputs(spec: Spec, paths: Paths, record: dict[str, Any]) -> bool:

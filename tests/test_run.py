@@ -62,7 +62,7 @@ def test_pipeline_end_to_end(paths: Paths) -> None:
     probes = read_stream(path, "probe")
     assert {row["step"] for row in probes} == {5, 10, 15, 20} and len(probes) == 4 * 2 * 7
     assert len(read_stream(path, "eval")) == 4
-    assert (path / "adapter" / "adapter.safetensors").exists() and not (path / "checkpoints").exists()
+    assert (path / "adapter" / "adapter_model.safetensors").exists() and not (path / "checkpoints").exists()
     moved = [row["delta_d"] for row in probes if row["kind"] == "q_proj" and row["step"] == 20]
     still = [row["delta_d"] for row in probes if row["kind"] == "o_proj"]
     assert all(value > 0 for value in moved) and all(value == 0 for value in still)

@@ -62,7 +62,7 @@ def pairs(base: Shards, tuned: Path, kinds: Sequence[str] = (), *, allow_pickle:
 
     kinds: leaf names of modules; () = all that an adapter has, or all matrices of a whole model but embeddings.
 
-    Raises CheckpointError, naming tensor and file, for what is missing or of another shape; for kinds that match nothing.
+    Raises CheckpointError, naming tensor and file, for what is missing or of another shape, or a kind of no matrix.
     """
     if tuned.is_file() or (tuned / CONFIG).is_file():
         modules = [name.removesuffix(".weight") for name in base]
