@@ -37,7 +37,7 @@ class Outcome:
     """How one spec of `run_many` ended."""
 
     spec: Spec
-    status: str  # complete, skipped (was complete before), failed, interrupted
+    status: str  # complete, skipped (was complete before, or done by another process meanwhile), failed, interrupted
     seconds: float = 0.0
     error: str | None = None
 
