@@ -38,9 +38,7 @@ def start(gpu: bool) -> None:
     if gpu and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(
-            "nccl" if gpu and torch.cuda.is_available() else "gloo", timeout=WAIT
-        )
+        torch.distributed.init_process_group("nccl" if gpu and torch.cuda.is_available() else "gloo", timeout=WAIT)
 
 
 def barrier() -> None:

@@ -52,7 +52,7 @@ OUTSIDE = (KeyboardInterrupt, SystemExit, OSError, ResumeError)
 class RunDir:
     """One run directory, locked and open for writing; use ``with RunDir.open(root, spec) as run``.
 
-    Leaving the block without `finish` marks the run: `interrupted` (Ctrl-C, a full disk, or nothing said), `failed` (any
+    Leaving the block without `finish` marks the run: `interrupted` (Ctrl-C, a full disk, nothing said), `failed` (any
     other exception, whose text becomes the error). A complete run is never written to: check `complete` after opening.
     """
 
