@@ -70,6 +70,8 @@ class Snapshots:
             self._seal(begun, step, beside)
         except Exception as error:
             shutil.rmtree(self.partial, ignore_errors=True)
+            if not _of_disk(error):
+                raise
             last = [folder.name for folder in self.all()]
             raise SaveError(
                 f"{self.folder / begun.name} could not be written ({error}); "
@@ -195,6 +197,12 @@ def sha256(file: Path) -> str:
         while block := stream.read(1 << 20):
             content.update(block)
     return content.hexdigest()
+
+
+def _of_disk(error: Exception) -> bool:
+    """Whether writing failed: torch and safetensors have errors of their own for it."""
+    writers = ("PytorchStreamWriter", "inline_container", "unexpected pos", "os error")
+    return isinstance(error, OSError) or any(word in str(error) for word in writers)
 
 
 def _own_hash(manifest: Mapping[str, Any]) -> str:
