@@ -309,17 +309,22 @@ def _living(numbers_O: Tensor, norm_O: Tensor, alive: bool) -> Tensor:
     return numbers_O if alive else numbers_O.masked_fill(norm_O == 0, 0.0)
 
 
-_room = threading.local()
+class _Workspaces(threading.local):
+    def __init__(self) -> None:
+        self.of: dict[torch.dtype, Tensor] = {}
+
+
+_workspaces = _Workspaces()
 
 
 def _workspace(like_TO: Tensor) -> Tensor:
-    """Memory of that shape for one backward: on the CPU the same again and again, since new memory costs page faults."""
-    if like_TO.device.type != "cpu" or like_TO.numel() > WORKSPACE:
+    """Memory of that shape for one backward; on the CPU the same every time, since new memory costs page faults."""
+    size, kept = like_TO.numel(), _workspaces.of
+    if like_TO.device.type != "cpu" or size > WORKSPACE:
         return torch.empty_like(like_TO, memory_format=torch.contiguous_format)
-    rooms = _room.__dict__
-    if like_TO.dtype not in rooms or rooms[like_TO.dtype].numel() < like_TO.numel():
-        rooms[like_TO.dtype] = like_TO.new_empty(like_TO.numel())
-    return rooms[like_TO.dtype][: like_TO.numel()].view(like_TO.shape)
+    if like_TO.dtype not in kept or kept[like_TO.dtype].numel() < size:
+        kept[like_TO.dtype] = like_TO.new_empty(size)
+    return kept[like_TO.dtype][:size].view(like_TO.shape)
 
 
 def _drop(x_TI: Tensor, dropout: float) -> tuple[Tensor, Tensor]:

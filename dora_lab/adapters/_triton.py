@@ -1,4 +1,4 @@
-"""Two passes over the tokens of a DoRA layer as Triton kernels, for a GPU: what `_products.Blocked` does block by block.
+"""Two passes over the tokens of a DoRA layer as Triton kernels, for a GPU: what `_products.Blocked` does in blocks.
 
 - `onto`: from the base's output and h = drop(x) A^T to the layer's output, in place, in one reading and one writing;
 - `back`: from dy and y to dy g and, in the same reading, the sums that the gradient of m needs.
@@ -6,6 +6,8 @@ Both compute in float32 whatever the types in memory; the sums are added up in a
 `_products.FUSED` is set; the eager form is the reference that the tests compare with.
 Shape suffixes: O = out features, R = rank, T = tokens.
 """
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def _onto(y, h, b, g, bias, s, tokens, width, rank, HAS_BIAS: tl.constexpr,
     low = tl.zeros((TILE_T, TILE_O), dtype=tl.float32)
     for start in range(0, rank, TILE_R):
         r = start + tl.arange(0, TILE_R)
-        h_tile = tl.load(h + t[:, None] * rank + r[None, :], mask=(t[:, None] < tokens) & (r[None, :] < rank), other=0.0)
+        h_tile = tl.load(
+            h + t[:, None] * rank + r[None, :], mask=(t[:, None] < tokens) & (r[None, :] < rank), other=0.0
+        )
         b_tile = tl.load(b + o[None, :] * rank + r[:, None], mask=(o[None, :] < width) & (r[:, None] < rank), other=0.0)
         low += tl.dot(h_tile, b_tile, input_precision="ieee")
     inside = (t[:, None] < tokens) & (o[None, :] < width)
