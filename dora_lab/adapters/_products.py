@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -209,7 +209,7 @@ class Blocked(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, rest_TI, of_m = _saved(ctx)
+        x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, rest_TI, kept_TO = _saved(ctx)
         s, kept, needs, second, wide = ctx.s, 1 - ctx.dropout, ctx.needs_input_grad, ctx.second, A_RI.dtype
         weight_OI, x_TI = W_OI.to(x.dtype), x.reshape(-1, x.shape[-1])
         G_TO = grad.reshape(-1, grad.shape[-1])
@@ -217,10 +217,15 @@ class Blocked(torch.autograd.Function):
         dh_TR, dB_OR, dA_RI = torch.empty_like(h_TR), torch.zeros_like(B_OR), torch.zeros_like(A_RI)
         sum_O, moved_TO = torch.zeros_like(m_O), torch.empty_like(G_TO) if needs[0] else None
         take_m = needs[5] or ctx.through_norm
-        from_output = take_m and not second and of_m is not None and bool(m_O.all())
-        if take_m and not second and not from_output:
-            of_m = x_TI @ weight_OI.t()
-        of_m_TO = of_m.reshape(G_TO.shape) if take_m else G_TO
+        from_output = take_m and not second and kept_TO is not None and bool(m_O.all())
+        # what dy is multiplied by, summed over tokens, for the gradient of m: y, z, or z without its last term
+        of_m_TO = (
+            cast(Tensor, kept_TO).view(G_TO.shape)
+            if second or from_output
+            else x_TI @ weight_OI.t()
+            if take_m
+            else G_TO
+        )
         fused = kernels(G_TO) if from_output and moved_TO is not None else None
         if fused is not None:
             sum_O = fused.back(G_TO, of_m_TO, g_O, bias_O, moved_TO)
