@@ -386,7 +386,8 @@ class _Trainer(Trainer):
         self.load_trainable(Path(resume_from_checkpoint) / WEIGHTS)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self._write_weights(Path(cast(str, output_dir)) / WEIGHTS)
+        if ranks.first():
+            self._write_weights(Path(cast(str, output_dir)) / WEIGHTS)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.snapshots.partial)  # from where it is moved when it is whole
