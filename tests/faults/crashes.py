@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dora_lab import report, snapshots
@@ -179,12 +179,30 @@ def fill(disk: Path, left: int) -> None:
         file.write(b"0" * max(0, free - left))
 
 
-@fault(6, "training diverges: NaN in loss, gradient or weights")
+@fault(6, "a learning rate that makes training diverge")
 def divergence(folder: Path, rng: random.Random) -> str:
-    rate = rng.choice([1e20, 1e25, 1e30, 3e38])
-    changes = {"optim.learning_rate": rate, "optim.max_grad_norm": rng.choice([0.0, 1.0]), "probe": None}
-    spec = derive(any_spec(rng), changes)
-    assert crash.ended(crash.child(lambda: crash.run(folder, spec), folder / "errors.txt")) == 1
+    rate = {"optim.learning_rate": rng.choice([1e25, 1e30, 3e38]), "optim.max_grad_norm": rng.choice([0.0, 1.0])}
+    spec = derive(crash.small_spec("ft"), {**rate, "probe": None})
+    return stopped_by_numbers(folder, spec, lambda: None)
+
+
+@fault(6, "NaN or infinity in loss, gradient or a weight")
+def no_numbers(folder: Path, rng: random.Random) -> str:
+    kind, step = rng.choice(["loss", "gradient", "weight"]), rng.randint(1, crash.STEPS)
+    value = rng.choice([float("nan"), float("inf"), -float("inf")])
+    told = stopped_by_numbers(folder, any_spec(rng), lambda: crash.poison(kind, step, value))
+    assert f"at step {step}," in told and kind in told, told
+    return told
+
+
+def stopped_by_numbers(folder: Path, spec: Spec, poison: Callable[[], None]) -> str:
+    """The run fails at the step, with its items and its last finite checkpoint, and no table shows an accuracy."""
+
+    def work() -> None:
+        poison()
+        crash.run(folder, spec)
+
+    assert crash.ended(crash.child(work, folder / "errors.txt")) == 1, "it ended well"
     record = read_record(run_path(folder, spec))
     assert record["status"] == "failed" and record["error"].startswith("NonFiniteError: "), record["error"]
     assert "training items [" in record["error"]
