@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dora_lab import load
+from dora_lab import load, ranks
 from dora_lab.run import Paths
 from dora_lab.spec import Spec, SpecError, derive, did_you_mean, spec_id, to_dict, validate
 from dora_lab.store import read_stream, run_path
@@ -58,7 +58,8 @@ def run(
         _print_specs(specs, getattr(module, "ITEMS", {}))
         return
     outcomes = run_many(specs, Paths(results, data_dir, model_dir), jobs)
-    typer.echo(summary(outcomes, results))
+    if ranks.first():
+        typer.echo(summary(outcomes, results))
     if any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(1)
     if any(outcome.status == "interrupted" for outcome in outcomes):
