@@ -70,7 +70,7 @@ def verify(
     experiment: Annotated[str | None, typer.Argument(help="One experiment; all without it.")] = None,
     results: ResultsOption = RESULTS,
 ) -> None:
-    """Print the verdict on each claim of the paper that the runs can speak about."""
+    """Print the verdict on each claim of the paper that the runs can speak about, and on the numbers it prints."""
     from dora_lab import report
     from dora_lab import verify as verifying
 
@@ -78,6 +78,9 @@ def verify(
     evals, probes = (report.frame(results, experiment, stream) for stream in ("eval", "probe"))
     found = verifying.verdicts(evals, probes, rows)
     typer.echo(found.to_string(index=False) if len(found) else f"no complete runs in {results}")
+    known = [load_experiment(name) for name in experiment_names()]
+    published = [spec for module in known if "paper" in module.TIERS for spec in module.specs("paper")]
+    typer.echo("\n" + verifying.summary(verifying.cells(results, verifying.claims(), published), experiment))
 
 
 @app.command()
