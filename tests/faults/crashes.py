@@ -93,6 +93,32 @@ def killed_together(folder: Path, rng: random.Random) -> str:
     return f"both killed {kills} times; the same run, byte for byte"
 
 
+@fault(4, "one of two processes of one run killed")
+def one_of_two_killed(folder: Path, rng: random.Random) -> str:
+    spec = derive(any_spec(rng), {"optim.epochs": 8.0})
+    pids = crash.start(folder, spec, 2, folder / "errors.txt")
+    while len(read_stream(run_path(folder, spec), "metrics")) < 3:
+        time.sleep(0.01)
+    time.sleep(rng.random() / 5)
+    killed = rng.randrange(2)
+    os.kill(pids[killed], signal.SIGKILL)
+    codes = [crash.ended(pid) for pid in pids]
+    assert codes[killed] == -signal.SIGKILL and codes[1 - killed] == 1, codes
+    told = (folder / f"errors{1 - killed}.txt").read_text().strip().splitlines()[-1]
+    record = read_record(run_path(folder, spec))
+    assert record["status"] == ("interrupted" if killed else "running"), record["error"]
+    assert "another process of the run has ended" in told, told
+    (folder / f"errors{1 - killed}.txt").unlink()
+    crash.finish(folder, spec, 2)
+    record = read_record(run_path(folder, spec))
+    assert record["training"]["resumed_from"]
+    crash.finish(folder / "whole", spec, 2)
+    for stream in ("metrics", "probe", "eval"):
+        found, wanted = (run_path(root, spec) / f"{stream}.jsonl" for root in (folder, folder / "whole"))
+        assert found.read_bytes() == wanted.read_bytes(), stream
+    return told.partition(": ")[2]
+
+
 @fault(4, "a file of a checkpoint is missing")
 def missing_file(folder: Path, rng: random.Random) -> str:
     spec = any_spec(rng)
@@ -319,7 +345,7 @@ def refusal(spec: Spec, paths: Paths) -> str:
 
 @fault("SIGTERM", "asked to end while training")
 def sigterm(folder: Path, rng: random.Random) -> str:
-    spec = derive(any_spec(rng), {"optim.epochs": 400.0})
+    spec = derive(any_spec(rng), {"optim.epochs": 100.0})
     pid = crash.child(lambda: crash.together(folder, spec, folder / "told.txt"), folder / "errors.txt")
     steps = rng.randint(1, 20)
     while len(read_stream(run_path(folder, spec), "metrics")) < steps:
