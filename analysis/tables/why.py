@@ -1,0 +1,178 @@
+"""The correlation of ΔD with ΔM under other learning rates, ranks, scales and lengths.
+
+The grid of `decomposition`. What is tested, over seeds: the trend of Fisher's z over the levels of each factor, and the
+differences between methods in the middle of the grid; the p of all these tests are adjusted by Holm together.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import script
+from analysis.tables.correlations import interval
+from dora_lab import report, statistics
+from dora_lab.report import Block, correlations, number
+from dora_lab.statistics import Estimate
+
+KINDS = ("q_proj", "v_proj")
+VIEWS = ("pooled", "between layers", "changes")
+TESTS = (
+    "z is Fisher's, atanh r. Mean over seeds [95 % interval, Student's t over seeds], p adjusted by Holm for all tests "
+    "of these two tables."
+)
+NOTES = (
+    "r, mean over seeds, with the 95 % interval that takes layers and checkpoints for independent points (Fisher); the "
+    "interval by resampling layers is in the csv file, and far wider between layers: there are four.",
+    "ΔM, ΔD: mean over layers and seeds at the last checkpoint. Spread of ΔM: its standard deviation over layers by its"
+    " mean, mean over seeds.",
+)
+COLUMNS = ["what", "kind", "view", "label", "other", "factor", "level", "n_seeds", "r", "fisher_low", "fisher_high"]
+COLUMNS += ["layers_low", "layers_high", "seeds", "delta_m", "delta_d", "spread_m", "z", "z_low", "z_high", "p"]
+Setting = tuple[str, str, float, float, pd.DataFrame]
+
+
+def build(results: Path) -> list[Path]:
+    """Write results/tables/why{suffix}.{md,csv,tex}, one set per grid; returns the paths (none without a grid)."""
+    probes = report.frame(results, "decomposition", "probe")
+    paths = []
+    for suffix, rows in report.groups(probes):
+        settings = list(correlations.around_the_middle(rows))
+        if settings:
+            found = measured(settings)
+            paths += report.save_table(
+                results / "tables",
+                f"why{suffix}",
+                "What the correlation of ΔD with ΔM depends on",
+                blocks(found),
+                found,
+                report.provenance(rows, probes.attrs["statuses"]),
+            )
+    return paths
+
+
+def measured(settings: list[Setting]) -> pd.DataFrame:
+    """A row per setting, kind and view (`what` = level), per trend over the levels of a factor, and per two methods."""
+    middles = {label: rows for label, _, level, middle, rows in settings if level == middle}
+    out: list[dict[str, Any]] = []
+    for kind, view in itertools.product(KINDS, VIEWS):
+        about = {"kind": kind, "view": view}
+        for label, other in itertools.combinations(middles, 2):
+            z = [_z_by_seed(middles[name], kind, view) for name in (label, other)]
+            differences = [z[0][seed] - z[1][seed] for seed in sorted(set(z[0]) & set(z[1]))]
+            out.append(about | {"what": "methods", "label": label, "other": other} | _tested(differences))
+        for (label, factor), group in itertools.groupby(settings, key=lambda setting: setting[:2]):
+            levels = list(group)
+            named = about | {"label": label, "factor": factor}
+            out.append(named | {"what": "trend"} | _tested(_slopes(levels, kind, view)))
+            for _, _, level, _, rows in levels:
+                found = correlations.correlate(rows, kind, "out", view)
+                mine = named | {"what": "level", "level": level, "n_seeds": rows["seed"].nunique()}
+                out.append(mine | _moved(rows[rows["kind"] == kind]) | (_numbers(found) if found is not None else {}))
+    table = pd.DataFrame(out).reindex(columns=COLUMNS)
+    tested = table["p"].notna()
+    table["p_holm"] = pd.Series(statistics.holm(table.loc[tested, "p"].tolist()), index=table.index[tested])
+    return table
+
+
+def _numbers(found: Estimate) -> dict[str, Any]:
+    low, high = found.resampled or (None, None)
+    named = {"r": found.value, "fisher_low": found.low, "fisher_high": found.high}
+    return named | {"layers_low": low, "layers_high": high, "seeds": " ".join(f"{r:.3f}" for r in found.per_seed)}
+
+
+def _moved(rows: pd.DataFrame) -> dict[str, float]:
+    """Mean ΔM and ΔD at the last checkpoint, and how much ΔM differs between layers (sd over mean)."""
+    last = rows[rows["fraction"] == rows["fraction"].max()]
+    by_seed = last.groupby("seed")["delta_m"].agg(["mean", "std"])
+    spread = float((by_seed["std"] / by_seed["mean"]).mean())
+    return {"delta_m": float(last["delta_m"].mean()), "delta_d": float(last["delta_d"].mean()), "spread_m": spread}
+
+
+def _slopes(levels: list[Setting], kind: str, view: str) -> list[float]:
+    """Change of z per doubling of the factor, by least squares over its levels, for each seed that has all of them."""
+    z = [_z_by_seed(rows, kind, view) for *_, rows in levels]
+    doublings = np.log2([level for _, _, level, _, _ in levels])
+    seeds = sorted(set.intersection(*map(set, z)))
+    return [float(np.polyfit(doublings, [by_seed[seed] for by_seed in z], 1)[0]) for seed in seeds]
+
+
+def _z_by_seed(rows: pd.DataFrame, kind: str, view: str) -> dict[int, float]:
+    found, seeds = correlations.correlate(rows, kind, "out", view), sorted(rows["seed"].unique())
+    if found is None or len(found.per_seed) != len(seeds):  # a seed in which nothing moved has no correlation
+        return {}
+    return dict(zip(seeds, statistics.fisher_z(found.per_seed).tolist(), strict=True))
+
+
+def _tested(values_S: list[float]) -> dict[str, Any]:
+    found = statistics.over_seeds(values_S)
+    return {} if found is None else {"z": found.value, "z_low": found.low, "z_high": found.high, "p": found.p}
+
+
+def blocks(table: pd.DataFrame) -> list[Block]:
+    """Methods against each other, the trends, and the numbers of every level for each kind and method."""
+    methods = table[table["what"] == "methods"].assign(Methods=lambda t: t["label"] + " − " + t["other"])
+    trends = table[table["what"] == "trend"].assign(Method=lambda t: t["label"], Factor=lambda t: t["factor"])
+    found = [
+        Block(
+            title="Methods against each other, in the middle of the grid: difference of z",
+            cells=_tests(methods, ["Methods"]),
+            text=("Methods",),
+            notes=(TESTS, "Above zero: the first method's correlation is the more positive one."),
+        ),
+        Block(
+            title="Trends: change of z per doubling of the factor",
+            cells=_tests(trends, ["Method", "Factor"]),
+            text=("Method", "Factor"),
+            notes=(TESTS,),
+        ),
+    ]
+    levels = table[table["what"] == "level"]
+    for (kind, label), part in levels.groupby(["kind", "label"], sort=False):
+        rows = [_row(setting) for _, setting in part.groupby(["factor", "level"], sort=False)]
+        title = f"{label}, {report.KINDS[kind]} matrices"
+        found.append(Block(title=title, cells=pd.DataFrame(rows), text=("Factor",)))
+    return [*found[:-1], replace(found[-1], notes=NOTES)] if len(levels) else found
+
+
+def _tests(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """A line per comparison, a column per kind and view: `−0.31 [−0.40, −0.22], p 0.002`."""
+    rows = []
+    for key, part in table.groupby(names, sort=False):
+        cells = dict(zip(names, key if isinstance(key, tuple) else (key,), strict=True))
+        for row in part.to_dict("records"):
+            z = number(row["z"], digits=2)
+            text = z and f"{z} {interval(row['z_low'], row['z_high'])}, p {_p(row['p_holm'])}"
+            cells[f"{report.KINDS[row['kind']]}, {row['view']}"] = text
+        rows.append(cells)
+    return pd.DataFrame(rows)
+
+
+def _row(setting: pd.DataFrame) -> dict[str, Any]:
+    """One level: how far the weights moved, and the correlation in each view."""
+    first = setting.iloc[0]
+    cells = {
+        "Factor": first["factor"],
+        "Level": f"{first['level']:g}",
+        "Seeds": str(int(first["n_seeds"])),
+        "ΔM": f"{first['delta_m']:.3g}",
+        "Spread of ΔM": number(first["spread_m"], digits=2),
+        "ΔD": f"{first['delta_d']:.2g}",
+    }
+    for row in setting.to_dict("records"):
+        r, fisher = number(row["r"], digits=2), interval(row["fisher_low"], row["fisher_high"])
+        cells[row["view"].capitalize()] = r and f"{r} {fisher or report.MISSING}"
+    return cells
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    script(build, __doc__)
