@@ -26,6 +26,7 @@ TESTS = (
     "z is Fisher's, atanh r. Mean over seeds [95 % interval, Student's t over seeds], p adjusted by Holm for all tests "
     "of these two tables."
 )
+SIGN = "Above zero: the first method's correlation is the more positive one."
 NOTES = (
     "r, mean over seeds, with the 95 % interval that takes layers and checkpoints for independent points (Fisher); the "
     "interval by resampling layers is in the csv file, and far wider between layers: there are four.",
@@ -116,21 +117,21 @@ def _tested(values_S: list[float]) -> dict[str, Any]:
 
 def blocks(table: pd.DataFrame) -> list[Block]:
     """Methods against each other, the trends, and the numbers of every level for each kind and method."""
-    methods = table[table["what"] == "methods"].assign(Methods=lambda t: t["label"] + " − " + t["other"])
-    trends = table[table["what"] == "trend"].assign(Method=lambda t: t["label"], Factor=lambda t: t["factor"])
+    tests = table.assign(Methods=table["label"] + " − " + table["other"].astype(str)).rename(
+        columns={"label": "Method", "factor": "Factor"}
+    )
     found = [
-        Block(
-            title="Methods against each other, in the middle of the grid: difference of z",
-            cells=_tests(methods, ["Methods"]),
-            text=("Methods",),
-            notes=(TESTS, "Above zero: the first method's correlation is the more positive one."),
-        ),
-        Block(
-            title="Trends: change of z per doubling of the factor",
-            cells=_tests(trends, ["Method", "Factor"]),
-            text=("Method", "Factor"),
-            notes=(TESTS,),
-        ),
+        Block(title=title, cells=_tests(part, names), text=tuple(names), notes=notes)
+        for what, names, title, notes in (
+            (
+                "methods",
+                ["Methods"],
+                "Methods against each other, in the middle of the grid: difference of z",
+                (TESTS, SIGN),
+            ),
+            ("trend", ["Method", "Factor"], "Trends: change of z per doubling of the factor", (TESTS,)),
+        )
+        if len(part := tests[tests["what"] == what])
     ]
     levels = table[table["what"] == "level"]
     for (kind, label), part in levels.groupby(["kind", "label"], sort=False):

@@ -51,8 +51,8 @@ def correlate(probes: pd.DataFrame, kind: str, axis: str = "out", view: str = "p
 def around_the_middle(probes: pd.DataFrame) -> Iterator[tuple[str, str, float, float, pd.DataFrame]]:
     """(method label, factor, level, level of the middle, rows) of a grid that changes one factor at a time.
 
-    The middle of a method is the most frequent level of each of `FACTORS`; it is a level of every factor, so its rows
-    come once for each. Runs that differ from it in two factors are in no setting.
+    The middle of a method is the most frequent level of each of `FACTORS` (of equally frequent ones the middle one); it
+    is a level of every factor, so its rows come once for each. Runs that differ from it in two factors are left out.
     """
     grid = probes.assign(scale=probes["method.alpha"] / probes["method.rank"])
     labels = {name: look.label for name, look in METHODS.items()}
@@ -60,7 +60,8 @@ def around_the_middle(probes: pd.DataFrame) -> Iterator[tuple[str, str, float, f
         rows = grid[grid["method"] == method]
         varied = {name: column for name, column in FACTORS.items() if rows[column].notna().all()}
         counts = rows.drop_duplicates("spec_id")
-        middle = {column: counts[column].mode().iloc[0] for column in varied.values()}
+        modes = {column: counts[column].mode() for column in varied.values()}
+        middle = {column: values.iloc[len(values) // 2] for column, values in modes.items()}
         for name, column in varied.items():
             others = [other for other in varied.values() if other != column]
             mine = rows[(rows[others] == [middle[other] for other in others]).all(axis=1)]
