@@ -59,22 +59,29 @@ def build(results: Path) -> list[Path]:
 
 def measured(settings: list[Setting]) -> pd.DataFrame:
     """A row per setting, kind and view (`what` = level), per trend over the levels of a factor, and per two methods."""
-    middles = {label: rows for label, _, level, middle, rows in settings if level == middle}
     out: list[dict[str, Any]] = []
     for kind, view in itertools.product(KINDS, VIEWS):
         about = {"kind": kind, "view": view}
-        for label, other in itertools.combinations(middles, 2):
-            z = [_z_by_seed(middles[name], kind, view) for name in (label, other)]
-            differences = [z[0][seed] - z[1][seed] for seed in sorted(set(z[0]) & set(z[1]))]
+        found = [(setting, correlations.correlate(setting[4], kind, "out", view)) for setting in settings]
+        z = [_z_by_seed(estimate, setting[4]) for setting, estimate in found]
+        middles = {
+            label: by_seed for (label, _, level, middle, _), by_seed in zip(settings, z, strict=True) if level == middle
+        }
+        for (label, first), (other, second) in itertools.combinations(middles.items(), 2):
+            differences = [first[seed] - second[seed] for seed in sorted(set(first) & set(second))]
             out.append(about | {"what": "methods", "label": label, "other": other} | _tested(differences))
-        for (label, factor), group in itertools.groupby(settings, key=lambda setting: setting[:2]):
-            levels = list(group)
-            named = about | {"label": label, "factor": factor}
-            out.append(named | {"what": "trend"} | _tested(_slopes(levels, kind, view)))
-            for _, _, level, _, rows in levels:
-                found = correlations.correlate(rows, kind, "out", view)
-                mine = named | {"what": "level", "level": level, "n_seeds": rows["seed"].nunique()}
-                out.append(mine | _moved(rows[rows["kind"] == kind]) | (_numbers(found) if found is not None else {}))
+        for label, factor in dict.fromkeys(setting[:2] for setting in settings):
+            levels = {s[2]: by_seed for s, by_seed in zip(settings, z, strict=True) if s[:2] == (label, factor)}
+            out.append(about | {"what": "trend", "label": label, "factor": factor} | _tested(_slopes(levels)))
+        for (label, factor, level, _, rows), estimate in found:
+            named = {
+                "what": "level",
+                "label": label,
+                "factor": factor,
+                "level": level,
+                "n_seeds": rows["seed"].nunique(),
+            }
+            out.append(about | named | _moved(rows[rows["kind"] == kind]) | (_numbers(estimate) if estimate else {}))
     table = pd.DataFrame(out).reindex(columns=COLUMNS)
     tested = table["p"].notna()
     table["p_holm"] = pd.Series(statistics.holm(table.loc[tested, "p"].tolist()), index=table.index[tested])
@@ -95,16 +102,14 @@ def _moved(rows: pd.DataFrame) -> dict[str, float]:
     return {"delta_m": float(last["delta_m"].mean()), "delta_d": float(last["delta_d"].mean()), "spread_m": spread}
 
 
-def _slopes(levels: list[Setting], kind: str, view: str) -> list[float]:
+def _slopes(levels: dict[float, dict[int, float]]) -> list[float]:
     """Change of z per doubling of the factor, by least squares over its levels, for each seed that has all of them."""
-    z = [_z_by_seed(rows, kind, view) for *_, rows in levels]
-    doublings = np.log2([level for _, _, level, _, _ in levels])
-    seeds = sorted(set.intersection(*map(set, z)))
-    return [float(np.polyfit(doublings, [by_seed[seed] for by_seed in z], 1)[0]) for seed in seeds]
+    seeds = sorted(set.intersection(*map(set, levels.values())))
+    return [float(np.polyfit(np.log2(list(levels)), [z[seed] for z in levels.values()], 1)[0]) for seed in seeds]
 
 
-def _z_by_seed(rows: pd.DataFrame, kind: str, view: str) -> dict[int, float]:
-    found, seeds = correlations.correlate(rows, kind, "out", view), sorted(rows["seed"].unique())
+def _z_by_seed(found: Estimate | None, rows: pd.DataFrame) -> dict[int, float]:
+    seeds = sorted(rows["seed"].unique())
     if found is None or len(found.per_seed) != len(seeds):  # a seed in which nothing moved has no correlation
         return {}
     return dict(zip(seeds, statistics.fisher_z(found.per_seed).tolist(), strict=True))

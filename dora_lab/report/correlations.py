@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from dora_lab import statistics
 from dora_lab.report.look import METHODS
@@ -36,16 +34,24 @@ def correlate(probes: pd.DataFrame, kind: str, axis: str = "out", view: str = "p
     """
     if axis not in AXES:
         raise ValueError(f"axis {axis!r} is not one of {', '.join(AXES)}")
-    rows = probes[probes["kind"] == kind]
-    if not len(rows) or not set(AXES[axis]) <= set(rows.columns) or rows[list(AXES[axis])].isna().any().any():
+    columns = list(AXES[axis])
+    if not set(columns) <= set(probes.columns):
+        return None
+    rows = probes.loc[probes["kind"] == kind, ["spec_id", "seed", "module", "step", *columns]]
+    if not len(rows) or rows[columns].isna().any().any():
         return None
     if (rows.groupby("seed")["spec_id"].nunique() > 1).any():
-        raise ValueError(
-            f"correlate: runs of {sorted(set(rows['label']))} differ in more than the seed; select one setting"
-        )
-    return statistics.layer_correlation(
-        {int(seed): tuple(_matrix(part, column) for column in AXES[axis]) for seed, part in rows.groupby("seed")}, view
-    )
+        raise ValueError("correlate: these runs differ in more than the seed; select the rows of one setting")
+    points = {}
+    for seed, part in rows.sort_values(["module", "step"]).groupby("seed"):
+        # modules, not layers: an encoder and a decoder number theirs alike
+        shape = part["module"].nunique(), part["step"].nunique()
+        if len(part) != shape[0] * shape[1]:
+            raise ValueError(
+                f"correlate: run {part['spec_id'].iloc[0]} lacks a module at a step; check its probe.jsonl"
+            )
+        points[int(seed)] = tuple(part[column].to_numpy(dtype=float).reshape(shape) for column in columns)
+    return statistics.layer_correlation(points, view)
 
 
 def around_the_middle(probes: pd.DataFrame) -> Iterator[tuple[str, str, float, float, pd.DataFrame]]:
@@ -78,8 +84,3 @@ def middle(probes: pd.DataFrame) -> pd.DataFrame:
         if level == central
     }
     return pd.concat(found.values()) if found else probes.iloc[:0]
-
-
-def _matrix(rows: pd.DataFrame, column: str) -> NDArray[np.float64]:
-    """Modules (not layers: an encoder and a decoder number theirs alike) x checkpoints."""
-    return rows.pivot(index="module", columns="step", values=column).to_numpy(dtype=float)
