@@ -162,6 +162,18 @@ def export(
 
 
 @app.command()
+def rescore(
+    run: Annotated[Path, typer.Argument(help="Run directory, results/local/runs/<experiment>/<id>.")],
+    pattern: Annotated[list[str] | None, typer.Option(help="REGEX or TASK=REGEX; its first match answers.")] = None,
+) -> None:
+    """Score a run's saved texts again with other patterns; writes <run>/rescored/, never over the record."""
+    from dora_lab import rescore as rescoring
+
+    rows, file = rescoring.rescore(run, pattern or ())
+    typer.echo(f"{rescoring.table(rows)}\n{file}")
+
+
+@app.command()
 def reproduce(
     experiment: Annotated[str, typer.Argument(help="An experiment, see `dora-lab list`.")],
     results: ResultsOption = LOCAL,
