@@ -84,7 +84,7 @@ def test_what_cannot_be_scored(run: Path, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"boolq.generate.jsonl, line 2, field 'output'"):
         rescore(run)
     file.unlink()
-    with pytest.raises(StoreError, match="samples/boolq.generate.jsonl is missing"):
+    with pytest.raises(StoreError, match=r"samples/boolq\.generate\.jsonl is missing"):
         rescore(run)
     bare = write_run(tmp_path / "bare", make_spec("lora", 8, 1))
     with pytest.raises(StoreError, match="no samples/"):

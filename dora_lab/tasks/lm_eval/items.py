@@ -1,4 +1,4 @@
-"""Loader and score of the task definitions beside it; imports nothing of this package, so that the folder can travel."""
+"""Loader and score of the task definitions here; imports nothing of this package, so that the folder can travel."""
 
 from __future__ import annotations
 
