@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from dora_lab import load
+from dora_lab import load, ranks
 from dora_lab.run import Paths
-from dora_lab.spec import Spec, SpecError, derive, did_you_mean, spec_id, to_dict, validate
-from dora_lab.store import read_stream, run_path
+from dora_lab.spec import Spec, SpecError, derive, did_you_mean, from_dict, spec_id, to_dict, validate
+from dora_lab.store import read_record, read_stream, run_path
 from dora_lab.workers import Outcome, describe, run_many
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -48,7 +48,9 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the specs, run nothing.")] = False,
     jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core (paper: one).")] = None,
     results: ResultsOption = LOCAL,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of real data: <task>/train.json, test.json.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Real data: a clone of LLM-Adapters, or <task>/test.json.")
+    ] = None,
     model_dir: Annotated[Path | None, typer.Option(help="Folder of a saved model to start from.")] = None,
 ) -> None:
     """Run an experiment: complete runs are skipped, interrupted ones go on, failed ones start anew."""
@@ -58,7 +60,8 @@ def run(
         _print_specs(specs, getattr(module, "ITEMS", {}))
         return
     outcomes = run_many(specs, Paths(results, data_dir, model_dir), jobs)
-    typer.echo(summary(outcomes, results))
+    if ranks.first():
+        typer.echo(summary(outcomes, results))
     if any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(1)
     if any(outcome.status == "interrupted" for outcome in outcomes):
@@ -70,7 +73,7 @@ def verify(
     experiment: Annotated[str | None, typer.Argument(help="One experiment; all without it.")] = None,
     results: ResultsOption = RESULTS,
 ) -> None:
-    """Print the verdict on each claim of the paper that the runs can speak about."""
+    """Print the verdict on each claim of the paper that the runs can speak about, and on the numbers it prints."""
     from dora_lab import report
     from dora_lab import verify as verifying
 
@@ -78,6 +81,75 @@ def verify(
     evals, probes = (report.frame(results, experiment, stream) for stream in ("eval", "probe"))
     found = verifying.verdicts(evals, probes, rows)
     typer.echo(found.to_string(index=False) if len(found) else f"no complete runs in {results}")
+    cells = verifying.cells(results, verifying.claims(), published_specs())
+    typer.echo("\n" + verifying.summary(cells, experiment))
+
+
+@app.command("card")
+def card_command(
+    run: Annotated[str, typer.Argument(help="A run: its folder, or the beginning of its id.")],
+    results: ResultsOption = LOCAL,
+    out: Annotated[Path | None, typer.Option(help="Write the page to this file.")] = None,
+) -> None:
+    """Print the protocol card of a run: one page, from its record."""
+    from dora_lab import card
+
+    text = card.card(find_run(run, results))
+    typer.echo(text if out is None else out)
+    if out is not None:
+        out.write_text(text, encoding="utf-8")
+
+
+@app.command("diff")
+def diff_command(
+    run: Annotated[str, typer.Argument(help="A run: its folder, or the beginning of its id.")],
+    other: Annotated[str, typer.Argument(help="Another run, or `published` for the paper's protocol.")],
+    results: ResultsOption = LOCAL,
+) -> None:
+    """Say in words how two runs, or a run and the published protocol, differ."""
+    from dora_lab import card
+
+    first = find_run(run, results)
+    if other != "published":
+        typer.echo(card.diff(first, find_run(other, results)))
+    else:
+        typer.echo(card.diff(first, card.nearest(from_dict(read_record(first)["spec"]), published_specs())))
+
+
+@app.command("verify-published")
+def verify_published(
+    adapter: Annotated[str, typer.Argument(help="Folder, or hub id (org/name or org/name:folder/in/it).")],
+    base: Annotated[str, typer.Option(help="The base model: folder, or hub id.")],
+    data_dir: Annotated[Path, typer.Option(help="Folder of test files: <task>/test.json, LLM-Adapters layout.")],
+    revision: Annotated[str | None, typer.Option(help="Commit of the adapter on the hub.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="Commit of the base on the hub.")] = None,
+    paper_model: Annotated[str | None, typer.Option(help="The paper's name of the base, e.g. LLaMA-7B.")] = None,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
+    allow_pickle: Annotated[bool, typer.Option(help="Read adapter_model.bin if there is no safetensors file.")] = False,
+    results: ResultsOption = LOCAL,
+) -> None:
+    """Evaluate a released adapter (PEFT's or the authors' format) by the paper's protocol, beside its numbers."""
+    from dora_lab import published
+
+    experiment = load_experiment("commonsense")
+    base_dir, adapter_dir = (Path(text) if Path(text).is_dir() else None for text in (base, adapter))
+    pinned = base_revision or experiment.PAPER.get(base, (None,))[0]
+    protocol = experiment.specs("paper")[0]
+    model = replace(
+        protocol.model,
+        name=base_dir.resolve().name if base_dir else base,
+        revision=load.hash_model(base_dir)[:12] if base_dir else pinned,
+        adapter=adapter_dir.resolve().name if adapter_dir else adapter,
+        adapter_revision=load.hash_adapter(adapter_dir)[:12] if adapter_dir else revision,
+    )
+    spec = published.spec_of(protocol, model, tuple(load.tasks_in(data_dir)), load.hash_data(data_dir))
+    spec = derive(spec, dict(_pair(change, "--with") for change in with_ or ()))
+    found, run = published.evaluate(spec, Paths(results, data_dir, base_dir, adapter_dir), allow_pickle)
+    rows = published.compare(run, found, paper_model or published.PAPER_MODELS.get(base))
+    typer.echo(
+        f"{found.method}, rank {found.rank}, on {base}\n{published.table(rows)}\n{published.summary(rows)}\n{run}"
+    )
+    raise typer.Exit(1 if "differs" in list(rows["verdict"]) else 0)
 
 
 @app.command()
@@ -162,6 +234,18 @@ def export(
 
 
 @app.command()
+def rescore(
+    run: Annotated[Path, typer.Argument(help="Run directory, results/local/runs/<experiment>/<id>.")],
+    pattern: Annotated[list[str] | None, typer.Option(help="REGEX or TASK=REGEX; its first match answers.")] = None,
+) -> None:
+    """Score a run's saved texts again with other patterns; writes <run>/rescored/, never over the record."""
+    from dora_lab import rescore as rescoring
+
+    rows, file = rescoring.rescore(run, pattern or ())
+    typer.echo(f"{rescoring.table(rows)}\n{file}")
+
+
+@app.command()
 def reproduce(
     experiment: Annotated[str, typer.Argument(help="An experiment, see `dora-lab list`.")],
     results: ResultsOption = LOCAL,
@@ -206,6 +290,26 @@ def experiment_names() -> list[str]:
     return sorted(file.stem for file in files if "\ndef specs(" in file.read_text(encoding="utf-8"))
 
 
+def published_specs() -> list[Spec]:
+    """The specs of tier paper of all experiments: the published protocol, any seed."""
+    modules = [load_experiment(name) for name in experiment_names()]
+    return [spec for module in modules if "paper" in module.TIERS for spec in module.specs("paper")]
+
+
+def find_run(text: str, results: Path) -> Path:
+    """A run directory: a path, or the beginning of an id under `results` or the committed results.
+
+    Raises SpecError if there is none, or more than one.
+    """
+    if (Path(text) / "record.json").exists():
+        return Path(text)
+    found = {path.name: path for root in (RESULTS, results) for path in (root / "runs").glob(f"*/{text}*") if text}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    there = f"{', '.join(sorted(found))}: give more digits" if found else f"none in {results} or {RESULTS}"
+    raise SpecError(f"run '{text}': give a run's folder or the beginning of its id; {there}")
+
+
 def load_experiment(name: str) -> ModuleType:
     """The experiment's module; raises SpecError listing the names there are."""
     if name not in experiment_names():
@@ -225,18 +329,14 @@ def chosen(
     data_dir: Path | None = None,
     model_dir: Path | None = None,
 ) -> list[Spec]:
-    """The specs of an experiment after --data-dir, --model-dir, --only and --with; each valid, no two the same.
+    """The specs of an experiment after --only, --data-dir, --model-dir and --with; each valid, no two the same.
 
     Raises SpecError for an unknown tier or field, a selection that matches nothing, or two specs that became one.
     """
     if tier not in module.TIERS:
         raise SpecError(f"unknown tier '{tier}'; {did_you_mean(tier, module.TIERS)}")
     specs: list[Spec] = module.specs(tier)
-    if data_dir is not None:
-        specs = [_with_data(spec, data_dir) for spec in specs]
-    if model_dir is not None:
-        model = {"model.name": Path(model_dir).resolve().name, "model.revision": load.hash_model(model_dir)[:12]}
-        specs = [derive(spec, model) for spec in specs]
+    # selected by what the experiment says, before folders take the place of its models: four models become one
     for field, text in (_pair(selection, "--only") for selection in only):
         wanted = text.split(",")
         kept = [spec for spec in specs if _value(to_dict(spec), field) in wanted]
@@ -244,6 +344,11 @@ def chosen(
             there = sorted({str(_value(to_dict(spec), field)) for spec in specs})
             raise SpecError(f"--only {field}={text} matches no spec; values there: {', '.join(there)}")
         specs = kept
+    if data_dir is not None:
+        specs = [_with_data(spec, data_dir) for spec in specs]
+    if model_dir is not None:
+        model = {"model.name": Path(model_dir).resolve().name, "model.revision": load.hash_model(model_dir)[:12]}
+        specs = [derive(spec, model) for spec in specs]
     values = dict(_pair(change, "--with") for change in changes)
     specs = [derive(spec, {path: text for path, text in values.items() if _has(spec, path)}) for spec in specs]
     for spec in specs:
