@@ -177,7 +177,12 @@ def test_the_tables_of_the_grid(grid: Path) -> None:
     data = pd.read_csv(grid / "tables" / "why.csv")
     counts = data["what"].value_counts()
     views = len(why.KINDS) * len(why.VIEWS)
-    assert dict(counts) == {"level": (3 + 5 + 5) * views, "trend": 5 * views, "methods": 3 * views}
+    assert dict(counts) == {
+        "level": (3 + 5 + 5) * views,
+        "trend": 5 * views,
+        "methods": 3 * views,
+        "distance": 5 * 2 * 2,
+    }
     tests = data[data["p"].notna()]
     assert (tests["p_holm"] >= tests["p"]).all() and tests["p_holm"].max() <= 1
     text = (grid / "tables" / "correlations.md").read_text(encoding="utf-8")

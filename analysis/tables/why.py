@@ -24,8 +24,9 @@ KINDS = ("q_proj", "v_proj")
 VIEWS = ("pooled", "between layers", "changes")
 TESTS = (
     "z is Fisher's, atanh r. Mean over seeds [95 % interval, Student's t over seeds], p adjusted by Holm for all tests "
-    "of these two tables."
+    "of these three tables."
 )
+DOUBLE = "1.00: twice the factor, twice as far; −0.15: a tenth less far. Mean over layers at the last checkpoint."
 SIGN = "Above zero: the first method's correlation is the more positive one."
 NOTES = (
     "r, mean over seeds, with the 95 % interval that takes layers and checkpoints for independent points (Fisher); the "
@@ -35,6 +36,7 @@ NOTES = (
 )
 COLUMNS = ["what", "kind", "view", "label", "other", "factor", "level", "n_seeds", "r", "fisher_low", "fisher_high"]
 COLUMNS += ["layers_low", "layers_high", "seeds", "delta_m", "delta_d", "spread_m", "z", "z_low", "z_high", "p"]
+MEASURES = {"delta_m": "ΔM", "delta_d": "ΔD"}
 Setting = tuple[str, str, float, float, pd.DataFrame]
 
 
@@ -58,7 +60,7 @@ def build(results: Path) -> list[Path]:
 
 
 def measured(settings: list[Setting]) -> pd.DataFrame:
-    """A row per setting, kind and view (`what` = level), per trend over the levels of a factor, and per two methods."""
+    """A row per kind and view: `what` = level (of a factor), trend (over them), methods (two of them), distance."""
     out: list[dict[str, Any]] = []
     for kind, view in itertools.product(KINDS, VIEWS):
         about = {"kind": kind, "view": view}
@@ -82,6 +84,11 @@ def measured(settings: list[Setting]) -> pd.DataFrame:
                 "n_seeds": rows["seed"].nunique(),
             }
             out.append(about | named | _moved(rows[rows["kind"] == kind]) | (_numbers(estimate) if estimate else {}))
+    for kind, measure in itertools.product(KINDS, MEASURES):
+        for label, factor in dict.fromkeys(setting[:2] for setting in settings):
+            levels = {s[2]: _log_by_seed(s[4], kind, measure) for s in settings if s[:2] == (label, factor)}
+            about = {"what": "distance", "kind": kind, "view": measure, "label": label, "factor": factor}
+            out.append(about | _tested(_slopes(levels)))
     table = pd.DataFrame(out).reindex(columns=COLUMNS)
     tested = table["p"].notna()
     table["p_holm"] = pd.Series(statistics.holm(table.loc[tested, "p"].tolist()), index=table.index[tested])
@@ -103,7 +110,7 @@ def _moved(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def _slopes(levels: dict[float, dict[int, float]]) -> list[float]:
-    """Change of z per doubling of the factor, by least squares over its levels, for each seed that has all of them."""
+    """Change per doubling of the factor, by least squares over its levels, for each seed that has all of them."""
     seeds = sorted(set.intersection(*map(set, levels.values())))
     return [float(np.polyfit(np.log2(list(levels)), [z[seed] for z in levels.values()], 1)[0]) for seed in seeds]
 
@@ -113,6 +120,12 @@ def _z_by_seed(found: Estimate | None, rows: pd.DataFrame) -> dict[int, float]:
     if found is None or len(found.per_seed) != len(seeds):  # a seed in which nothing moved has no correlation
         return {}
     return dict(zip(seeds, statistics.fisher_z(found.per_seed).tolist(), strict=True))
+
+
+def _log_by_seed(rows: pd.DataFrame, kind: str, measure: str) -> dict[int, float]:
+    """log2 of the mean over layers at the last checkpoint."""
+    last = rows[(rows["kind"] == kind) & (rows["fraction"] == rows["fraction"].max())]
+    return {int(seed): float(np.log2(part[measure].mean())) for seed, part in last.groupby("seed")}
 
 
 def _tested(values_S: list[float]) -> dict[str, Any]:
@@ -135,6 +148,12 @@ def blocks(table: pd.DataFrame) -> list[Block]:
                 (TESTS, SIGN),
             ),
             ("trend", ["Method", "Factor"], "Trends: change of z per doubling of the factor", (TESTS,)),
+            (
+                "distance",
+                ["Method", "Factor"],
+                "Distances: change of log2 ΔM and log2 ΔD per doubling",
+                (TESTS, DOUBLE),
+            ),
         )
         if len(part := tests[tests["what"] == what])
     ]
@@ -154,7 +173,7 @@ def _tests(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
         for row in part.to_dict("records"):
             z = number(row["z"], digits=2)
             text = z and f"{z} {interval(row['z_low'], row['z_high'])}, p {_p(row['p_holm'])}"
-            cells[f"{report.KINDS[row['kind']]}, {row['view']}"] = text
+            cells[f"{report.KINDS[row['kind']]}, {MEASURES.get(row['view'], row['view'])}"] = text
         rows.append(cells)
     return pd.DataFrame(rows)
 
