@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dora_lab import load, ranks
+from dora_lab import load, ranks, shapes
 from dora_lab.run import Paths
 from dora_lab.spec import Spec, SpecError, derive, did_you_mean, from_dict, spec_id, to_dict, validate
 from dora_lab.store import read_record, read_stream, run_path
@@ -45,7 +44,11 @@ def run(
     tier: Annotated[str, typer.Option(help="mini (embedded, minutes on a CPU) or paper (hub models, a GPU).")] = "mini",
     only: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE[,VALUE]: only specs that match.")] = None,
     with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the specs, run nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the specs and their cost, run nothing.")] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="Of the cost: hours on it; default for tier paper: A100-80GB.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Of the cost: tokens per text; default: the cutoff.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core (paper: one).")] = None,
     results: ResultsOption = LOCAL,
     data_dir: Annotated[
@@ -57,7 +60,7 @@ def run(
     module = load_experiment(experiment)
     specs = chosen(module, tier, only or (), with_ or (), data_dir, model_dir)
     if dry_run:
-        _print_specs(specs, getattr(module, "ITEMS", {}))
+        _print_specs(specs, getattr(module, "ITEMS", {}), model_dir, gpu, tokens)
         return
     outcomes = run_many(specs, Paths(results, data_dir, model_dir), jobs)
     if ranks.first():
@@ -431,28 +434,62 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _print_specs(specs: Sequence[Spec], known: Mapping[str, int]) -> None:
+def _print_specs(
+    specs: Sequence[Spec], known: Mapping[str, int], model_dir: Path | None, gpu: str | None, tokens: int | None
+) -> None:
+    """A line per spec with its steps and cost; `known` has the sizes of data that a spec takes whole."""
+    from dora_lab import cost
+    from dora_lab import verify as verifying
+
+    gpu = gpu or ("A100-80GB" if all(spec.tier == "paper" for spec in specs) else None)
+    card = None if gpu is None else cost.gpu(gpu)
+    sizes = verifying.claims().query("metric == 'test_items'").set_index("subject")["value"].to_dict()
+    found: list[cost.Cost] = []
     for spec in specs:
         rank = "-" if spec.method.rank is None else spec.method.rank
         typer.echo(
             f"{spec_id(spec)}  {spec.tier:5}  {spec.model.name:26} {spec.method.name:5} rank {rank:<3} "
             f"seed {spec.seed:<3} {_steps(spec, known)}"
         )
+        shape, items = _shape(spec, model_dir), _train_items(spec, known)
+        if shape is not None and items is not None:
+            found.append(cost.estimate(spec, shape, items, cost.test_items(spec, sizes), card, tokens))
+            typer.echo(f"{'':14}{cost.words(found[-1], card)}")
     typer.echo(f"{len(specs)} specs")
+    if found:
+        typer.echo(cost.total(found, gpu, tokens))
+    if len(found) < len(specs):
+        typer.echo(f"{len(specs) - len(found)} of them have no estimate: their model or data is not known here")
+
+
+def _shape(spec: Spec, model_dir: Path | None) -> shapes.Shape | None:
+    if model_dir is not None or spec.model.name == "mini":
+        return shapes.of_folder(load.model_folder(spec.model, model_dir))
+    name = shapes.printed_name(spec.model.name)
+    return None if name is None else shapes.PAPER[name][0]
+
+
+def _train_items(spec: Spec, known: Mapping[str, int]) -> int | None:
+    """How many items are trained on, None if that is only known once the data is there."""
+    if spec.optim is None:
+        return 0
+    if spec.data.train_items is None and spec.data.name in known:
+        return known[spec.data.name] - spec.data.validation_items
+    return spec.data.train_items
 
 
 def _steps(spec: Spec, known: Mapping[str, int]) -> str:
-    """Optimiser steps and how they are made; `known` has the sizes of data that a spec takes whole."""
+    """Optimiser steps and how they are made."""
+    from dora_lab import cost
+
     if spec.optim is None:
         return "no training"
-    optim = spec.optim
-    how = f"learning rate {optim.learning_rate:g}, batch {optim.batch_size}"
-    items, about = spec.data.train_items, ""
-    if items is None and spec.data.name in known:
-        items, about = known[spec.data.name] - spec.data.validation_items, "about "
+    how = f"learning rate {spec.optim.learning_rate:g}, batch {spec.optim.batch_size}"
+    items = _train_items(spec, known)
     if items is None:
-        return f"{optim.epochs:g} epochs of all items, {how}"
-    return f"{about}{max(1, math.ceil(items * optim.epochs / optim.batch_size))} steps, {how}"
+        return f"{spec.optim.epochs:g} epochs of all items, {how}"
+    about = "about " if spec.data.train_items is None else ""
+    return f"{about}{cost.total_steps(items, spec)} steps, {how}"
 
 
 def main() -> None:
