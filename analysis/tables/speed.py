@@ -17,7 +17,9 @@ NOTES = (
     "A ratio is the median over rounds of the ratio of two steps made side by side, with its quartiles in brackets; of "
     "memory, one measurement each. Tokens are those of one forward; one core; a step is forward, backward and AdamW.",
     "Floor: what DoRA has to compute over LoRA with the same base products, 1 + rank / (2 tokens accumulation): the "
-    "norm needs W0 A^T once per optimiser step. It counts multiplications alone; the table, all that takes time.",
+    "norm needs W0 A^T once per optimiser step. It counts multiplications alone; the table, all that takes time. Of "
+    "memory (float32): the gradient of m is taken from the output, and those of q, k, o and down are kept for it alone "
+    "(the others are kept by the operation that follows); without them the base's product would be made twice.",
 )
 MISSING = "not run"
 
@@ -100,10 +102,15 @@ def _words(cell: dict[str, Any]) -> str:
 
 
 def _floor(cell: dict[str, Any], over: str, under: str) -> float | None:
-    dora = (over.startswith("ours/dora"), under.endswith("/lora")) == (True, True)
-    if not dora or cell["mode"] != "train" or cell["measure"] != "seconds":
+    if not (over.startswith("ours/dora") and under.endswith("/lora") and cell["mode"] == "train"):
         return None
-    return 1 + cell["rank"] / (2 * cell["tokens"] * cell["accumulation"])
+    if cell["measure"] == "seconds":
+        return 1 + cell["rank"] / (2 * cell["tokens"] * cell["accumulation"])
+    if cell["measure"] != "bytes" or cell["dtype"] != "float32" or under not in cell.get("taken", {}):
+        return None
+    keys = cell["hidden"] * cell["key_value_heads"] // cell["heads"]
+    kept = 4 * cell["layers"] * cell["tokens"] * (3 * cell["hidden"] + keys)  # bytes of q, o, down and k
+    return 1 + kept / cell["taken"][under][0]
 
 
 def _targets(rows: list[dict[str, Any]]) -> Block:
