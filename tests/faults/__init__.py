@@ -5,7 +5,8 @@ given an empty folder and a source of randomness, does the harm, asserts that it
 message, an exit status that is not 0 or a named recovery, nothing lost) and returns in one line what the user sees.
 It raises AssertionError where the fault was not survived, and Skipped where this machine cannot inject it.
 
-Modules import each other as ``tests.faults...``; `tests/test_faults.py` runs a small sample, ``make torture`` a campaign.
+Modules import each other as ``tests.faults...``; `tests/test_faults.py` runs a small sample, ``make torture`` a
+campaign.
 """
 
 from __future__ import annotations
