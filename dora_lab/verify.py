@@ -38,6 +38,7 @@ _COLUMNS = (
     "source",
     "model",
     "method",
+    "setting",
     "other",
     "rank",
     "trainable_percent",
@@ -46,7 +47,10 @@ _COLUMNS = (
     "relation",
     "value",
     "statement",
+    "read_from",
+    "verified",
 )
+KINDS = ("number", "direction", "reprint", "rerun", "computed", "data")
 _KINDS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 _GROUP = ["experiment", "tier", "model", "data", "eval_data"]
 
@@ -54,8 +58,14 @@ _GROUP = ["experiment", "tier", "model", "data", "eval_data"]
 def claims(experiment: str | None = None, path: Path = CLAIMS) -> pd.DataFrame:
     """The rows of claims.csv; `value`, `rank` and `trainable_percent` are numbers (missing: NaN), the rest text.
 
-    `kind` is "number" (a printed value: accuracy in percent, correlation in [-1, 1]) or "direction" (relation ">" or
-    "<" to `value`). Raises: FileNotFoundError; ValueError naming line and field for a malformed row.
+    `kind` is "number" (printed by the paper, version 6), "direction" (relation ">" or "<" to `value`), "reprint" (the
+    same cell as printed elsewhere by those whom it is from), "rerun" (somebody else's run of the same setting),
+    "computed" (arithmetic from layer shapes) or "data" (numbers of items, the majority label). `source` says where the
+    number stands, `setting` what else was done (a rerun's packages, the modules of table 6), `read_from` how it got
+    here and `verified` whether it was read there: "yes", or "no" for what is known from memory alone. Accuracies are
+    percent, correlations in [-1, 1], exact match a fraction, memory GB.
+    Args: experiment: rows that one experiment is about (of some there is no file in `experiments/` yet); None = all.
+    Raises: FileNotFoundError; ValueError naming line and field for a malformed row.
     """
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
@@ -64,15 +74,20 @@ def claims(experiment: str | None = None, path: Path = CLAIMS) -> pd.DataFrame:
         rows: list[dict[str, Any]] = []
         for row in reader:
             where = f"{path}, line {reader.line_num}"
-            if row["kind"] not in ("number", "direction"):
-                raise ValueError(f"{where}, field kind: {row['kind']!r} is neither 'number' nor 'direction'")
-            if row["relation"] not in (("=",) if row["kind"] == "number" else ("<", ">")):
+            if None in row or None in row.values():
+                raise ValueError(f"{where}: expected {len(_COLUMNS)} fields; put a field with commas into quotes")
+            for field, known in (("kind", KINDS), ("verified", ("yes", "no"))):
+                if row[field] not in known:
+                    raise ValueError(f"{where}, field {field}: {row[field]!r} is not one of {', '.join(known)}")
+            if row["relation"] not in (("<", ">") if row["kind"] == "direction" else ("=",)):
                 raise ValueError(f"{where}, field relation: {row['relation']!r} does not fit kind {row['kind']!r}")
             for field in ("value", "rank", "trainable_percent"):
                 try:
                     row[field] = float(row[field]) if row[field] else math.nan
                 except ValueError:
                     raise ValueError(f"{where}, field {field}: {row[field]!r} is not a number") from None
+            if math.isnan(row["value"]):
+                raise ValueError(f"{where}, field value: empty; a row is there for its number")
             rows.append(row)
     found = pd.DataFrame(rows, columns=list(_COLUMNS))
     return found if experiment is None else found[found["experiment"] == experiment].reset_index(drop=True)
