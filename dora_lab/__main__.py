@@ -148,15 +148,12 @@ def export(
     allow_pickle: Annotated[bool, typer.Option(help="Read adapter_model.bin if there is no safetensors file.")] = False,
 ) -> None:
     """Merge an adapter into its base and write a plain transformers folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from dora_lab import checkpoints
+    from dora_lab.pretrained import open_model, open_tokenizer
 
-    if not (base / "config.json").is_file():
-        raise checkpoints.CheckpointError(f"{base}: no config.json in it; give the folder of a saved model")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model = open_model(base, "auto")
     has_tokenizer = any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    tokenizer = AutoTokenizer.from_pretrained(base) if has_tokenizer else None
+    tokenizer = open_tokenizer(base) if has_tokenizer else None
     checkpoints.load_adapter(model, adapter, allow_pickle=allow_pickle)
     typer.echo(checkpoints.export(model, out, tokenizer))
 

@@ -124,7 +124,11 @@ def _of_group(
         printed = _printed(rows, claim)
         if claim["metric"] == "correlation":
             estimate = layer_correlation(in_group[1], str(claim["method"]), _KINDS[str(claim["subject"])])
-            out.append(_row(claim, where | {"protocol": None}, estimate, printed, scale=1.0, unit="r"))
+            row = _row(claim, where | {"protocol": None}, estimate, printed, scale=1.0, unit="r")
+            points = _select(in_group[1], {"label": claim["method"], "kind": _KINDS[str(claim["subject"])]})
+            if estimate is None and len(points):  # there are runs, but nothing varies in them
+                row |= {"n": f"undefined (n={len(points)})", "verdict": "undecided"}
+            out.append(row)
             continue
         for protocol in sorted(in_group[0]["protocol"].dropna().unique()) or [None]:
             scored = _select(in_group[0], {"protocol": protocol, "metric": "accuracy"})
@@ -374,7 +378,7 @@ def _scores(root: Path, experiment: str | None, packages: dict[str, dict[str, st
             continue
         packages[str(root)] = dict(record.get("packages") or {})
         method, rank = record["spec"]["method"]["name"], record["spec"]["method"].get("rank")
-        for row in store.read_stream(path, "eval"):
+        for row in store.read_rows(path, "eval"):
             if row["metric"] == "accuracy" and row["value"] is not None:
                 key = record["spec_id"], row["protocol"]
                 name = method if rank is None else f"{method} rank {rank}"
