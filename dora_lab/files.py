@@ -72,6 +72,23 @@ def inside(folder: Path, name: str, where: Path) -> Path:
     return file
 
 
+def verify(manifest: Path) -> dict[str, Any]:
+    """A manifest, {"files": {name: sha256, ...}, ...}, every file of it in the same folder as it was.
+
+    Raises CheckpointError for one that is none, names a file outside its folder, or whose files have changed since.
+    """
+    try:
+        table = parse_json(manifest.read_bytes())
+        files = dict(table["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{manifest}: not a manifest; save it again, or delete it to go unchecked") from None
+    for name, wanted in files.items():
+        part = inside(manifest.parent, name, manifest)
+        if not part.is_file() or sha256(part) != wanted:
+            raise CheckpointError(f"{part}: missing or changed since it was saved; fetch the folder again")
+    return table
+
+
 def refuse_what_is_no_weights(file: Path) -> None:
     """Raise CheckpointError for a file that is missing or is plainly something else: pointer, web page, pickle."""
     if not file.is_file():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_lab.files import CheckpointError, header, inside, parse_json
+from dora_lab.files import CheckpointError, header, inside, parse_json, verify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,6 +48,8 @@ def refuse_unsafe(folder: Path) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     folder = Path(folder)
+    if (folder / MANIFEST).is_file():
+        verify(folder / MANIFEST)
     config = _object(folder / "config.json")
     if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
         raise CheckpointError(

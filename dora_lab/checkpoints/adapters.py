@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -78,8 +77,7 @@ def save_adapter(model: nn.Module, folder: Path | str, format: str = "peft", bas
     tensors = {module: manifest.digest(tuple(W.shape), iter([W])) for module, W in whole.items()}
     base = {"name": name, "fingerprint": fingerprint(model), "tensors": tensors}
     files = {part: sha256(folder / part) for part in (WEIGHTS, CONFIG)}
-    packages = {"dora_lab": dora_lab.__version__, "torch": torch.__version__}
-    _write(folder / MANIFEST, {"schema": 1, "format": format, "base": base, "files": files, "packages": packages})
+    _write(folder / MANIFEST, {"schema": 1, "format": format, "base": base, "files": files, "packages": _packages()})
     return folder
 
 
@@ -127,18 +125,21 @@ def export(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     was_adapted = any(True for _ in adapted(model))
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        whole = Path(temporary) / folder.name
         merge(model)
         try:
             with _untied(plain):
-                plain.save_pretrained(temporary)  # type: ignore[operator]
+                plain.save_pretrained(whole)  # type: ignore[operator]
         finally:
             if was_adapted:
                 unmerge(model)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            tokenizer.save_pretrained(whole)
+        files = {file.name: sha256(file) for file in sorted(whole.iterdir()) if file.is_file()}
+        _write(whole / MANIFEST, {"schema": 1, "format": "model", "files": files, "packages": _packages()})
         if folder.exists():
             folder.rmdir()
-        shutil.copytree(temporary, folder)
+        os.replace(whole, folder)
     return folder
 
 
@@ -155,6 +156,10 @@ def _untied(model: Any) -> Iterator[None]:
     finally:
         if apart:
             config.tie_word_embeddings = True
+
+
+def _packages() -> dict[str, str]:
+    return {"dora_lab": dora_lab.__version__, "torch": torch.__version__}
 
 
 def _factors_of(name: str, layer: AdaptedLinear) -> Factors:
