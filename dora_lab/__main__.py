@@ -95,6 +95,16 @@ def compare(
 
 
 @app.command()
+def doctor(path: Annotated[Path, typer.Argument(help="A results folder, a run's, or a saved adapter's.")]) -> None:
+    """Say what is wrong with records, streams, hashes, locks, checkpoints and claims, and how to mend it."""
+    from dora_lab import doctor as examining
+
+    findings = list(examining.examine(path))
+    typer.echo(examining.report(findings))
+    raise typer.Exit(1 if findings else 0)
+
+
+@app.command()
 def report(results: ResultsOption = RESULTS) -> None:
     """Rebuild every table and figure of a results folder from its runs (and, of the committed one, the README's)."""
     for path in rebuild(results):
