@@ -155,7 +155,7 @@ def _hub_folder(name: str, revision: str | None, kind: str, patterns: list[str])
     except Exception as error:
         raise LoadError(
             f"{kind} '{name}' at revision {revision or 'main'} is not in the hub's cache and could not be fetched "
-            f"({type(error).__name__}: {error}); check the name, the network and, for a gated one, `hf auth login`, "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); check the name, the network and, for a gated one, `hf auth login`, "
             "or give a local folder"
         ) from None
 

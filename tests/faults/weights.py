@@ -87,8 +87,8 @@ def twisted_header(folder: Path, rng: random.Random) -> str:
     for size in table[name]["shape"]:
         count *= size
     old = tuple(table[name]["shape"])
-    new = rng.choice([s for s in [(count,), (2, count // 2), (count // 2, 2), (1, count, 1)] if s != old and len(old) > 1]
-                     or [(2, count // 2), (count // 4, 4)])  # fmt: skip
+    shapes = [(2, count // 2), (count // 4, 4), *([(count,), (count // 2, 2), (1, count, 1)] if len(old) > 1 else [])]
+    new = rng.choice([shape for shape in shapes if shape != old])
     table[name]["shape"] = list(new)
     write_header(saved / WEIGHTS, json.dumps(table), payload)
     return refused(CheckpointError, lambda: load_adapter(llama(), saved))
@@ -107,7 +107,9 @@ def another_base(folder: Path, rng: random.Random) -> str:
 def another_width(folder: Path, rng: random.Random) -> str:
     saved = copy("adapter", folder)
     (saved / "dora_lab.json").unlink()
-    return refused(CheckpointError, lambda: load_adapter(llama(hidden=rng.choice([8, 24, 32])), saved), "the base needs")
+    return refused(
+        CheckpointError, lambda: load_adapter(llama(hidden=rng.choice([8, 24, 32])), saved), "the base needs"
+    )
 
 
 @fault(13, "a DoRA adapter without some of its magnitudes")
@@ -187,7 +189,7 @@ def quantised(folder: Path, rng: random.Random) -> str:
     for key in [key for key in tensors if key.endswith("proj.weight")]:
         packed = (tensors.pop(key) * 100).to(torch.int8)
         tensors[key.replace(".weight", ".qweight") if gptq else key] = packed
-    tensors = {k: v for k, v in tensors.items() if not gptq or "embed" not in k and "lm_head" not in k}
+    tensors = {k: v for k, v in tensors.items() if not gptq or ("embed" not in k and "lm_head" not in k)}
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     words = "is it quantised" if gptq else "quantised weights have to be dequantised"
     text = refused(CheckpointError, lambda: list(measure.probe(base, [base])), words)
@@ -215,5 +217,3 @@ def huge_index(folder: Path, rng: random.Random) -> str:
         with index.open("ab") as file:
             file.truncate(200_000_000)  # sparse: no such space is taken
     return refused(CheckpointError, lambda: list(measure.probe(saved, [saved])))
-
-
