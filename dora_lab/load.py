@@ -153,9 +153,10 @@ def _hub_folder(name: str, revision: str | None, kind: str, patterns: list[str])
     try:
         return Path(snapshot_download(name, revision=revision, repo_type=kind, allow_patterns=patterns))
     except Exception as error:
+        words = " ".join(str(error).split())
         raise LoadError(
             f"{kind} '{name}' at revision {revision or 'main'} is not in the hub's cache and could not be fetched "
-            f"({type(error).__name__}: {' '.join(str(error).split())}); check the name, the network and, for a gated one, `hf auth login`, "
+            f"({type(error).__name__}: {words}); check the name, the network and, for a gated one, `hf auth login`, "
             "or give a local folder"
         ) from None
 

@@ -24,11 +24,17 @@ from dora_lab.spec import Spec, SpecError, did_you_mean, from_dict, spec_id, to_
 SCHEMA = 1
 STREAMS = ("metrics", "probe", "eval")
 ENDINGS = ("complete", "failed", "interrupted")
-_NUMBER = (int, float)
-_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {  # what a reader needs of a row
+_NUMBER, _MAYBE = (int, float), (int, float, type(None))
+_REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {  # what a reader needs of a row
     "metrics": {"step": (int,)},
     "probe": {"step": (int,), "module": (str,), "kind": (str,), "delta_m": _NUMBER, "delta_d": _NUMBER},
-    "eval": {"task": (str,), "protocol": (str,), "metric": (str,), "value": (*_NUMBER, type(None)), "n": (int,)},
+    "eval": {"task": (str,), "protocol": (str,), "metric": (str,), "value": _MAYBE, "n": (int,)},
+}
+_OPTIONAL: dict[str, dict[str, tuple[type, ...]]] = {  # of these types where they are there
+    "metrics": dict.fromkeys(("tokens", "loss", "eval_loss", "learning_rate", "grad_norm", "seconds"), _MAYBE),
+    "probe": dict.fromkeys(("layer", "fraction", "relative_change"), _MAYBE),
+    "eval": dict.fromkeys(("stderr", "n_unparsed", "chance", "majority"), _MAYBE)
+    | dict.fromkeys(("correct", "prompt_sha256"), (str, type(None))),
 }
 OWN_FIELDS = ("schema", "spec", "spec_id", "status", "error", "notes")  # of record.json, written by RunDir alone
 
@@ -251,9 +257,11 @@ def read_rows(path: Path, name: str) -> list[dict[str, Any]]:
     rows = read_stream(path, name)
     for number, row in enumerate(rows, start=1):
         where = f"{Path(path) / f'{name}.jsonl'}, line {number}"
-        for field, kinds in _FIELDS.get(name, {}).items():
-            value = row.get(field)
+        optional = {field: kinds for field, kinds in _OPTIONAL.get(name, {}).items() if field in row}
+        for field, kinds in (_REQUIRED.get(name, {}) | optional).items():
+            value = row.get(field, row)  # a field that is not there has no value of any of these types
             if not isinstance(value, kinds) or isinstance(value, bool):
+                value = row.get(field)
                 raise StoreError(f"{where}: field '{field}' = {value!r:.60}; restore the file or run again")
         if name == "eval" and row["metric"] == "accuracy" and isinstance(text := row.get("correct"), str):
             value, n = row["value"], row["n"]

@@ -126,6 +126,8 @@ def _changed(draw: Draw, tree: Any) -> Any:
     if isinstance(tree, list) and tree and draw(st.booleans()):
         at = draw(st.integers(0, len(tree) - 1))
         return [*tree[:at], _changed(draw, tree[at]), *tree[at + 1 :]]
+    if isinstance(tree, int | float) and not isinstance(tree, bool) and draw(st.booleans()):
+        return tree + draw(st.sampled_from([0, 1, -1, 0.5]))  # of the right type, and another value
     return draw(JSON)
 
 
@@ -153,7 +155,7 @@ def _same(ours: Any, given: Any) -> bool:
 
 def _run_of(folder: Path) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
     rows = {
-        "metrics": [{"step": n, "tokens": 9 * n, "loss": 1 / n, "learning_rate": 0.1, "grad_norm": 1.5} for n in (1, 2)],
+        "metrics": [{"step": n, "tokens": 9 * n, "loss": 1 / n, "grad_norm": 1.5} for n in (1, 2)],
         "probe": [{"step": 2, "fraction": 1.0, "module": "0.q_proj", "layer": 0, "kind": "q_proj", "delta_m": 0.25,
                    "delta_d": 0.125, "relative_change": 0.5}],
         "eval": [{"task": "boolq", "protocol": "generate", "metric": "accuracy", "value": 0.75, "n": 4,
