@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from dora_lab import load
+from dora_lab import load, ranks
 from dora_lab.run import Paths
-from dora_lab.spec import Spec, SpecError, derive, did_you_mean, spec_id, to_dict, validate
-from dora_lab.store import read_stream, run_path
+from dora_lab.spec import Spec, SpecError, derive, did_you_mean, from_dict, spec_id, to_dict, validate
+from dora_lab.store import read_record, read_stream, run_path
 from dora_lab.workers import Outcome, describe, run_many
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -58,7 +58,8 @@ def run(
         _print_specs(specs, getattr(module, "ITEMS", {}))
         return
     outcomes = run_many(specs, Paths(results, data_dir, model_dir), jobs)
-    typer.echo(summary(outcomes, results))
+    if ranks.first():
+        typer.echo(summary(outcomes, results))
     if any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(1)
     if any(outcome.status == "interrupted" for outcome in outcomes):
@@ -70,7 +71,7 @@ def verify(
     experiment: Annotated[str | None, typer.Argument(help="One experiment; all without it.")] = None,
     results: ResultsOption = RESULTS,
 ) -> None:
-    """Print the verdict on each claim of the paper that the runs can speak about."""
+    """Print the verdict on each claim of the paper that the runs can speak about, and on the numbers it prints."""
     from dora_lab import report
     from dora_lab import verify as verifying
 
@@ -78,6 +79,39 @@ def verify(
     evals, probes = (report.frame(results, experiment, stream) for stream in ("eval", "probe"))
     found = verifying.verdicts(evals, probes, rows)
     typer.echo(found.to_string(index=False) if len(found) else f"no complete runs in {results}")
+    cells = verifying.cells(results, verifying.claims(), published_specs())
+    typer.echo("\n" + verifying.summary(cells, experiment))
+
+
+@app.command("card")
+def card_command(
+    run: Annotated[str, typer.Argument(help="A run: its folder, or the beginning of its id.")],
+    results: ResultsOption = LOCAL,
+    out: Annotated[Path | None, typer.Option(help="Write the page to this file.")] = None,
+) -> None:
+    """Print the protocol card of a run: one page, from its record."""
+    from dora_lab import card
+
+    text = card.card(find_run(run, results))
+    typer.echo(text if out is None else out)
+    if out is not None:
+        out.write_text(text, encoding="utf-8")
+
+
+@app.command("diff")
+def diff_command(
+    run: Annotated[str, typer.Argument(help="A run: its folder, or the beginning of its id.")],
+    other: Annotated[str, typer.Argument(help="Another run, or `published` for the paper's protocol.")],
+    results: ResultsOption = LOCAL,
+) -> None:
+    """Say in words how two runs, or a run and the published protocol, differ."""
+    from dora_lab import card
+
+    first = find_run(run, results)
+    if other != "published":
+        typer.echo(card.diff(first, find_run(other, results)))
+    else:
+        typer.echo(card.diff(first, card.nearest(from_dict(read_record(first)["spec"]), published_specs())))
 
 
 @app.command()
@@ -211,6 +245,26 @@ def experiment_names() -> list[str]:
     """Names of the files in experiments/ that have runs; one that only measures (speed.py) has no `specs`."""
     files = EXPERIMENTS.glob("[!_]*.py")
     return sorted(file.stem for file in files if "\ndef specs(" in file.read_text(encoding="utf-8"))
+
+
+def published_specs() -> list[Spec]:
+    """The specs of tier paper of all experiments: the published protocol, any seed."""
+    modules = [load_experiment(name) for name in experiment_names()]
+    return [spec for module in modules if "paper" in module.TIERS for spec in module.specs("paper")]
+
+
+def find_run(text: str, results: Path) -> Path:
+    """A run directory: a path, or the beginning of an id under `results` or the committed results.
+
+    Raises SpecError if there is none, or more than one.
+    """
+    if (Path(text) / "record.json").exists():
+        return Path(text)
+    found = {path.name: path for root in (RESULTS, results) for path in (root / "runs").glob(f"*/{text}*") if text}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    there = f"{', '.join(sorted(found))}: give more digits" if found else f"none in {results} or {RESULTS}"
+    raise SpecError(f"run '{text}': give a run's folder or the beginning of its id; {there}")
 
 
 def load_experiment(name: str) -> ModuleType:

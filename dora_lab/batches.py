@@ -5,6 +5,8 @@ Shape suffixes: B items of a micro-batch, T tokens of the longest of them (padde
 
 from __future__ import annotations
 
+import array
+import hashlib
 import math
 import random
 from collections.abc import Sequence
@@ -111,6 +113,13 @@ class MicroBatches(Dataset[dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.indices) // self.optim.micro_batch_size
+
+    def sha256(self) -> str:
+        """Hash of what is trained on: the tokens and labels of every item, and their order."""
+        content = hashlib.sha256(array.array("q", self.indices).tobytes())
+        for example in self.examples:
+            content.update(array.array("q", [len(example.ids), *example.ids, *example.labels]).tobytes())
+        return content.hexdigest()
 
     def __getitem__(self, place: int) -> dict[str, Tensor]:
         return collate([self.examples[index] for index in self.items_of(place)], self.pad)

@@ -6,7 +6,6 @@ record and is no finding; one that says nothing, or other than its files, is.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -17,16 +16,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dora_lab import verify
-from dora_lab.files import CheckpointError, parse_json, sha256
+from dora_lab import snapshots, verify
+from dora_lab.files import CheckpointError, parse_json
 from dora_lab.files import verify as verify_files
 from dora_lab.spec import Spec, from_dict
 from dora_lab.store import STREAMS, StoreError, read_record, read_rows
 
 AGAIN = "run it again: it resumes"
 ANEW = "restore the file, or remove the run's folder and run it again"
-NOTHING = hashlib.sha256(b"").hexdigest()  # of a stream that was never written
-MANIFESTS = ("dora_lab.json", "manifest.json")
+MANIFEST = "dora_lab.json"  # of an adapter or a model that the lab saved
 _KEYS = {
     "probe": ("step", "fraction", "module"),
     "eval": ("task", "protocol", "metric"),
@@ -54,7 +52,7 @@ def examine(path: Path, claims: Path = verify.CLAIMS) -> Iterator[Finding]:
             yield from _run(folder) if folder.is_dir() else _stray(folder)
         yield from _bench(path / "bench")
         yield from _claims(claims)
-    elif any((path / name).is_file() for name in MANIFESTS):
+    elif (path / MANIFEST).is_file():
         yield from _manifest(path)
         yield from _leftovers(path)
     else:
@@ -83,11 +81,14 @@ def _run(path: Path) -> Iterator[Finding]:
         yield Finding(path / "record.json", "status running, and nobody runs it: it was killed", AGAIN)
     yield from _streams(path, spec, record)
     yield from _leftovers(path)
-    for folder in [path / "adapter", *sorted((path / "checkpoints").glob("*"))]:
-        if folder.name == "quarantine" or folder.name.startswith(("quarantine", ".")):
-            continue
-        yield from _manifest(folder, required=folder.name.startswith("checkpoint-"), spec_id=record["spec_id"])
-    for folder in (*(path / "checkpoints").glob("quarantine*/*"), *path.glob("quarantine*/*")):
+    yield from _manifest(path / "adapter")
+    for folder in sorted((path / "checkpoints").glob("checkpoint-*")):
+        manifest, fault = snapshots.read_manifest(folder)
+        if fault is not None:
+            yield Finding(folder, f"a broken checkpoint ({fault})", f"{AGAIN}, from an older one")
+        elif manifest is not None and manifest["spec_id"] != record["spec_id"]:
+            yield Finding(folder, f"a checkpoint of another run, {manifest['spec_id']}", "delete it")
+    for folder in sorted((path / "checkpoints" / snapshots.QUARANTINE).glob("*")):
         yield Finding(folder, "a damaged checkpoint that was put aside", "look at it, then delete it")
 
 
@@ -97,9 +98,6 @@ def _streams(path: Path, spec: Spec, record: dict[str, Any]) -> Iterator[Finding
         file = path / f"{name}.jsonl"
         if file.exists() and (content := file.read_bytes()) and not content.endswith(b"\n"):
             yield Finding(file, "a torn last line", AGAIN if record["status"] != "complete" else ANEW)
-        mark = (record.get("streams") or {}).get(name) or {}
-        if "sha256" in mark and mark["sha256"] != (sha256(file) if file.exists() else NOTHING):
-            yield Finding(file, "is not what it was when the run was finished", ANEW)
         try:
             rows[name] = read_rows(path, name)
         except StoreError as error:
@@ -150,19 +148,14 @@ def _counts(spec: Spec, record: dict[str, Any], rows: dict[str, list[dict[str, A
             yield "probe", f"rows per fraction are {dict(per)}, the spec asks for {list(spec.probe.fractions)}"
 
 
-def _manifest(folder: Path, required: bool = False, spec_id: str | None = None) -> Iterator[Finding]:
-    """A saved adapter or checkpoint against its manifest."""
-    found = [folder / name for name in MANIFESTS if (folder / name).is_file()]
-    if required and not found:
-        yield Finding(folder, "no manifest: killed while it was saved", "delete it; " + AGAIN)
-    for file in found:
-        try:
-            table = verify_files(file)
-        except CheckpointError as error:
-            yield _of_error(file, error)
-            continue
-        if spec_id is not None and table.get("spec_id", spec_id) != spec_id:
-            yield Finding(file, f"a checkpoint of another run, {table['spec_id']}", "delete that checkpoint")
+def _manifest(folder: Path) -> Iterator[Finding]:
+    """A saved adapter or model against its manifest, where it has one."""
+    if not (folder / MANIFEST).is_file():
+        return
+    try:
+        verify_files(folder / MANIFEST)
+    except CheckpointError as error:
+        yield _of_error(folder / MANIFEST, error)
 
 
 def _leftovers(path: Path) -> Iterator[Finding]:

@@ -169,6 +169,17 @@ def contrast_over_tasks(tasks: Mapping[str, Sequence[float]]) -> Estimate:
     )
 
 
+def prediction_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Where one more value of the same (normal) population lies with probability `LEVEL`.
+
+    mean +- t(n-1) s sqrt(1 + 1/n), in the unit of the values. Raises: ValueError for fewer than two values.
+    """
+    if len(values) < 2:
+        raise ValueError(f"prediction_interval: needs at least two values, got {len(values)}")
+    half = stats.t.ppf(0.5 + LEVEL / 2, len(values) - 1) * np.std(values, ddof=1) * np.sqrt(1 + 1 / len(values))
+    return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
 def mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Mean and sample standard deviation (n - 1); the latter None for one value, both None for none."""
     if not len(values):

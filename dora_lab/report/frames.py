@@ -35,7 +35,8 @@ _STREAMS = {  # columns that a frame has even when there are no rows
         "correct",
     ),
     "probe": ("step", "fraction", "module", "layer", "kind", "delta_m", "delta_d", "relative_change"),
-    "metrics": ("step", "tokens", "loss", "learning_rate", "grad_norm", "seconds"),
+    "metrics": ("step", "tokens", "loss", "learning_rate", "grad_norm"),
+    "timing": ("step", "seconds"),
     "record": ("status",),
 }
 
@@ -43,8 +44,8 @@ _STREAMS = {  # columns that a frame has even when there are no rows
 def frame(root: Path, experiment: str | None = None, stream: str = "eval") -> pd.DataFrame:
     """All complete runs of the results folder `root` (those in `root/runs`) as one frame.
 
-    Args: experiment: name of one experiment; None = all. stream: "eval", "probe", "metrics" (one row per line of
-        that file) or "record" (one row per run, the record flattened: "params.trainable", "seconds.train", ...).
+    Args: experiment: name of one experiment; None = all. stream: "eval", "probe", "metrics", "timing" (one row per line
+        of that file) or "record" (one row per run, the record flattened: "params.trainable", "seconds.train", ...).
     Returns a frame whose first columns describe the run: the spec flattened with dots ("optim.learning_rate"), plus
         `method`, `rank`, `model`, `data`, `eval_data`, `split` as short names, `label` (name in tables; runs that
         differ in more than the seed have different labels), `trainable_percent` (of all parameters; None unknown),
