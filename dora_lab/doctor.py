@@ -218,4 +218,6 @@ def _of_error(file: Path, error: Exception) -> Finding:
 def report(findings: list[Finding]) -> str:
     """Two lines per finding, for a terminal."""
     lines = [f"{one.where}: {one.what}\n    mend: {one.mend}" for one in findings]
-    return "\n".join([*lines, f"{len(findings)} findings" if findings else "nothing is wrong"])
+    return "\n".join(
+        [*lines, f"{len(findings)} finding{'' if len(findings) == 1 else 's'}" if findings else "nothing is wrong"]
+    )

@@ -38,8 +38,10 @@ _REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {  # what a reader needs of 
 _OPTIONAL: dict[str, dict[str, tuple[type, ...]]] = {  # of these types where they are there
     "metrics": dict.fromkeys(("tokens", "loss", "eval_loss", "learning_rate", "grad_norm", "seconds"), _MAYBE),
     "probe": dict.fromkeys(("layer", "fraction", "relative_change"), _MAYBE),
-    "eval": dict.fromkeys(("stderr", "n_unparsed", "chance", "majority"), _MAYBE)
-    | dict.fromkeys(("correct", "prompt_sha256"), (str, type(None))),
+    "eval": {
+        **dict.fromkeys(("stderr", "n_unparsed", "chance", "majority"), _MAYBE),
+        **dict.fromkeys(("correct", "prompt_sha256"), (str, type(None))),
+    },
 }
 OWN_FIELDS = ("schema", "spec", "spec_id", "status", "error", "notes")  # of record.json, written by RunDir alone
 
@@ -365,9 +367,9 @@ def read_rows(path: Path, name: str) -> list[dict[str, Any]]:
     """
     rows = read_stream(path, name)
     file = Path(path) / f"{name}.jsonl"
-    if (Path(path) / "record.json").exists() and (wanted := stream_hash(read_record(path), name)) is not None:
-        if wanted != hashlib.sha256(file.read_bytes() if file.exists() else b"").hexdigest():
-            raise StoreError(f"{file}: is not what it was when the run was finished; restore the file or run again")
+    wanted = stream_hash(read_record(path), name) if (Path(path) / "record.json").exists() else None
+    if wanted not in (None, hashlib.sha256(file.read_bytes() if file.exists() else b"").hexdigest()):
+        raise StoreError(f"{file}: is not what it was when the run was finished; restore the file or run again")
     for number, row in enumerate(rows, start=1):
         where = f"{Path(path) / f'{name}.jsonl'}, line {number}"
         optional = {field: kinds for field, kinds in _OPTIONAL.get(name, {}).items() if field in row}
