@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dora_lab import load, ranks
+from dora_lab import load, ranks, shapes
 from dora_lab.run import Paths
 from dora_lab.spec import Spec, SpecError, derive, did_you_mean, from_dict, spec_id, to_dict, validate
 from dora_lab.store import read_record, read_stream, run_path
@@ -45,17 +44,23 @@ def run(
     tier: Annotated[str, typer.Option(help="mini (embedded, minutes on a CPU) or paper (hub models, a GPU).")] = "mini",
     only: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE[,VALUE]: only specs that match.")] = None,
     with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the specs, run nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the specs and their cost, run nothing.")] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="Of the cost: hours on it; default for tier paper: A100-80GB.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Of the cost: tokens per text; default: the cutoff.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core (paper: one).")] = None,
     results: ResultsOption = LOCAL,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of real data: <task>/train.json, test.json.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Real data: a clone of LLM-Adapters, or <task>/test.json.")
+    ] = None,
     model_dir: Annotated[Path | None, typer.Option(help="Folder of a saved model to start from.")] = None,
 ) -> None:
     """Run an experiment: complete runs are skipped, interrupted ones go on, failed ones start anew."""
     module = load_experiment(experiment)
     specs = chosen(module, tier, only or (), with_ or (), data_dir, model_dir)
     if dry_run:
-        _print_specs(specs, getattr(module, "ITEMS", {}))
+        _print_specs(specs, getattr(module, "ITEMS", {}), model_dir, gpu, tokens)
         return
     outcomes = run_many(specs, Paths(results, data_dir, model_dir), jobs)
     if ranks.first():
@@ -112,6 +117,42 @@ def diff_command(
         typer.echo(card.diff(first, find_run(other, results)))
     else:
         typer.echo(card.diff(first, card.nearest(from_dict(read_record(first)["spec"]), published_specs())))
+
+
+@app.command("verify-published")
+def verify_published(
+    adapter: Annotated[str, typer.Argument(help="Folder, or hub id (org/name or org/name:folder/in/it).")],
+    base: Annotated[str, typer.Option(help="The base model: folder, or hub id.")],
+    data_dir: Annotated[Path, typer.Option(help="Folder of test files: <task>/test.json, LLM-Adapters layout.")],
+    revision: Annotated[str | None, typer.Option(help="Commit of the adapter on the hub.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="Commit of the base on the hub.")] = None,
+    paper_model: Annotated[str | None, typer.Option(help="The paper's name of the base, e.g. LLaMA-7B.")] = None,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
+    allow_pickle: Annotated[bool, typer.Option(help="Read adapter_model.bin if there is no safetensors file.")] = False,
+    results: ResultsOption = LOCAL,
+) -> None:
+    """Evaluate a released adapter (PEFT's or the authors' format) by the paper's protocol, beside its numbers."""
+    from dora_lab import published, shapes
+
+    experiment = load_experiment("commonsense")
+    base_dir, adapter_dir = (Path(text) if Path(text).is_dir() else None for text in (base, adapter))
+    pinned = base_revision or experiment.PAPER.get(base, (None,))[0]
+    protocol = experiment.specs("paper")[0]
+    model = replace(
+        protocol.model,
+        name=base_dir.resolve().name if base_dir else base,
+        revision=load.hash_model(base_dir)[:12] if base_dir else pinned,
+        adapter=adapter_dir.resolve().name if adapter_dir else adapter,
+        adapter_revision=load.hash_adapter(adapter_dir)[:12] if adapter_dir else revision,
+    )
+    spec = published.spec_of(protocol, model, tuple(load.tasks_in(data_dir)), load.hash_data(data_dir))
+    spec = derive(spec, dict(_pair(change, "--with") for change in with_ or ()))
+    found, run = published.evaluate(spec, Paths(results, data_dir, base_dir, adapter_dir), allow_pickle)
+    rows = published.compare(run, found, paper_model or shapes.printed_name(base))
+    typer.echo(
+        f"{found.method}, rank {found.rank}, on {base}\n{published.table(rows)}\n{published.summary(rows)}\n{run}"
+    )
+    raise typer.Exit(1 if "differs" in list(rows["verdict"]) else 0)
 
 
 @app.command()
@@ -203,6 +244,18 @@ def export(
 
 
 @app.command()
+def rescore(
+    run: Annotated[Path, typer.Argument(help="Run directory, results/local/runs/<experiment>/<id>.")],
+    pattern: Annotated[list[str] | None, typer.Option(help="REGEX or TASK=REGEX; its first match answers.")] = None,
+) -> None:
+    """Score a run's saved texts again with other patterns; writes <run>/rescored/, never over the record."""
+    from dora_lab import rescore as rescoring
+
+    rows, file = rescoring.rescore(run, pattern or ())
+    typer.echo(f"{rescoring.table(rows)}\n{file}")
+
+
+@app.command()
 def reproduce(
     experiment: Annotated[str, typer.Argument(help="An experiment, see `dora-lab list`.")],
     results: ResultsOption = LOCAL,
@@ -286,18 +339,14 @@ def chosen(
     data_dir: Path | None = None,
     model_dir: Path | None = None,
 ) -> list[Spec]:
-    """The specs of an experiment after --data-dir, --model-dir, --only and --with; each valid, no two the same.
+    """The specs of an experiment after --only, --data-dir, --model-dir and --with; each valid, no two the same.
 
     Raises SpecError for an unknown tier or field, a selection that matches nothing, or two specs that became one.
     """
     if tier not in module.TIERS:
         raise SpecError(f"unknown tier '{tier}'; {did_you_mean(tier, module.TIERS)}")
     specs: list[Spec] = module.specs(tier)
-    if data_dir is not None:
-        specs = [_with_data(spec, data_dir) for spec in specs]
-    if model_dir is not None:
-        model = {"model.name": Path(model_dir).resolve().name, "model.revision": load.hash_model(model_dir)[:12]}
-        specs = [derive(spec, model) for spec in specs]
+    # selected by what the experiment says, before folders take the place of its models: four models become one
     for field, text in (_pair(selection, "--only") for selection in only):
         wanted = text.split(",")
         kept = [spec for spec in specs if _value(to_dict(spec), field) in wanted]
@@ -305,6 +354,11 @@ def chosen(
             there = sorted({str(_value(to_dict(spec), field)) for spec in specs})
             raise SpecError(f"--only {field}={text} matches no spec; values there: {', '.join(there)}")
         specs = kept
+    if data_dir is not None:
+        specs = [_with_data(spec, data_dir) for spec in specs]
+    if model_dir is not None:
+        model = {"model.name": Path(model_dir).resolve().name, "model.revision": load.hash_model(model_dir)[:12]}
+        specs = [derive(spec, model) for spec in specs]
     values = dict(_pair(change, "--with") for change in changes)
     specs = [derive(spec, {path: text for path, text in values.items() if _has(spec, path)}) for spec in specs]
     for spec in specs:
@@ -387,28 +441,62 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _print_specs(specs: Sequence[Spec], known: Mapping[str, int]) -> None:
+def _print_specs(
+    specs: Sequence[Spec], known: Mapping[str, int], model_dir: Path | None, gpu: str | None, tokens: int | None
+) -> None:
+    """A line per spec with its steps and cost; `known` has the sizes of data that a spec takes whole."""
+    from dora_lab import cost
+    from dora_lab import verify as verifying
+
+    gpu = gpu or ("A100-80GB" if all(spec.tier == "paper" for spec in specs) else None)
+    card = None if gpu is None else cost.gpu(gpu)
+    sizes = verifying.claims().query("metric == 'test_items'").set_index("subject")["value"].to_dict()
+    found: list[cost.Cost] = []
     for spec in specs:
         rank = "-" if spec.method.rank is None else spec.method.rank
         typer.echo(
             f"{spec_id(spec)}  {spec.tier:5}  {spec.model.name:26} {spec.method.name:5} rank {rank:<3} "
             f"seed {spec.seed:<3} {_steps(spec, known)}"
         )
+        shape, items = _shape(spec, model_dir), _train_items(spec, known)
+        if shape is not None and items is not None:
+            found.append(cost.estimate(spec, shape, items, cost.test_items(spec, sizes), card, tokens))
+            typer.echo(f"{'':14}{cost.words(found[-1], card)}")
     typer.echo(f"{len(specs)} specs")
+    if found:
+        typer.echo(cost.total(found, gpu, tokens))
+    if len(found) < len(specs):
+        typer.echo(f"{len(specs) - len(found)} of them have no estimate: their model or data is not known here")
+
+
+def _shape(spec: Spec, model_dir: Path | None) -> shapes.Shape | None:
+    if model_dir is not None or spec.model.name == "mini":
+        return shapes.of_folder(load.model_folder(spec.model, model_dir))
+    name = shapes.printed_name(spec.model.name)
+    return None if name is None else shapes.PAPER[name][0]
+
+
+def _train_items(spec: Spec, known: Mapping[str, int]) -> int | None:
+    """How many items are trained on, None if that is only known once the data is there."""
+    if spec.optim is None:
+        return 0
+    if spec.data.train_items is None and spec.data.name in known:
+        return known[spec.data.name] - spec.data.validation_items
+    return spec.data.train_items
 
 
 def _steps(spec: Spec, known: Mapping[str, int]) -> str:
-    """Optimiser steps and how they are made; `known` has the sizes of data that a spec takes whole."""
+    """Optimiser steps and how they are made."""
+    from dora_lab import cost
+
     if spec.optim is None:
         return "no training"
-    optim = spec.optim
-    how = f"learning rate {optim.learning_rate:g}, batch {optim.batch_size}"
-    items, about = spec.data.train_items, ""
-    if items is None and spec.data.name in known:
-        items, about = known[spec.data.name] - spec.data.validation_items, "about "
+    how = f"learning rate {spec.optim.learning_rate:g}, batch {spec.optim.batch_size}"
+    items = _train_items(spec, known)
     if items is None:
-        return f"{optim.epochs:g} epochs of all items, {how}"
-    return f"{about}{max(1, math.ceil(items * optim.epochs / optim.batch_size))} steps, {how}"
+        return f"{spec.optim.epochs:g} epochs of all items, {how}"
+    about = "about " if spec.data.train_items is None else ""
+    return f"{about}{cost.total_steps(items, spec)} steps, {how}"
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -78,7 +78,9 @@ def train(
         raise ValueError(f"method '{spec.method.name}' has optim None and is not trained")
     encoded = encode(items.train, spec.data, tokenizer)
     held = encode(items.validation, spec.data, tokenizer)
-    batches = MicroBatches(encoded.examples, spec.optim, spec.seed, cast(int, tokenizer.pad_token_id))
+    batches = MicroBatches(
+        encoded.examples, spec.optim, spec.seed, cast(int, tokenizer.pad_token_id), spec.data.pad_to_multiple_of
+    )
     arguments = _arguments(spec, batches.steps, run.checkpoints, model, checkpoint_steps)
     snapshots = Snapshots(run, _made_of(spec, run, batches))
     trainer = _Trainer(spec, model, batches, held.examples, run, snapshots, arguments, progress)
@@ -89,7 +91,7 @@ def train(
     step = step_of(checkpoint) if checkpoint else 0
     trainer.continue_counts()
     if step < batches.steps:
-        with _end_of_another_process():
+        with ranks.connected():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.state.global_step < batches.steps:
             raise Interrupted(f"stopped at step {trainer.state.global_step} of {batches.steps}")
@@ -99,6 +101,7 @@ def train(
         "steps": batches.steps,
         "tokens": trainer.tokens,
         "shortened": encoded.shortened,
+        "answers_cut": encoded.answers_cut,
         "resumed_from": step or None,
         "kept_step": trainer.keep(spec.optim),
     }
@@ -125,17 +128,6 @@ def _resume(run: RunDir, snapshots: Snapshots, steps: int) -> Path | None:
     if not checkpoint or step_of(checkpoint) < steps:
         run.cut("eval")
     return checkpoint
-
-
-@contextlib.contextmanager
-def _end_of_another_process() -> Iterator[None]:
-    """A process of a distributed run that is killed breaks the others' connection: they are interrupted, not failed."""
-    try:
-        yield
-    except RuntimeError as error:
-        if ranks.size() == 1:
-            raise
-        raise Interrupted(f"the connection to another process of the run broke: {error}") from error
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -292,8 +284,8 @@ class _Trainer(Trainer):
         if torch.isfinite(nn.utils.get_total_norm(list(weights.values()))):
             return
         for name, weight in weights.items():  # the norm of large weights may overflow, so each is looked at
-            if not torch.isfinite(weight).all():
-                self._refuse(weight.detach().sum() * torch.nan, f"weight '{name}'")
+            for value in weight.detach()[~torch.isfinite(weight)][:1]:
+                self._refuse(value, f"weight '{name}'")
 
     def _refuse(self, value: Tensor, what: str) -> None:
         if not torch.isfinite(value):
@@ -332,7 +324,9 @@ class _Trainer(Trainer):
         total, count = 0.0, 0
         with torch.no_grad():
             for start in range(0, len(self.held), micro):
-                inputs = self._prepare_inputs(collate(self.held[start : start + micro], self.batches.pad))
+                inputs = self._prepare_inputs(
+                    collate(self.held[start : start + micro], self.batches.pad, self.batches.multiple)
+                )
                 tokens = int(inputs["labels"].ne(IGNORED).sum())
                 with self.compute_loss_context_manager():
                     total += float(self.compute_loss(self.network, cast(Any, inputs))) * tokens

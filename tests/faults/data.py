@@ -278,7 +278,8 @@ def assert_harmless(markdown: str, latex: str, columns: int) -> None:
     body = markdown.rpartition("<!-- runs: ")
     assert not re.search(r"<[A-Za-z/!?]", body[0]) and "\0" not in markdown and "](" not in markdown
     assert body[2].count("-->") == 1 and body[2].endswith(" -->\n") and "-->" not in body[0]
-    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    parts = [part.split("\n") for part in markdown.split("\n\n")]
+    (rows,) = [part for part in parts if len(part) > 1 and part[1].startswith("| ---")]
     bars = [len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) for row in rows]
     assert bars == [columns + 1] * 3, bars
     assert latex.isascii() and "\0" not in latex
