@@ -170,6 +170,16 @@ def compare(
 
 
 @app.command()
+def doctor(path: Annotated[Path, typer.Argument(help="A results folder, a run's, or a saved adapter's.")]) -> None:
+    """Say what is wrong with records, streams, hashes, locks, checkpoints and claims, and how to mend it."""
+    from dora_lab import doctor as examining
+
+    findings = list(examining.examine(path))
+    typer.echo(examining.report(findings))
+    raise typer.Exit(1 if findings else 0)
+
+
+@app.command()
 def report(results: ResultsOption = RESULTS) -> None:
     """Rebuild every table and figure of a results folder from its runs (and, of the committed one, the README's)."""
     for path in rebuild(results):
@@ -223,15 +233,12 @@ def export(
     allow_pickle: Annotated[bool, typer.Option(help="Read adapter_model.bin if there is no safetensors file.")] = False,
 ) -> None:
     """Merge an adapter into its base and write a plain transformers folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from dora_lab import checkpoints
+    from dora_lab.pretrained import open_model, open_tokenizer
 
-    if not (base / "config.json").is_file():
-        raise checkpoints.CheckpointError(f"{base}: no config.json in it; give the folder of a saved model")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model = open_model(base, "auto")
     has_tokenizer = any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    tokenizer = AutoTokenizer.from_pretrained(base) if has_tokenizer else None
+    tokenizer = open_tokenizer(base) if has_tokenizer else None
     checkpoints.load_adapter(model, adapter, allow_pickle=allow_pickle)
     typer.echo(checkpoints.export(model, out, tokenizer))
 
