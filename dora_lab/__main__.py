@@ -132,7 +132,7 @@ def verify_published(
     results: ResultsOption = LOCAL,
 ) -> None:
     """Evaluate a released adapter (PEFT's or the authors' format) by the paper's protocol, beside its numbers."""
-    from dora_lab import published
+    from dora_lab import published, shapes
 
     experiment = load_experiment("commonsense")
     base_dir, adapter_dir = (Path(text) if Path(text).is_dir() else None for text in (base, adapter))
@@ -148,7 +148,7 @@ def verify_published(
     spec = published.spec_of(protocol, model, tuple(load.tasks_in(data_dir)), load.hash_data(data_dir))
     spec = derive(spec, dict(_pair(change, "--with") for change in with_ or ()))
     found, run = published.evaluate(spec, Paths(results, data_dir, base_dir, adapter_dir), allow_pickle)
-    rows = published.compare(run, found, paper_model or published.PAPER_MODELS.get(base))
+    rows = published.compare(run, found, paper_model or shapes.printed_name(base))
     typer.echo(
         f"{found.method}, rank {found.rank}, on {base}\n{published.table(rows)}\n{published.summary(rows)}\n{run}"
     )
