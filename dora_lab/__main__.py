@@ -51,7 +51,9 @@ def run(
     tokens: Annotated[int | None, typer.Option(help="Of the cost: tokens per text; default: the cutoff.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core (paper: one).")] = None,
     results: ResultsOption = LOCAL,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of real data: <task>/train.json, test.json.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Real data: a clone of LLM-Adapters, or <task>/test.json.")
+    ] = None,
     model_dir: Annotated[Path | None, typer.Option(help="Folder of a saved model to start from.")] = None,
 ) -> None:
     """Run an experiment: complete runs are skipped, interrupted ones go on, failed ones start anew."""
@@ -154,6 +156,42 @@ def diff_command(
         typer.echo(card.diff(first, card.nearest(from_dict(read_record(first)["spec"]), published_specs())))
 
 
+@app.command("verify-published")
+def verify_published(
+    adapter: Annotated[str, typer.Argument(help="Folder, or hub id (org/name or org/name:folder/in/it).")],
+    base: Annotated[str, typer.Option(help="The base model: folder, or hub id.")],
+    data_dir: Annotated[Path, typer.Option(help="Folder of test files: <task>/test.json, LLM-Adapters layout.")],
+    revision: Annotated[str | None, typer.Option(help="Commit of the adapter on the hub.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="Commit of the base on the hub.")] = None,
+    paper_model: Annotated[str | None, typer.Option(help="The paper's name of the base, e.g. LLaMA-7B.")] = None,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
+    allow_pickle: Annotated[bool, typer.Option(help="Read adapter_model.bin if there is no safetensors file.")] = False,
+    results: ResultsOption = LOCAL,
+) -> None:
+    """Evaluate a released adapter (PEFT's or the authors' format) by the paper's protocol, beside its numbers."""
+    from dora_lab import published
+
+    experiment = load_experiment("commonsense")
+    base_dir, adapter_dir = (Path(text) if Path(text).is_dir() else None for text in (base, adapter))
+    pinned = base_revision or experiment.PAPER.get(base, (None,))[0]
+    protocol = experiment.specs("paper")[0]
+    model = replace(
+        protocol.model,
+        name=base_dir.resolve().name if base_dir else base,
+        revision=load.hash_model(base_dir)[:12] if base_dir else pinned,
+        adapter=adapter_dir.resolve().name if adapter_dir else adapter,
+        adapter_revision=load.hash_adapter(adapter_dir)[:12] if adapter_dir else revision,
+    )
+    spec = published.spec_of(protocol, model, tuple(load.tasks_in(data_dir)), load.hash_data(data_dir))
+    spec = derive(spec, dict(_pair(change, "--with") for change in with_ or ()))
+    found, run = published.evaluate(spec, Paths(results, data_dir, base_dir, adapter_dir), allow_pickle)
+    rows = published.compare(run, found, paper_model or published.PAPER_MODELS.get(base))
+    typer.echo(
+        f"{found.method}, rank {found.rank}, on {base}\n{published.table(rows)}\n{published.summary(rows)}\n{run}"
+    )
+    raise typer.Exit(1 if "differs" in list(rows["verdict"]) else 0)
+
+
 @app.command()
 def compare(
     results: ResultsOption = LOCAL,
@@ -233,6 +271,18 @@ def export(
     tokenizer = AutoTokenizer.from_pretrained(base) if has_tokenizer else None
     checkpoints.load_adapter(model, adapter, allow_pickle=allow_pickle)
     typer.echo(checkpoints.export(model, out, tokenizer))
+
+
+@app.command()
+def rescore(
+    run: Annotated[Path, typer.Argument(help="Run directory, results/local/runs/<experiment>/<id>.")],
+    pattern: Annotated[list[str] | None, typer.Option(help="REGEX or TASK=REGEX; its first match answers.")] = None,
+) -> None:
+    """Score a run's saved texts again with other patterns; writes <run>/rescored/, never over the record."""
+    from dora_lab import rescore as rescoring
+
+    rows, file = rescoring.rescore(run, pattern or ())
+    typer.echo(f"{rescoring.table(rows)}\n{file}")
 
 
 @app.command()
@@ -319,18 +369,14 @@ def chosen(
     data_dir: Path | None = None,
     model_dir: Path | None = None,
 ) -> list[Spec]:
-    """The specs of an experiment after --data-dir, --model-dir, --only and --with; each valid, no two the same.
+    """The specs of an experiment after --only, --data-dir, --model-dir and --with; each valid, no two the same.
 
     Raises SpecError for an unknown tier or field, a selection that matches nothing, or two specs that became one.
     """
     if tier not in module.TIERS:
         raise SpecError(f"unknown tier '{tier}'; {did_you_mean(tier, module.TIERS)}")
     specs: list[Spec] = module.specs(tier)
-    if data_dir is not None:
-        specs = [_with_data(spec, data_dir) for spec in specs]
-    if model_dir is not None:
-        model = {"model.name": Path(model_dir).resolve().name, "model.revision": load.hash_model(model_dir)[:12]}
-        specs = [derive(spec, model) for spec in specs]
+    # selected by what the experiment says, before folders take the place of its models: four models become one
     for field, text in (_pair(selection, "--only") for selection in only):
         wanted = text.split(",")
         kept = [spec for spec in specs if _value(to_dict(spec), field) in wanted]
@@ -338,6 +384,11 @@ def chosen(
             there = sorted({str(_value(to_dict(spec), field)) for spec in specs})
             raise SpecError(f"--only {field}={text} matches no spec; values there: {', '.join(there)}")
         specs = kept
+    if data_dir is not None:
+        specs = [_with_data(spec, data_dir) for spec in specs]
+    if model_dir is not None:
+        model = {"model.name": Path(model_dir).resolve().name, "model.revision": load.hash_model(model_dir)[:12]}
+        specs = [derive(spec, model) for spec in specs]
     values = dict(_pair(change, "--with") for change in changes)
     specs = [derive(spec, {path: text for path, text in values.items() if _has(spec, path)}) for spec in specs]
     for spec in specs:

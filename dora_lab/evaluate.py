@@ -304,7 +304,8 @@ class _Model(cast(Any, HFLM)):
             self.model.generate(
                 input_ids=context,
                 max_length=max_length,
-                pad_token_id=self.tokenizer.pad_token_id,
+                # what fills an answer that ended early; a padding token that is an ordinary one would be decoded
+                pad_token_id=self.tokenizer.eos_token_id,
                 use_cache=True,
                 **{name: value for name, value in kwargs.items() if name != "temperature"},
             ),

@@ -34,6 +34,7 @@ class Paths:
     results: Path  # results folder; runs go to its `runs/<experiment>/<spec_id>`
     data_dir: Path | None = None  # folder of the data source "llm_adapters"
     model_dir: Path | None = None  # saved model to use instead of the package's or the hub's
+    adapter_dir: Path | None = None  # folder of the adapter that `model.adapter` names
 
 
 def is_complete(spec: Spec, paths: Paths) -> bool:
@@ -52,12 +53,14 @@ def run_spec(
     stop: threading.Event | None = None,
     progress: Progress | None = None,
     checkpoint_steps: int | None = None,
+    allow_pickle: bool = False,
 ) -> str:
     """Run `spec` to its end in this process and return the status, "complete".
 
     An exception is recorded (status failed; interrupted for KeyboardInterrupt and its kind, a disk that is full, and
     inputs that have changed) and raised again. A failed run starts anew, an interrupted or killed one goes on from its
     last checkpoint, and a complete one of other inputs (the embedded world or base has changed since) is replaced.
+    allow_pickle: read the adapter that `model.adapter` names from a pickled file (tensors only) if it has no other.
     Raises LockedError, naming the holder, if another process is at it.
     """
     ranks.start(gpu=spec.tier == "paper")
@@ -70,7 +73,7 @@ def run_spec(
             run.restart("it was complete, of inputs that have changed since")
         try:
             with _threads(spec):
-                _fill(spec, paths, run, stop, progress or (lambda *_: None), checkpoint_steps)
+                _fill(spec, paths, run, stop, progress or (lambda *_: None), checkpoint_steps, allow_pickle)
         except Exception:
             if ranks.first():
                 with contextlib.suppress(OSError):
@@ -105,17 +108,18 @@ def _fill(
     stop: threading.Event | None,
     progress: Progress,
     checkpoint_steps: int | None,
+    allow_pickle: bool,
 ) -> None:
     import torch
 
-    from dora_lab.adapters import inject, merge
+    from dora_lab.adapters import merge
     from dora_lab.evaluate import evaluate
 
     provenance.reset_peak_memory()
     clock = _Clock(run)
     progress("load", 0, 0, None)
     with clock("load"):
-        inputs = load.fingerprints(spec, paths.data_dir, paths.model_dir)
+        inputs = load.fingerprints(spec, paths.data_dir, paths.model_dir, paths.adapter_dir)
         _compare(run, inputs)
         items = load.items(spec, paths.data_dir)
         model, tokenizer = load.model_and_tokenizer(spec, paths.model_dir)
@@ -123,8 +127,14 @@ def _fill(
         model.to("cuda" if spec.tier == "paper" and torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         base = load.model_folder(spec.model, paths.model_dir)
         run.record(
-            inputs={**inputs, "items": items.counts(), "pad_token": tokenizer.pad_token},
-            params=inject(model, spec.method, spec.seed),
+            inputs={
+                **inputs,
+                "items": items.counts(),
+                "sources": list(items.sources),
+                "pad_token": tokenizer.pad_token,
+                "tokens": load.token_policy(tokenizer),
+            },
+            params=_adapt(model, spec, paths, allow_pickle),
             device=torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
             processes=ranks.size(),
         )
@@ -149,7 +159,8 @@ def _fill(
     if not ranks.first():
         return
     with clock("evaluate"):
-        if spec.model.dtype == "float32":  # merging rounds in narrower types
+        weights = spec.evaluation.weights
+        if weights == "merged" or (weights == "exact" and spec.model.dtype == "float32"):  # narrower types round
             merge(model, keep=False)
         evaluate(
             spec,
@@ -161,6 +172,20 @@ def _fill(
             lambda done, of: progress("evaluate", done, of, None),
         )
     run.record(peak_memory_bytes=provenance.peak_memory_bytes())
+
+
+def _adapt(model: PreTrainedModel, spec: Spec, paths: Paths, allow_pickle: bool) -> dict[str, int]:
+    """Put the adapter on: a new one to be trained, or the saved one that `model.adapter` names."""
+    from dora_lab.adapters import inject
+
+    params = inject(model, spec.method, spec.seed)
+    if spec.model.adapter is None:
+        return params
+    from dora_lab.checkpoints import load_adapter
+
+    load_adapter(model, load.adapter_folder(spec.model, paths.adapter_dir), allow_pickle=allow_pickle)
+    counted = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return {"trainable": sum(n for n, trained in counted if trained), "total": sum(n for n, _ in counted)}
 
 
 @contextlib.contextmanager
@@ -241,7 +266,7 @@ def _save_adapter(model: PreTrainedModel, spec: Spec, run: RunDir) -> None:
 
 def _changed_inputs(spec: Spec, paths: Paths, record: dict[str, Any]) -> bool:
     then = record.get("inputs") or {}
-    now = load.fingerprints(spec, paths.data_dir, paths.model_dir)
+    now = load.fingerprints(spec, paths.data_dir, paths.model_dir, paths.adapter_dir)
     return any(now[name] != then.get(name) for name in now)
 
 

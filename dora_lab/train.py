@@ -78,7 +78,9 @@ def train(
         raise ValueError(f"method '{spec.method.name}' has optim None and is not trained")
     encoded = encode(items.train, spec.data, tokenizer)
     held = encode(items.validation, spec.data, tokenizer)
-    batches = MicroBatches(encoded.examples, spec.optim, spec.seed, cast(int, tokenizer.pad_token_id))
+    batches = MicroBatches(
+        encoded.examples, spec.optim, spec.seed, cast(int, tokenizer.pad_token_id), spec.data.pad_to_multiple_of
+    )
     arguments = _arguments(spec, batches.steps, run.checkpoints, model, checkpoint_steps)
     snapshots = Snapshots(run, _made_of(spec, run, batches))
     trainer = _Trainer(spec, model, batches, held.examples, run, snapshots, arguments, progress)
@@ -99,6 +101,7 @@ def train(
         "steps": batches.steps,
         "tokens": trainer.tokens,
         "shortened": encoded.shortened,
+        "answers_cut": encoded.answers_cut,
         "resumed_from": step or None,
         "kept_step": trainer.keep(spec.optim),
     }
@@ -332,7 +335,9 @@ class _Trainer(Trainer):
         total, count = 0.0, 0
         with torch.no_grad():
             for start in range(0, len(self.held), micro):
-                inputs = self._prepare_inputs(collate(self.held[start : start + micro], self.batches.pad))
+                inputs = self._prepare_inputs(
+                    collate(self.held[start : start + micro], self.batches.pad, self.batches.multiple)
+                )
                 tokens = int(inputs["labels"].ne(IGNORED).sum())
                 with self.compute_loss_context_manager():
                     total += float(self.compute_loss(self.network, cast(Any, inputs))) * tokens

@@ -55,7 +55,8 @@ def _check_item(item: Any, task: Task | None, at: Callable[[str], str]) -> None:
             raise ItemError(f"{at(field)}: missing; an item has {', '.join(FIELDS)}")
         if not isinstance(item[field], str):
             raise ItemError(f"{at(field)}: expected text, got {item[field]!r}")
-        if field != "input" and not item[field].strip():
+        needed = field != "input" and (task is not None or field != "answer")  # training reads the output alone
+        if needed and not item[field].strip():
             raise ItemError(f"{at(field)}: empty; fill it or remove the item")
     if item["input"]:
         raise ItemError(f"{at('input')}: must be empty, both templates have no place for it; got {item['input']!r:.80}")
