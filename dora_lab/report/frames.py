@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,7 +69,7 @@ def frame(root: Path, experiment: str | None = None, stream: str = "eval") -> pd
         if stream == "record":
             rows.append(columns | _flat({k: v for k, v in record.items() if k not in ("spec", "spec_id", "code")}))
         else:
-            rows.extend(columns | row for row in store.read_stream(path, stream))
+            rows.extend(columns | row for row in store.read_rows(path, stream))
     first = [*_FIRST, *_STREAMS[stream]]
     result = pd.DataFrame(rows)
     result = result.reindex(columns=[*first, *(c for c in result.columns if c not in first)])
@@ -162,7 +163,9 @@ def groups(data: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
             + ([evaluated] if evaluated != trained else [])
             + ([split] if split != "test" else [])
         )
-        found.append(("" if plain else "_" + "_".join(p.replace("/", "-") for p in parts), rows))
+        # the names of models and data are anybody's, and these are names of files
+        safe = "_".join(re.sub(r"[^\w.-]+", "-", part)[:80] for part in parts)
+        found.append(("" if plain else f"_{safe}", rows))
     return sorted(found, key=lambda pair: pair[0])
 
 
