@@ -72,6 +72,43 @@ def run(
 
 
 @app.command()
+def submit(
+    experiment: Annotated[str, typer.Argument(help="An experiment, see `dora-lab list`.")],
+    tier: Annotated[str, typer.Option(help="mini or paper.")] = "paper",
+    only: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE[,VALUE]: only specs that match.")] = None,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
+    partition: Annotated[str | None, typer.Option(help="SLURM partition; default: the cluster's.")] = None,
+    hours: Annotated[float, typer.Option(help="Wall time of a job; after it the job is queued again.")] = 24.0,
+    gpus: Annotated[int, typer.Option(help="GPUs of a job.")] = 1,
+    cpus: Annotated[int, typer.Option(help="Processor cores of a job.")] = 4,
+    memory: Annotated[float, typer.Option(help="Memory of a job, GB.")] = 64.0,
+    at_once: Annotated[int | None, typer.Option(help="Jobs at a time; default: as the cluster gives.")] = None,
+    slurm: Annotated[list[str] | None, typer.Option(help="KEY=VALUE: a further option of sbatch.")] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="The same jobs here, one after the other; to try out.")
+    ] = False,
+    results: ResultsOption = LOCAL,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of real data: <task>/train.json, test.json.")] = None,
+    model_dir: Annotated[Path | None, typer.Option(help="Folder of a saved model to start from.")] = None,
+) -> None:
+    """Run an experiment on a SLURM cluster: a job for each spec that has no complete run yet."""
+    from dora_lab import cluster
+
+    specs = chosen(load_experiment(experiment), tier, only or (), with_ or (), data_dir, model_dir)
+    resources = cluster.Resources(
+        partition=partition, hours=hours, gpus=gpus, cpus=cpus, memory_gb=memory, at_once=at_once,
+        more=dict(_pair(option, "--slurm") for option in slurm or ()),
+    )  # fmt: skip
+    jobs = cluster.submit(specs, Paths(results, data_dir, model_dir), resources, local=local)
+    for spec, job in jobs:
+        typer.echo(f"{spec_id(spec)}  {describe(spec):34} job {job.job_id}{f'  {job.state}' if local else ''}")
+    typer.echo(f"{len(jobs)} jobs, {len(specs) - len(jobs)} runs complete before; logs in {results / 'cluster'}")
+    failed = [error for _, job in jobs if local and (error := job.exception()) is not None]
+    if failed:
+        raise SpecError(f"{len(failed)} jobs failed; the first: {str(failed[0]).strip().splitlines()[-1]}")
+
+
+@app.command()
 def verify(
     experiment: Annotated[str | None, typer.Argument(help="One experiment; all without it.")] = None,
     results: ResultsOption = RESULTS,

@@ -21,7 +21,7 @@ def test_frame_has_one_row_per_stream_row_of_complete_runs(synthetic_results: Pa
     evals = report.frame(synthetic_results, "commonsense", "eval")
     assert len(evals) == 13 * 8 * 2
     assert evals.attrs["incomplete"] == 2
-    assert evals.attrs["statuses"] == {"failed": 1, "interrupted": 1}
+    assert evals.attrs["statuses"] == {"DoRA interrupted": 1, "LoRA failed": 1}
     assert set(evals["label"]) == {"Base", "FT", "LoRA", "DoRA", "DoRA†"}
     assert evals.loc[evals["method"] == "lora", "optim.learning_rate"].eq(1e-3).all()
     assert evals.loc[evals["method"] == "base", "rank"].isna().all()
@@ -123,7 +123,7 @@ def test_readme_block(tmp_path: Path) -> None:
 def test_provenance_names_commits_and_left_out_runs(synthetic_results: Path) -> None:
     source = report.provenance(report.frame(synthetic_results, "commonsense"))
     assert source.caption() == "Experiment commonsense, tier mini, 13 complete runs, code 0123456789."
-    assert source.incomplete() == "2 runs are not complete and left out: 1 failed, 1 interrupted."
+    assert source.incomplete() == "2 runs are not complete and left out: 1 DoRA interrupted, 1 LoRA failed."
 
 
 def test_the_reading_side_imports_no_torch() -> None:
