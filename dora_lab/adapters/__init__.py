@@ -207,7 +207,7 @@ def wrap(model: nn.Module, method: Method, make: Callable[[str, nn.Module, Metho
     Raises ValueError if a name or pattern matches nothing (with near misses), or a layer that cannot be adapted.
     """
     targets = (*method.target_modules, *method.magnitude_modules)
-    found = {name: module for name, module in model.named_modules() if _leaf(name) in targets}
+    found = {name: module for name, module in model.named_modules() if name and _leaf(name) in targets}
     linear = {_leaf(name) for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
     if not targets:
         raise ValueError(f"method '{method.name}': target_modules is empty; {did_you_mean('', linear)}")
