@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dora_lab import load, ranks
+from dora_lab import load, ranks, shapes
 from dora_lab.run import Paths
 from dora_lab.spec import Spec, SpecError, derive, did_you_mean, from_dict, spec_id, to_dict, validate
 from dora_lab.store import read_record, read_stream, run_path
@@ -45,7 +44,11 @@ def run(
     tier: Annotated[str, typer.Option(help="mini (embedded, minutes on a CPU) or paper (hub models, a GPU).")] = "mini",
     only: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE[,VALUE]: only specs that match.")] = None,
     with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the specs, run nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the specs and their cost, run nothing.")] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="Of the cost: hours on it; default for tier paper: A100-80GB.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Of the cost: tokens per text; default: the cutoff.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core (paper: one).")] = None,
     results: ResultsOption = LOCAL,
     data_dir: Annotated[
@@ -57,7 +60,7 @@ def run(
     module = load_experiment(experiment)
     specs = chosen(module, tier, only or (), with_ or (), data_dir, model_dir)
     if dry_run:
-        _print_specs(specs, getattr(module, "ITEMS", {}))
+        _print_specs(specs, getattr(module, "ITEMS", {}), model_dir, gpu, tokens)
         return
     outcomes = run_many(specs, Paths(results, data_dir, model_dir), jobs)
     if ranks.first():
@@ -66,6 +69,43 @@ def run(
         raise typer.Exit(1)
     if any(outcome.status == "interrupted" for outcome in outcomes):
         raise typer.Exit(130)  # what a shell reports for Ctrl-C
+
+
+@app.command()
+def submit(
+    experiment: Annotated[str, typer.Argument(help="An experiment, see `dora-lab list`.")],
+    tier: Annotated[str, typer.Option(help="mini or paper.")] = "paper",
+    only: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE[,VALUE]: only specs that match.")] = None,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
+    partition: Annotated[str | None, typer.Option(help="SLURM partition; default: the cluster's.")] = None,
+    hours: Annotated[float, typer.Option(help="Wall time of a job; after it the job is queued again.")] = 24.0,
+    gpus: Annotated[int, typer.Option(help="GPUs of a job.")] = 1,
+    cpus: Annotated[int, typer.Option(help="Processor cores of a job.")] = 4,
+    memory: Annotated[float, typer.Option(help="Memory of a job, GB.")] = 64.0,
+    at_once: Annotated[int | None, typer.Option(help="Jobs at a time; default: as the cluster gives.")] = None,
+    slurm: Annotated[list[str] | None, typer.Option(help="KEY=VALUE: a further option of sbatch.")] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="The same jobs here, one after the other; to try out.")
+    ] = False,
+    results: ResultsOption = LOCAL,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of real data: <task>/train.json, test.json.")] = None,
+    model_dir: Annotated[Path | None, typer.Option(help="Folder of a saved model to start from.")] = None,
+) -> None:
+    """Run an experiment on a SLURM cluster: a job for each spec that has no complete run yet."""
+    from dora_lab import cluster
+
+    specs = chosen(load_experiment(experiment), tier, only or (), with_ or (), data_dir, model_dir)
+    resources = cluster.Resources(
+        partition=partition, hours=hours, gpus=gpus, cpus=cpus, memory_gb=memory, at_once=at_once,
+        more=dict(_pair(option, "--slurm") for option in slurm or ()),
+    )  # fmt: skip
+    jobs = cluster.submit(specs, Paths(results, data_dir, model_dir), resources, local=local)
+    for spec, job in jobs:
+        typer.echo(f"{spec_id(spec)}  {describe(spec):34} job {job.job_id}{f'  {job.state}' if local else ''}")
+    typer.echo(f"{len(jobs)} jobs, {len(specs) - len(jobs)} runs complete before; logs in {results / 'cluster'}")
+    failed = [error for _, job in jobs if local and (error := job.exception()) is not None]
+    if failed:
+        raise SpecError(f"{len(failed)} jobs failed; the first: {str(failed[0]).strip().splitlines()[-1]}")
 
 
 @app.command()
@@ -167,6 +207,16 @@ def compare(
 
 
 @app.command()
+def doctor(path: Annotated[Path, typer.Argument(help="A results folder, a run's, or a saved adapter's.")]) -> None:
+    """Say what is wrong with records, streams, hashes, locks, checkpoints and claims, and how to mend it."""
+    from dora_lab import doctor as examining
+
+    findings = list(examining.examine(path))
+    typer.echo(examining.report(findings))
+    raise typer.Exit(1 if findings else 0)
+
+
+@app.command()
 def report(results: ResultsOption = RESULTS) -> None:
     """Rebuild every table and figure of a results folder from its runs (and, of the committed one, the README's)."""
     for path in rebuild(results):
@@ -220,15 +270,12 @@ def export(
     allow_pickle: Annotated[bool, typer.Option(help="Read adapter_model.bin if there is no safetensors file.")] = False,
 ) -> None:
     """Merge an adapter into its base and write a plain transformers folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from dora_lab import checkpoints
+    from dora_lab.pretrained import open_model, open_tokenizer
 
-    if not (base / "config.json").is_file():
-        raise checkpoints.CheckpointError(f"{base}: no config.json in it; give the folder of a saved model")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model = open_model(base, "auto")
     has_tokenizer = any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    tokenizer = AutoTokenizer.from_pretrained(base) if has_tokenizer else None
+    tokenizer = open_tokenizer(base) if has_tokenizer else None
     checkpoints.load_adapter(model, adapter, allow_pickle=allow_pickle)
     typer.echo(checkpoints.export(model, out, tokenizer))
 
@@ -431,28 +478,62 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _print_specs(specs: Sequence[Spec], known: Mapping[str, int]) -> None:
+def _print_specs(
+    specs: Sequence[Spec], known: Mapping[str, int], model_dir: Path | None, gpu: str | None, tokens: int | None
+) -> None:
+    """A line per spec with its steps and cost; `known` has the sizes of data that a spec takes whole."""
+    from dora_lab import cost
+    from dora_lab import verify as verifying
+
+    gpu = gpu or ("A100-80GB" if all(spec.tier == "paper" for spec in specs) else None)
+    card = None if gpu is None else cost.gpu(gpu)
+    sizes = verifying.claims().query("metric == 'test_items'").set_index("subject")["value"].to_dict()
+    found: list[cost.Cost] = []
     for spec in specs:
         rank = "-" if spec.method.rank is None else spec.method.rank
         typer.echo(
             f"{spec_id(spec)}  {spec.tier:5}  {spec.model.name:26} {spec.method.name:5} rank {rank:<3} "
             f"seed {spec.seed:<3} {_steps(spec, known)}"
         )
+        shape, items = _shape(spec, model_dir), _train_items(spec, known)
+        if shape is not None and items is not None:
+            found.append(cost.estimate(spec, shape, items, cost.test_items(spec, sizes), card, tokens))
+            typer.echo(f"{'':14}{cost.words(found[-1], card)}")
     typer.echo(f"{len(specs)} specs")
+    if found:
+        typer.echo(cost.total(found, gpu, tokens))
+    if len(found) < len(specs):
+        typer.echo(f"{len(specs) - len(found)} of them have no estimate: their model or data is not known here")
+
+
+def _shape(spec: Spec, model_dir: Path | None) -> shapes.Shape | None:
+    if model_dir is not None or spec.model.name == "mini":
+        return shapes.of_folder(load.model_folder(spec.model, model_dir))
+    name = shapes.printed_name(spec.model.name)
+    return None if name is None else shapes.PAPER[name][0]
+
+
+def _train_items(spec: Spec, known: Mapping[str, int]) -> int | None:
+    """How many items are trained on, None if that is only known once the data is there."""
+    if spec.optim is None:
+        return 0
+    if spec.data.train_items is None and spec.data.name in known:
+        return known[spec.data.name] - spec.data.validation_items
+    return spec.data.train_items
 
 
 def _steps(spec: Spec, known: Mapping[str, int]) -> str:
-    """Optimiser steps and how they are made; `known` has the sizes of data that a spec takes whole."""
+    """Optimiser steps and how they are made."""
+    from dora_lab import cost
+
     if spec.optim is None:
         return "no training"
-    optim = spec.optim
-    how = f"learning rate {optim.learning_rate:g}, batch {optim.batch_size}"
-    items, about = spec.data.train_items, ""
-    if items is None and spec.data.name in known:
-        items, about = known[spec.data.name] - spec.data.validation_items, "about "
+    how = f"learning rate {spec.optim.learning_rate:g}, batch {spec.optim.batch_size}"
+    items = _train_items(spec, known)
     if items is None:
-        return f"{optim.epochs:g} epochs of all items, {how}"
-    return f"{about}{max(1, math.ceil(items * optim.epochs / optim.batch_size))} steps, {how}"
+        return f"{spec.optim.epochs:g} epochs of all items, {how}"
+    about = "about " if spec.data.train_items is None else ""
+    return f"{about}{cost.total_steps(items, spec)} steps, {how}"
 
 
 def main() -> None:

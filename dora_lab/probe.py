@@ -69,7 +69,8 @@ class DecompositionCallback(TrainerCallback):
         """One row per watched matrix, now; `begin` has to be called before.
 
         Keys: module (its name), layer (the first number in that name, None if there is none), kind (leaf name),
-        delta_m (units of the weight), delta_d (in [0, 2]), relative_change (Frobenius norm of W - W0 over that of W0).
+        delta_m (units of the weight), delta_d (in [0, 2]), relative_change (Frobenius norm of W - W0 over that of W0),
+        delta_m_in and delta_d_in (the same two with one magnitude per input feature, the other axis).
         """
         rows = []
         for name, module in _watched(model, self.kinds):
@@ -85,6 +86,8 @@ class DecompositionCallback(TrainerCallback):
                     "delta_m": delta_m(W0_OI, W_OI),
                     "delta_d": delta_d(W0_OI, W_OI),
                     "relative_change": relative_change(W0_OI, W_OI),
+                    "delta_m_in": delta_m(W0_OI.t(), W_OI.t()),
+                    "delta_d_in": delta_d(W0_OI.t(), W_OI.t()),
                 }
             )
         return rows
