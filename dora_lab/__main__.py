@@ -169,7 +169,7 @@ def verify_published(
     results: ResultsOption = LOCAL,
 ) -> None:
     """Evaluate a released adapter (PEFT's or the authors' format) by the paper's protocol, beside its numbers."""
-    from dora_lab import published
+    from dora_lab import published, shapes
 
     experiment = load_experiment("commonsense")
     base_dir, adapter_dir = (Path(text) if Path(text).is_dir() else None for text in (base, adapter))
@@ -185,7 +185,7 @@ def verify_published(
     spec = published.spec_of(protocol, model, tuple(load.tasks_in(data_dir)), load.hash_data(data_dir))
     spec = derive(spec, dict(_pair(change, "--with") for change in with_ or ()))
     found, run = published.evaluate(spec, Paths(results, data_dir, base_dir, adapter_dir), allow_pickle)
-    rows = published.compare(run, found, paper_model or published.PAPER_MODELS.get(base))
+    rows = published.compare(run, found, paper_model or shapes.printed_name(base))
     typer.echo(
         f"{found.method}, rank {found.rank}, on {base}\n{published.table(rows)}\n{published.summary(rows)}\n{run}"
     )
@@ -204,6 +204,16 @@ def compare(
     text, agrees = verifying.compare(results, committed, experiment)
     typer.echo(text)
     raise typer.Exit(0 if agrees else 1)
+
+
+@app.command()
+def doctor(path: Annotated[Path, typer.Argument(help="A results folder, a run's, or a saved adapter's.")]) -> None:
+    """Say what is wrong with records, streams, hashes, locks, checkpoints and claims, and how to mend it."""
+    from dora_lab import doctor as examining
+
+    findings = list(examining.examine(path))
+    typer.echo(examining.report(findings))
+    raise typer.Exit(1 if findings else 0)
 
 
 @app.command()
@@ -260,15 +270,12 @@ def export(
     allow_pickle: Annotated[bool, typer.Option(help="Read adapter_model.bin if there is no safetensors file.")] = False,
 ) -> None:
     """Merge an adapter into its base and write a plain transformers folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from dora_lab import checkpoints
+    from dora_lab.pretrained import open_model, open_tokenizer
 
-    if not (base / "config.json").is_file():
-        raise checkpoints.CheckpointError(f"{base}: no config.json in it; give the folder of a saved model")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model = open_model(base, "auto")
     has_tokenizer = any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    tokenizer = AutoTokenizer.from_pretrained(base) if has_tokenizer else None
+    tokenizer = open_tokenizer(base) if has_tokenizer else None
     checkpoints.load_adapter(model, adapter, allow_pickle=allow_pickle)
     typer.echo(checkpoints.export(model, out, tokenizer))
 

@@ -24,12 +24,6 @@ from dora_lab.tasks.published import KNOWN
 
 EXPERIMENT = "published"  # of the runs; no experiment has this name, so no table takes them for trained ones
 CLOSE = 0.5  # percentage points that rounding (another processor, library or batch) may move a task
-PAPER_MODELS = {
-    "yahma/llama-7b-hf": "LLaMA-7B",
-    "yahma/llama-13b-hf": "LLaMA-13B",
-    "meta-llama/Llama-2-7b-hf": "LLaMA2-7B",
-    "meta-llama/Meta-Llama-3-8B": "LLaMA3-8B",
-}
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,18 @@ Torch is imported only where there is more than one process.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 WAIT = timedelta(days=7)  # the others wait while the first evaluates; the end of a process is noticed at once
+
+
+class LostError(KeyboardInterrupt):
+    """Another process of the run has ended: this one cannot go on; the run is interrupted, not failed."""
 
 
 def size() -> int:
@@ -41,6 +46,17 @@ def start(gpu: bool) -> None:
         torch.distributed.init_process_group("nccl" if gpu and torch.cuda.is_available() else "gloo", timeout=WAIT)
 
 
+@contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """Around what the processes do together: raises LostError where the connection to another one breaks."""
+    try:
+        yield
+    except RuntimeError as error:
+        if size() > 1 and any(word in str(error) for word in ("gloo", "NCCL", "Connection", "Broken pipe")):
+            raise LostError(f"another process of the run has ended: {str(error).partition('. ')[0]}") from error
+        raise
+
+
 def barrier() -> None:
     """Wait for the others."""
     share(None)
@@ -53,7 +69,8 @@ def share(value: Value) -> Value:
     import torch
 
     values: list[Any] = [value]
-    torch.distributed.broadcast_object_list(values, src=0)
+    with connected():
+        torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
 
 
@@ -64,5 +81,6 @@ def total(values: Sequence[int], device: Any) -> list[int]:
     import torch
 
     sums = torch.tensor(values, dtype=torch.int64, device=device)
-    torch.distributed.all_reduce(sums)
+    with connected():
+        torch.distributed.all_reduce(sums)
     return [int(each) for each in sums]

@@ -18,7 +18,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -91,7 +91,7 @@ def train(
     step = step_of(checkpoint) if checkpoint else 0
     trainer.continue_counts()
     if step < batches.steps:
-        with _end_of_another_process():
+        with ranks.connected():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.state.global_step < batches.steps:
             raise Interrupted(f"stopped at step {trainer.state.global_step} of {batches.steps}")
@@ -128,17 +128,6 @@ def _resume(run: RunDir, snapshots: Snapshots, steps: int) -> Path | None:
     if not checkpoint or step_of(checkpoint) < steps:
         run.cut("eval")
     return checkpoint
-
-
-@contextlib.contextmanager
-def _end_of_another_process() -> Iterator[None]:
-    """A process of a distributed run that is killed breaks the others' connection: they are interrupted, not failed."""
-    try:
-        yield
-    except RuntimeError as error:
-        if ranks.size() == 1:
-            raise
-        raise Interrupted(f"the connection to another process of the run broke: {error}") from error
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -295,8 +284,8 @@ class _Trainer(Trainer):
         if torch.isfinite(nn.utils.get_total_norm(list(weights.values()))):
             return
         for name, weight in weights.items():  # the norm of large weights may overflow, so each is looked at
-            if not torch.isfinite(weight).all():
-                self._refuse(weight.detach().sum() * torch.nan, f"weight '{name}'")
+            for value in weight.detach()[~torch.isfinite(weight)][:1]:
+                self._refuse(value, f"weight '{name}'")
 
     def _refuse(self, value: Tensor, what: str) -> None:
         if not torch.isfinite(value):

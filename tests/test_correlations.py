@@ -216,3 +216,16 @@ def test_a_grid_that_was_stopped_early_is_still_read(tmp_path: Path, run_writer:
     data = why.measured(list(correlations.around_the_middle(report.frame(tmp_path, "decomposition", "probe"))))
     assert data["p"].isna().all() and data.loc[data["what"] == "level", "r"].notna().all()
     assert why.build(tmp_path) and why_figure.build(tmp_path)
+
+
+def test_the_committed_middle_is_the_committed_commonsense_again() -> None:
+    """The same settings and seeds in another experiment give the same weights: nothing else is in a run."""
+    results = Path(__file__).resolve().parents[1] / "results"
+    grid, runs = (report.frame(results, name, "probe") for name in ("decomposition", "commonsense"))
+    if not len(grid) or not len(runs):
+        pytest.skip("no committed runs of both experiments")
+    keys = ["label", "seed", "module", "fraction"]
+    both = correlations.middle(grid).merge(runs[runs["data"] == "mini"], on=keys, suffixes=("", "_other"))
+    assert both["spec_id"].nunique() == 9
+    for measure in ("delta_m", "delta_d"):
+        assert both[measure].to_numpy() == pytest.approx(both[f"{measure}_other"].to_numpy(), rel=1e-3)

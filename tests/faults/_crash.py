@@ -292,3 +292,25 @@ def begin(root: Path, spec: Spec, action: Callable[[], Any], at: int = STEPS - 1
 def kill_me() -> None:
     """SIGKILL to the process that calls it."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def poison(kind: str, step: int, value: float) -> None:
+    """Put `value` into the loss, a gradient or a weight at an optimiser step (from 1): only ever in a child."""
+    compute_loss, look = train._Trainer.compute_loss, train._Watch.on_optimizer_step
+
+    def weight(trainer: Any) -> Any:
+        return next(weight for weight in trainer.network.parameters() if weight.requires_grad)
+
+    def poisoned_loss(self: Any, *arguments: Any, **options: Any) -> Any:
+        loss = compute_loss(self, *arguments, **options)
+        if self.state.global_step + 1 == step and kind == "gradient":
+            weight(self).register_hook(lambda gradient: gradient * value)
+        return loss * value if self.state.global_step + 1 == step and kind == "loss" else loss
+
+    def poisoned_weight(self: Any, args: Any, state: Any, control: Any, **options: Any) -> None:
+        if state.global_step + 1 == step and kind == "weight":
+            weight(self.trainer).data.flatten()[0] = value
+        look(self, args, state, control, **options)
+
+    train._Trainer.compute_loss = poisoned_loss  # type: ignore[method-assign]
+    train._Watch.on_optimizer_step = poisoned_weight  # type: ignore[method-assign]
