@@ -7,7 +7,7 @@ RUN := $(BIN)/dora-lab
 export PYTHONHASHSEED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check format results notebooks mini-base bench bench-gpu parameters clean-local
+.PHONY: help setup test check format results notebooks mini-base bench bench-gpu torture parameters clean-local
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -53,6 +53,11 @@ bench: setup  ## time of a step and its memory: our LoRA and DoRA, PEFT's, full 
 bench-gpu: setup  ## the same on LLaMA-7B and 8B shapes in bfloat16; needs a GPU
 	$(BIN)/python -m experiments.speed --gpu --results $(RESULTS)
 	$(BIN)/python -m analysis.tables.speed --results $(RESULTS)
+
+TIMES ?= 20
+torture: setup  ## inject every fault many times (TIMES=20) and fuzz every reader; table and summary at the end
+	$(BIN)/python -m tests.faults --times $(TIMES) --results $(RESULTS)
+	@cat $(RESULTS)/tables/faults.md
 
 parameters: setup  ## trainable parameters of every method on the paper's models, beside what it prints (seconds)
 	$(BIN)/python -m experiments.parameters --results $(RESULTS)

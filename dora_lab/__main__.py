@@ -72,6 +72,43 @@ def run(
 
 
 @app.command()
+def submit(
+    experiment: Annotated[str, typer.Argument(help="An experiment, see `dora-lab list`.")],
+    tier: Annotated[str, typer.Option(help="mini or paper.")] = "paper",
+    only: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE[,VALUE]: only specs that match.")] = None,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
+    partition: Annotated[str | None, typer.Option(help="SLURM partition; default: the cluster's.")] = None,
+    hours: Annotated[float, typer.Option(help="Wall time of a job; after it the job is queued again.")] = 24.0,
+    gpus: Annotated[int, typer.Option(help="GPUs of a job.")] = 1,
+    cpus: Annotated[int, typer.Option(help="Processor cores of a job.")] = 4,
+    memory: Annotated[float, typer.Option(help="Memory of a job, GB.")] = 64.0,
+    at_once: Annotated[int | None, typer.Option(help="Jobs at a time; default: as the cluster gives.")] = None,
+    slurm: Annotated[list[str] | None, typer.Option(help="KEY=VALUE: a further option of sbatch.")] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="The same jobs here, one after the other; to try out.")
+    ] = False,
+    results: ResultsOption = LOCAL,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of real data: <task>/train.json, test.json.")] = None,
+    model_dir: Annotated[Path | None, typer.Option(help="Folder of a saved model to start from.")] = None,
+) -> None:
+    """Run an experiment on a SLURM cluster: a job for each spec that has no complete run yet."""
+    from dora_lab import cluster
+
+    specs = chosen(load_experiment(experiment), tier, only or (), with_ or (), data_dir, model_dir)
+    resources = cluster.Resources(
+        partition=partition, hours=hours, gpus=gpus, cpus=cpus, memory_gb=memory, at_once=at_once,
+        more=dict(_pair(option, "--slurm") for option in slurm or ()),
+    )  # fmt: skip
+    jobs = cluster.submit(specs, Paths(results, data_dir, model_dir), resources, local=local)
+    for spec, job in jobs:
+        typer.echo(f"{spec_id(spec)}  {describe(spec):34} job {job.job_id}{f'  {job.state}' if local else ''}")
+    typer.echo(f"{len(jobs)} jobs, {len(specs) - len(jobs)} runs complete before; logs in {results / 'cluster'}")
+    failed = [error for _, job in jobs if local and (error := job.exception()) is not None]
+    if failed:
+        raise SpecError(f"{len(failed)} jobs failed; the first: {str(failed[0]).strip().splitlines()[-1]}")
+
+
+@app.command()
 def verify(
     experiment: Annotated[str | None, typer.Argument(help="One experiment; all without it.")] = None,
     results: ResultsOption = RESULTS,
@@ -170,6 +207,16 @@ def compare(
 
 
 @app.command()
+def doctor(path: Annotated[Path, typer.Argument(help="A results folder, a run's, or a saved adapter's.")]) -> None:
+    """Say what is wrong with records, streams, hashes, locks, checkpoints and claims, and how to mend it."""
+    from dora_lab import doctor as examining
+
+    findings = list(examining.examine(path))
+    typer.echo(examining.report(findings))
+    raise typer.Exit(1 if findings else 0)
+
+
+@app.command()
 def report(results: ResultsOption = RESULTS) -> None:
     """Rebuild every table and figure of a results folder from its runs (and, of the committed one, the README's)."""
     for path in rebuild(results):
@@ -223,15 +270,12 @@ def export(
     allow_pickle: Annotated[bool, typer.Option(help="Read adapter_model.bin if there is no safetensors file.")] = False,
 ) -> None:
     """Merge an adapter into its base and write a plain transformers folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from dora_lab import checkpoints
+    from dora_lab.pretrained import open_model, open_tokenizer
 
-    if not (base / "config.json").is_file():
-        raise checkpoints.CheckpointError(f"{base}: no config.json in it; give the folder of a saved model")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model = open_model(base, "auto")
     has_tokenizer = any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    tokenizer = AutoTokenizer.from_pretrained(base) if has_tokenizer else None
+    tokenizer = open_tokenizer(base) if has_tokenizer else None
     checkpoints.load_adapter(model, adapter, allow_pickle=allow_pickle)
     typer.echo(checkpoints.export(model, out, tokenizer))
 

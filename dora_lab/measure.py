@@ -26,8 +26,9 @@ from typing import Any
 import torch
 
 from dora_lab.checkpoints.pairs import Pair, pairs, steps_of
-from dora_lab.checkpoints.shards import CheckpointError, Shards
+from dora_lab.checkpoints.shards import Shards
 from dora_lab.decompose import change
+from dora_lab.files import CheckpointError
 
 FIRST, OVERLAP = 10, 0.5  # of the intruder count
 

@@ -201,7 +201,7 @@ def sha256(file: Path) -> str:
 
 def _of_disk(error: Exception) -> bool:
     """Whether writing failed: torch and safetensors have errors of their own for it."""
-    writers = ("PytorchStreamWriter", "inline_container", "unexpected pos", "os error")
+    writers = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream error", "os error")
     return isinstance(error, OSError) or any(word in str(error) for word in writers)
 
 

@@ -23,11 +23,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from dora_lab.spec import Spec, did_you_mean, from_dict, spec_id, to_dict
+from dora_lab.files import parse_json
+from dora_lab.spec import Spec, SpecError, did_you_mean, from_dict, spec_id, to_dict
 
 SCHEMA = 1
 STREAMS = ("metrics", "probe", "timing", "eval")
 ENDINGS = ("complete", "failed", "interrupted")
+_NUMBER, _MAYBE = (int, float), (int, float, type(None))
+_REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {  # what a reader needs of a row
+    "metrics": {"step": (int,)},
+    "probe": {"step": (int,), "module": (str,), "kind": (str,), "delta_m": _NUMBER, "delta_d": _NUMBER},
+    "eval": {"task": (str,), "protocol": (str,), "metric": (str,), "value": _MAYBE, "n": (int,)},
+}
+_OPTIONAL: dict[str, dict[str, tuple[type, ...]]] = {  # of these types where they are there
+    "metrics": dict.fromkeys(("tokens", "loss", "eval_loss", "learning_rate", "grad_norm", "seconds"), _MAYBE),
+    "probe": dict.fromkeys(("layer", "fraction", "relative_change"), _MAYBE),
+    "eval": {
+        **dict.fromkeys(("stderr", "n_unparsed", "chance", "majority"), _MAYBE),
+        **dict.fromkeys(("correct", "prompt_sha256"), (str, type(None))),
+    },
+}
 OWN_FIELDS = ("schema", "spec", "spec_id", "status", "error", "notes")  # of record.json, written by RunDir alone
 
 log = logging.getLogger(__name__)
@@ -214,7 +229,10 @@ class RunDir:
         self._record = merged
 
     def finish(self, status: str, error: str | None = None) -> None:
-        """End the run as complete, failed or interrupted; a failure needs its error text, a success has none."""
+        """End the run as complete, failed or interrupted; a failure needs its error text, a success has none.
+
+        The record of a complete run holds the `marks` of its streams, so that a change of them later is seen.
+        """
         if status not in ENDINGS:
             raise StoreError(f"{self.path}: unknown status '{status}'; {did_you_mean(status, ENDINGS)}")
         if (status == "failed" and not error) or (status == "complete" and error):
@@ -222,10 +240,9 @@ class RunDir:
                 f"{self.path}: status '{status}' with error {error!r}; a failure, and only it, has an error"
             )
         self._refuse_if_closed()
-        for name in STREAMS:  # rows reach the disk before the record says that they are whole
-            if (file := self.path / f"{name}.jsonl").exists():
-                fsync(file)
-        self._record = {**self._record, "status": status, "error": error}
+        marks = self.marks()  # rows reach the disk before the record says that they are whole
+        more = {"streams": marks} if status == "complete" else {}
+        self._record = {**self._record, **more, "status": status, "error": error}
         _write_json(self.path / "record.json", self._record)
 
     def close(self) -> None:
@@ -283,6 +300,8 @@ class Follower(RunDir):
 
 def run_path(root: Path, spec: Spec) -> Path:
     """Where the run of `spec` lies under the results folder `root`; whether or not it exists."""
+    if not spec.experiment.isidentifier():  # it names a folder
+        raise SpecError(f"experiment = {spec.experiment!r}: must be the name of a Python file, without .py")
     return Path(root) / "runs" / spec.experiment / spec_id(spec)
 
 
@@ -290,16 +309,29 @@ def read_record(path: Path) -> dict[str, Any]:
     """The record of the run directory `path`; raises StoreError if there is none, or it is damaged or too new."""
     file = Path(path) / "record.json"
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = parse_json(file.read_bytes())
     except FileNotFoundError:
         raise StoreError(f"{file} does not exist; is this a run directory?") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise StoreError(f"{file} is not JSON ({error}); restore it or remove the run directory") from None
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         schema = record.get("schema") if isinstance(record, dict) else None
         raise StoreError(f"{file}: schema {schema!r}, this version reads {SCHEMA}; update dora_lab")
     if missing := [name for name in ("spec", "spec_id", "status", "error") if name not in record]:
         raise StoreError(f"{file}: field '{missing[0]}' is missing; restore it or remove the run directory")
+    if record["status"] not in ("running", *ENDINGS):
+        raise StoreError(f"{file}: unknown status {record['status']!r}; {did_you_mean(str(record['status']), ENDINGS)}")
+    try:
+        found = spec_id(from_dict(record["spec"]))
+    except SpecError as error:
+        raise StoreError(f"{file}: {error}; restore it, or update dora_lab") from None
+    if found != record["spec_id"]:
+        raise StoreError(f"{file}: spec_id {record['spec_id']!r:.40}, but its spec is {found}: restore it")
+    for name in ("code", "inputs", "machine", "packages", "params", "seconds"):
+        if not isinstance(record.get(name) or {}, dict):
+            raise StoreError(f"{file}: field '{name}' is no JSON object; restore it or remove the run directory")
+    if wrong := [name for name, count in (record.get("params") or {}).items() if type(count) is not int]:
+        raise StoreError(f"{file}: field 'params.{wrong[0]}' is no whole number; restore it")
     return record
 
 
@@ -318,7 +350,7 @@ def read_stream(path: Path, name: str) -> list[dict[str, Any]]:
     whole, _, _ = file.read_bytes().rpartition(b"\n")
     for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
         try:
-            row = json.loads(line, parse_constant=_refuse_constant)
+            row = parse_json(line)
         except ValueError as error:
             raise StoreError(f"{file}, line {number}: {error}; restore the file or run again") from None
         if not isinstance(row, dict):
@@ -327,14 +359,45 @@ def read_stream(path: Path, name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def read_rows(path: Path, name: str) -> list[dict[str, Any]]:
+    """`read_stream`, and every row has the fields that tables and figures read, of their types.
+
+    Raises StoreError naming file, line and field; for eval also where `correct` and `value` contradict each other, and
+    for a stream that has changed since the run was finished.
+    """
+    rows = read_stream(path, name)
+    file = Path(path) / f"{name}.jsonl"
+    wanted = stream_hash(read_record(path), name) if (Path(path) / "record.json").exists() else None
+    if wanted not in (None, hashlib.sha256(file.read_bytes() if file.exists() else b"").hexdigest()):
+        raise StoreError(f"{file}: is not what it was when the run was finished; restore the file or run again")
+    for number, row in enumerate(rows, start=1):
+        where = f"{Path(path) / f'{name}.jsonl'}, line {number}"
+        optional = {field: kinds for field, kinds in _OPTIONAL.get(name, {}).items() if field in row}
+        for field, kinds in (_REQUIRED.get(name, {}) | optional).items():
+            value = row.get(field, row)  # a field that is not there has no value of any of these types
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                value = row.get(field)
+                raise StoreError(f"{where}: field '{field}' = {value!r:.60}; restore the file or run again")
+        if name == "eval" and row["metric"] == "accuracy" and isinstance(text := row.get("correct"), str):
+            value, n = row["value"], row["n"]
+            if len(text) != n or set(text) - {"0", "1"} or value is None or abs(text.count("1") - value * n) > 1e-6 * n:
+                raise StoreError(
+                    f"{where}: value {value} of n {n} is not what its {len(text)} answers say; restore the file"
+                )
+    return rows
+
+
+def stream_hash(record: Mapping[str, Any], name: str) -> str | None:
+    """SHA-256 that a stream had when the run was finished; None where the record does not say."""
+    marks = record.get("streams")
+    mark = marks.get(name) if isinstance(marks, dict) else None
+    return mark.get("sha256") if isinstance(mark, dict) else None
+
+
 def iter_runs(root: Path, experiment: str | None = None) -> Iterator[tuple[Path, dict[str, Any]]]:
     """(run directory, record) of every run under the results folder `root`, sorted; of one experiment if named."""
     for file in sorted((Path(root) / "runs").glob(f"{experiment or '*'}/*/record.json")):
         yield file.parent, read_record(file.parent)
-
-
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a value")
 
 
 def _dumps(row: Any, where: str) -> str:

@@ -191,10 +191,11 @@ def test_torchrun_runs_the_command_line_over_two_processes(tmp_path: Path) -> No
         f"command.EXPERIMENTS = Path({str(tmp_path)!r}); command.main()"
     )
     (tmp_path / "go.py").write_text(code)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    given = ["--data-dir", str(places.data_dir), "--model-dir", str(places.model_dir), "--results", str(places.results)]
+    changed = ["--with", "data.tasks=boolq", "--with", "data.test_items=4"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(tmp_path / "go.py"), "run", "small", "--data-dir", str(places.data_dir), "--model-dir", str(places.model_dir),
-         "--with", "data.tasks=boolq", "--with", "data.test_items=4", "--results", str(places.results)],
+        [*launch, str(tmp_path / "go.py"), "run", "small", *given, *changed],
         capture_output=True, text=True, cwd=HOUSE, timeout=300, check=False,
         env={**os.environ, "PYTHONPATH": str(HOUSE)},
     )  # fmt: skip

@@ -16,6 +16,7 @@ Without dropout the two are one function.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dora_lab.adapters import AdaptedLinear, wrap
+from dora_lab.adapters import AdaptedLinear, adapted, wrap
 from dora_lab.adapters._layers import Opaque
 from dora_lab.adapters._products import SPARSE, Blocked, Decomposed, Published, product, scale
 from dora_lab.adapters.lora import FIELDS as LORA_FIELDS
@@ -290,3 +291,21 @@ def prepare(model: nn.Module, method: Method, generator: torch.Generator) -> Non
         return DoraLinear(layer, settings, generator)
 
     wrap(model, method, make)
+    for name, layer in adapted(model):
+        m_O: Any = layer.magnitude
+        if m_O.device.type != "meta" and len(zero := (m_O == 0).nonzero()[:, 0].tolist()):
+            warnings.warn(
+                f"'{name}': {len(zero)} rows of the base weight are zero ({', '.join(map(str, zero[:5]))}, ...): they "
+                "have no direction and a magnitude of 0 to begin with",
+                stacklevel=4,
+            )
+
+
+def unmoved(model: nn.Module) -> str | None:
+    """The first DoRA layer whose A and B were trained and whose magnitude never moved, or None if all did."""
+    for name, layer in adapted(model):
+        if isinstance(layer, DoraLinear) and bool(layer.lora_B.any()):
+            start_O = layer._squares().sqrt().to(layer.magnitude)  # how the magnitude was initialised, to the bit
+            if torch.equal(layer.magnitude, start_O):
+                return name
+    return None

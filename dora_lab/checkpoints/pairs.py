@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from dora_lab.checkpoints.formats import CONFIG, Factors, read_adapter
-from dora_lab.checkpoints.shards import INDEX, SINGLE, CheckpointError, Shards
+from dora_lab.checkpoints.manifest import digest, read_manifest
+from dora_lab.checkpoints.shards import INDEX, SINGLE, Shards
+from dora_lab.files import CheckpointError
 from dora_lab.spec import did_you_mean
 
 BLOCK = 2**20  # elements of a matrix at a time
@@ -67,13 +69,16 @@ def pairs(base: Shards, tuned: Path, kinds: Sequence[str] = (), *, allow_pickle:
     if tuned.is_file() or (tuned / CONFIG).is_file():
         modules = [name.removesuffix(".weight") for name in base]
         adapter = read_adapter(tuned, modules, allow_pickle=allow_pickle)
+        made_for = (read_manifest(tuned) or {"base": {"tensors": {}}})["base"]["tensors"]
         for name in _chosen(list(adapter.layers), kinds, tuned):
-            yield _adapted(base, tuned, name, adapter.layers[name])
+            yield _adapted(base, tuned, name, adapter.layers[name], made_for.get(name))
         return
     after = Shards(tuned)
     matrices = [name for name in base if name.endswith(".weight") and len(base.shape(name)) == 2]
     modules = [name.removesuffix(".weight") for name in matrices]
     plain = [name for name in modules if not _WORDS.search(name)]
+    if not plain:
+        raise CheckpointError(f"{base.folder}: no '*.weight' matrix in it: is it quantised, or no language model?")
     for module in _chosen(modules if kinds else plain, kinds, tuned):
         name = f"{module}.weight"
         if name not in after:
@@ -123,7 +128,7 @@ def _whole_blocks(base: Shards, after: Shards, name: str) -> Blocks:
         yield W0, _wide(after.rows(name, rows)) - W0
 
 
-def _adapted(base: Shards, where: Path, module: str, factors: Factors) -> Pair:
+def _adapted(base: Shards, where: Path, module: str, factors: Factors, made_for: str | None) -> Pair:
     # a model saved without its head names its tensors without the first part
     names = [f"{module}.weight", f"{module.partition('.')[2]}.weight", f"model.{module}.weight"]
     name = next((name for name in names if name in base), None)
@@ -140,6 +145,8 @@ def _adapted(base: Shards, where: Path, module: str, factors: Factors) -> Pair:
             raise CheckpointError(
                 f"{where}: {part} of '{module}' is {tuple(tensor.shape)}, the base is {pair.shape} (out, in)"
             )
+    if made_for is not None and digest(base.shape(name), (base.rows(name, r) for r in _slices(base, name))) != made_for:
+        raise CheckpointError(f"{where}: '{module}' was made for another base than {base.folder}; give the one it was")
     return Pair(module, pair.shape, pair.transposed, partial(_factor_blocks, base, name, factors, pair.transposed))
 
 

@@ -6,7 +6,6 @@ names it and says what to do.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,24 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dora_lab.files import MAX_HEADER, CheckpointError, header, inside, parse_json
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-class CheckpointError(ValueError):
-    """A saved model or adapter that cannot be used: names the file, what is wrong and what to do."""
-
-
-def refuse_what_is_no_weights(file: Path) -> None:
-    """Raise CheckpointError for a file that is missing, a git-LFS pointer or a web page."""
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file")
-    with file.open("rb") as handle:
-        head = handle.read(64).lstrip()
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{file}: a git-LFS pointer, not the weights; fetch them with `git lfs pull`")
-    if head[:1] == b"<":
-        raise CheckpointError(f"{file}: a web page, not weights; the download went wrong, fetch it again")
 
 
 class Shards:
@@ -74,7 +59,7 @@ class Shards:
         return found
 
     def _index(self) -> dict[str, str]:
-        index = self.folder / INDEX
+        index = inside(self.folder, INDEX, self.folder)
         if not index.is_file():
             found = [SINGLE] if (self.folder / SINGLE).is_file() else []
             if not found and list(self.folder.glob("pytorch_model*.bin")):
@@ -82,22 +67,23 @@ class Shards:
             if not found:
                 raise CheckpointError(f"{self.folder}: neither {SINGLE} nor {INDEX} in it; give the folder of a model")
             return dict.fromkeys(self._keys(SINGLE), SINGLE)
+        if (size := index.stat().st_size) > MAX_HEADER:
+            raise CheckpointError(f"{index}: {size} bytes are no index of shards; fetch it again")
         try:
-            table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            table = parse_json(index.read_bytes())["weight_map"]
             names = {str(key): str(value) for key, value in table.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not an index of shards ({error}); fetch it again") from None
         for file in sorted(set(names.values())):
-            if Path(file).name != file or "\0" in file:
-                raise CheckpointError(f"{index}: names a file outside its folder: '{file}'")
+            inside(self.folder, file, index)
             there = set(self._keys(file))
             if lost := sorted(name for name, where in names.items() if where == file and name not in there):
                 raise CheckpointError(f"{self.folder / file}: '{lost[0]}' should be in it and is not; fetch it again")
         return names
 
     def _keys(self, file: str) -> list[str]:
-        path = self.folder / file
-        refuse_what_is_no_weights(path)
+        path = inside(self.folder, file, self.folder)
+        header(path)
         try:
             self._open[file] = safe_open(path, "pt")
         except (SafetensorError, OSError, ValueError) as error:

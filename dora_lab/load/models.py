@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dora_lab import mini
+from dora_lab.files import CheckpointError
 from dora_lab.load.files import hash_files
 from dora_lab.load.hub import LoadError, snapshot
+from dora_lab.pretrained import open_model, open_tokenizer
 from dora_lab.spec import Model, Spec
 
 if TYPE_CHECKING:
@@ -57,23 +59,13 @@ def model_and_tokenizer(spec: Spec, model_dir: Path | None = None) -> tuple[PreT
     The tokenizer pads on the left with the token that `model.pad` says. Raises LoadError for weights that do not fill
     the model, and for a tokenizer that answers could not end with or that ends every text by itself.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = model_folder(spec.model, model_dir)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    _prepare_tokenizer(tokenizer, spec.model.pad, folder)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=getattr(torch, spec.model.dtype),  # transformers' own default is the file's, not float32
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
-    model, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
-    if wrong := {key: report[key] for key in ("missing_keys", "mismatched_keys") if report.get(key)}:
-        raise LoadError(f"{folder}: the weights do not fill the model ({wrong}); fetch the model again")
+    try:
+        tokenizer = open_tokenizer(folder)
+        _prepare_tokenizer(tokenizer, spec.model.pad, folder)
+        model = open_model(folder, spec.model.dtype)  # transformers' own default is the file's type
+    except CheckpointError as error:
+        raise LoadError(str(error)) from None
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 

@@ -104,7 +104,7 @@ def _runs(root: Path, published: set[Spec]) -> dict[_Key, list[_Run]]:
         if not _is_that_model(name, record):
             continue
         setting = _BARE if method.magnitude_modules else "" if method.detach_norm else _IN_GRAPH
-        rows = store.read_stream(path, "eval") if record["status"] == "complete" else []
+        rows = store.read_rows(path, "eval") if record["status"] == "complete" else []
         scored = {
             columns[row["task"]]: row
             for row in rows

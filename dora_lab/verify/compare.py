@@ -108,7 +108,7 @@ def _scores(root: Path, experiment: str | None, packages: dict[str, dict[str, st
             continue
         packages[str(root)] = dict(record.get("packages") or {})
         method, rank = record["spec"]["method"]["name"], record["spec"]["method"].get("rank")
-        for row in store.read_stream(path, "eval"):
+        for row in store.read_rows(path, "eval"):
             if row["metric"] == "accuracy" and row["value"] is not None:
                 key = record["spec_id"], row["protocol"]
                 name = method if rank is None else f"{method} rank {rank}"

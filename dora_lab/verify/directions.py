@@ -56,7 +56,11 @@ def _of_group(
         printed = _printed(rows, claim)
         if claim["metric"] == "correlation":
             estimate = layer_correlation(in_group[1], str(claim["method"]), _KINDS[str(claim["subject"])])
-            out.append(_row(claim, where | {"protocol": None}, estimate, printed, scale=1.0, unit="r"))
+            row = _row(claim, where | {"protocol": None}, estimate, printed, scale=1.0, unit="r")
+            points = _select(in_group[1], {"label": claim["method"], "kind": _KINDS[str(claim["subject"])]})
+            if estimate is None and len(points):  # there are runs, but nothing varies in them
+                row |= {"n": f"undefined (n={len(points)})", "verdict": "undecided"}
+            out.append(row)
             continue
         for protocol in sorted(in_group[0]["protocol"].dropna().unique()) or [None]:
             scored = _select(in_group[0], {"protocol": protocol, "metric": "accuracy"})
