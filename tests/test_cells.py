@@ -39,6 +39,7 @@ def write(root: Path, run_writer: Writer, spec: Spec, percent: float, base: str 
     rows = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
     for row in rows:
         row |= {"value": percent / 100, "n": 1000, "n_unparsed": unparsed}
+        row.pop("correct", None)  # the answers of the synthetic run would contradict that
     (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
