@@ -37,13 +37,7 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    import dora_lab.adapters
-    import dora_lab.checkpoints
-    import dora_lab.evaluate
-    import dora_lab.probe  # noqa: F401  (imported here once, not in every child)
-
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -48,6 +48,12 @@ def small_spec(method: str = "dora", **changes: Any) -> Spec:
 @functools.cache
 def inputs() -> Path:
     """A folder with a tiny model and data, made once."""
+    import dora_lab.adapters
+    import dora_lab.checkpoints
+    import dora_lab.evaluate
+    import dora_lab.probe  # noqa: F401  (imported here once, not in every child)
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     folder = Path(tempfile.mkdtemp(prefix="dora-lab-faults-"))
     save_model(folder / "model")
     save_data(folder / "data")
