@@ -119,10 +119,11 @@ def _fill(
     clock = _Clock(run)
     progress("load", 0, 0, None)
     with clock("load"):
-        inputs = load.fingerprints(spec, paths.data_dir, paths.model_dir, paths.adapter_dir)
-        _compare(run, inputs)
-        items = load.items(spec, paths.data_dir)
-        model, tokenizer = load.model_and_tokenizer(spec, paths.model_dir)
+        with _begun_is_kept(run):
+            inputs = load.fingerprints(spec, paths.data_dir, paths.model_dir, paths.adapter_dir)
+            _compare(run, inputs)
+            items = load.items(spec, paths.data_dir)
+            model, tokenizer = load.model_and_tokenizer(spec, paths.model_dir)
         # the small tier runs on the processor everywhere, so that its numbers can be compared
         model.to("cuda" if spec.tier == "paper" and torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         base = load.model_folder(spec.model, paths.model_dir)
@@ -272,6 +273,18 @@ def _changed_inputs(spec: Spec, paths: Paths, record: dict[str, Any]) -> bool:
     then = record.get("inputs") or {}
     now = load.fingerprints(spec, paths.data_dir, paths.model_dir, paths.adapter_dir)
     return any(now[name] != then.get(name) for name in now)
+
+
+@contextlib.contextmanager
+def _begun_is_kept(run: RunDir) -> Iterator[None]:
+    """Inputs that are not found now are no failure of a run that had them before: it waits for them."""
+    begun = "inputs" in read_record(run.path)
+    try:
+        yield
+    except load.LoadError as error:
+        if begun:
+            raise ResumeError(str(error)) from error
+        raise
 
 
 def _compare(run: RunDir, inputs: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ Shape suffixes: B items, K last positions, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import threading
@@ -34,8 +35,8 @@ from dora_lab import ranks
 from dora_lab.batches import IGNORED, Example, MicroBatches, collate, encode
 from dora_lab.load import Items
 from dora_lab.snapshots import Snapshots, read_manifest, step_of
-from dora_lab.spec import Optim, Spec, SpecError, to_dict
-from dora_lab.store import RunDir, fsync, read_record, read_stream
+from dora_lab.spec import Optim, Spec, canonical_json
+from dora_lab.store import ResumeError, RunDir, fsync, read_record, read_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -111,8 +112,8 @@ def _made_of(spec: Spec, run: RunDir, batches: MicroBatches) -> dict[str, Any]:
     """All that a checkpoint's numbers depend on; it is resumed by nothing else."""
     inputs = read_record(run.path).get("inputs") or {}
     return {
-        "spec": to_dict(spec),
-        "inputs": {name: inputs[name] for name in ("model", "data") if name in inputs},
+        "spec": json.loads(canonical_json(spec)),  # a field that a later version adds is not in it
+        "inputs": {name: found for name, found in inputs.items() if isinstance(found, dict) and "sha256" in found},
         "items_sha256": batches.sha256(),
         "steps": batches.steps,
         "processes": ranks.size(),
@@ -143,7 +144,7 @@ def _arguments(
     optim = cast(Optim, spec.optim)
     parts = optim.batch_size // optim.micro_batch_size
     if parts % ranks.size():
-        raise SpecError(
+        raise ResumeError(  # another number of processes can do it: a run that was begun is not lost
             f"optim.batch_size / optim.micro_batch_size = {parts} micro-batches cannot be shared by {ranks.size()} "
             "processes; start a number of processes that divides it or lower optim.micro_batch_size"
         )

@@ -72,6 +72,7 @@ def test_every_choice_of_a_field_has_its_words() -> None:
     for field in choices.keys() - {"optim.schedule", "evaluation.split"}:  # these values are words already
         words = card.WORDS[field]
         assert isinstance(words, dict) and set(words) == choices[field], field
+    assert set(card.WORDS) <= set(specs._paths())
     assert {f"data.{item.name}" for item in fields(specs.Data)} <= set(card.WORDS)
 
 

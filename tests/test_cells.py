@@ -39,6 +39,7 @@ def write(root: Path, run_writer: Writer, spec: Spec, percent: float, base: str 
     rows = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
     for row in rows:
         row |= {"value": percent / 100, "n": 1000, "n_unparsed": unparsed}
+        row.pop("correct", None)  # the answers of the synthetic run would contradict that
     (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -109,6 +110,12 @@ def test_what_cannot_change_a_result_does_not_matter(tmp_path: Path, run_writer:
     for seed, change in enumerate(changes):
         write(tmp_path, run_writer, published(seed=seed, **change), 77.0)
     assert average(tmp_path)["n"] == 3
+    write(tmp_path, run_writer, derive(published(model__pad="own", data__tasks=("piqa", "boolq")), {"seed": 7}), 77.0)
+    rows = found(tmp_path).query("source == 'Table 1' and model == 'LLaMA-7B' and method == 'DoRA†'")
+    counts = dict(zip(rows["subject"], rows["n"], strict=True))
+    assert (counts["BoolQ"], counts["PIQA"], counts["SIQA"], counts["average"]) == (4, 4, 3, 3)
+    write(tmp_path, run_writer, published(seed=1, optim__micro_batch_size=2), 20.0)
+    assert average(tmp_path)["n"] == 3, "a seed that was run twice is one draw"
 
 
 def test_settings_are_cells_of_their_own(tmp_path: Path, run_writer: Writer) -> None:

@@ -262,6 +262,26 @@ def test_quarantine_outlives_the_run_and_keeps_both_of_a_name(tmp_path: Path) ->
     assert left == ["checkpoint-3.weights-changed", "checkpoint-3.weights-changed.2"]
 
 
+def test_a_run_whose_data_is_not_given_keeps_what_it_has(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from dora_lab.load import LoadError
+    from dora_lab.store import ResumeError
+
+    spec = CASES["lora"]
+    without = replace(crash.paths(tmp_path), data_dir=None)
+    crash.begin(tmp_path, spec, crash.kill_me)
+    for _ in range(2):
+        with pytest.raises(ResumeError, match="data"):
+            run_spec(spec, without)
+        assert read_record(run_path(tmp_path, spec))["status"] == "interrupted"
+    crash.same_as_whole(tmp_path, spec)
+    assert read_record(run_path(tmp_path, spec))["training"]["resumed_from"] == 4
+    with pytest.raises(LoadError):
+        run_spec(spec, replace(without, results=tmp_path / "new"))
+    assert read_record(run_path(tmp_path / "new", spec))["status"] == "failed"
+
+
 def test_code_that_changed_under_a_run_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dora_lab import provenance
 

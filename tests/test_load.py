@@ -161,7 +161,9 @@ def test_the_mix_from_the_hubs_cache(
         "name": "commonsense_170k", "revision": commit, "sha256": None,
     }  # fmt: skip
     for revision in ("none", "main", "b" * 39):
-        with pytest.raises(LoadError, match=r"data.revision = .* is no commit \(40 hex digits\).*dataset_info"):
+        with pytest.raises(
+            LoadError, match=r"revision .* is no commit \(40 hex digits\).*dataset_info.*--with data\.revision="
+        ):
             load.items(mix_spec(data__revision=revision), data_dir)
     with pytest.raises(LoadError) as caught:
         load.items(mix_spec(data__revision="c" * 40), data_dir)

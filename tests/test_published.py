@@ -159,3 +159,28 @@ def test_flags_and_unknown_cells(tmp_path: Path) -> None:
     assert "nothing is verified" in published.summary(nowhere)
     again = published.compare(run_with(tmp_path, {}), Adapter("DoRA", 64), "LLaMA-7B")
     assert again["elsewhere"][8] == [76.8] and again["paper"][8] == 72.1
+
+
+def test_a_hub_adapter_has_to_be_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+    from dataclasses import replace
+
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    model = replace(make_spec().model, adapter="org/weights:llama/r32")
+    with pytest.raises(load.LoadError, match=r"'org/weights': revision None is no commit.*then --revision COMMIT"):
+        load.adapter_folder(model)
+    snapshot = tmp_path / "models--org--weights" / "snapshots" / ("d" * 40)
+    below = snapshot / "llama" / "r32"
+    below.mkdir(parents=True)
+    pinned = replace(model, adapter_revision="d" * 40)
+    with pytest.raises(load.LoadError, match=r"no adapter_config\.json"):
+        load.adapter_folder(pinned)
+    (below / "adapter_config.json").write_text("{}")
+    (below / "adapter_model.bin").write_bytes(b"")
+    assert load.adapter_folder(pinned) == below
+    shutil.rmtree(snapshot)
+    with pytest.raises(load.LoadError, match=r"could not be fetched.*--include 'llama/r32/adapter_config\.json'"):
+        load.adapter_folder(pinned)

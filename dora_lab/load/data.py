@@ -172,7 +172,7 @@ def _read_mix(data: Data, data_dir: Path | None) -> list[Item]:
     if data_dir is not None and (file := _mix_file(data_dir)) is not None:
         _refuse_other(data, data_dir)
         return read_items(file, None)
-    folder = snapshot(HUB_DATA[MIX], data.revision, "dataset", HUB_FILES, INSTEAD)
+    folder = snapshot(HUB_DATA[MIX], data.revision, "dataset", HUB_FILES, "--with data.revision=COMMIT", INSTEAD)
     named = [*folder.glob(f"**/{MIX}.json")] or sorted(folder.glob("**/*.json"))
     if len(named) == 1:
         return read_items(named[0], None)

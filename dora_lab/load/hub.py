@@ -11,20 +11,19 @@ class LoadError(ValueError):
     """A model or data source that cannot be used; says which and what to do."""
 
 
-def snapshot(name: str, revision: str | None, kind: str, files: Sequence[str], instead: str) -> Path:
+def snapshot(name: str, revision: str | None, kind: str, files: Sequence[str], pin: str, instead: str) -> Path:
     """The cached folder of a hub repository (`kind` "model" or "dataset") at `revision`, fetched if it is not there.
 
-    files: patterns of what is fetched; instead: the words for how to do without the hub. Raises LoadError for a
-    revision that is not a commit (a branch moves, so it would not say what a run was) and for what cannot be fetched.
+    files: patterns of what is fetched; pin: how a user names the commit; instead: how to do without the hub. Raises
+    LoadError for a revision that is no commit (a branch moves, so it would not say what a run was) and for what cannot
+    be fetched.
     """
     from huggingface_hub import constants, snapshot_download
 
-    field = "data.revision" if kind == "dataset" else "model.revision"
     if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         raise LoadError(
-            f"{kind} '{name}': {field} = {revision!r} is no commit (40 hex digits); find it with `python -c \"from "
-            f"huggingface_hub import HfApi; print(HfApi().{kind}_info('{name}').sha)\"`, then --with {field}=COMMIT; "
-            f"or {instead}"
+            f"{kind} '{name}': revision {revision!r} is no commit (40 hex digits); find it with `python -c \"from "
+            f"huggingface_hub import HfApi; print(HfApi().{kind}_info('{name}').sha)\"`, then {pin}; or {instead}"
         )
     try:  # the cache first: a pinned commit that is there needs no network
         return Path(snapshot_download(name, revision=revision, repo_type=kind, local_files_only=True))

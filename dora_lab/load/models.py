@@ -91,7 +91,8 @@ def model_folder(model: Model, model_dir: Path | None = None) -> Path:
     if model.name == "mini":
         return Path(mini.folder())
     files = [*MODEL_FILES, "*.model"]
-    folder = snapshot(model.name, model.revision, "model", files, "give the folder of a saved model with --model-dir")
+    pin, instead = "--with model.revision=COMMIT", "give the folder of a saved model with --model-dir"
+    folder = snapshot(model.name, model.revision, "model", files, pin, instead)
     _refuse_pickles(folder)
     return folder
 
@@ -107,7 +108,7 @@ def adapter_folder(model: Model, adapter_dir: Path | None = None) -> Path:
         return Path(adapter_dir)
     name, _, below = cast(str, model.adapter).partition(":")  # "org/name:folder/in/it"
     files = [f"{below}/{pattern}" if below else pattern for pattern in ADAPTER_FILES]
-    folder = snapshot(name, model.adapter_revision, "model", files, "give the adapter's folder") / below
+    folder = snapshot(name, model.adapter_revision, "model", files, "--revision COMMIT", "give its folder") / below
     hash_adapter(folder)
     return folder
 

@@ -41,6 +41,7 @@ _Key = tuple[str, str, float | None, str]  # the paper's name of a model, method
 @dataclass(frozen=True)
 class _Run:
     status: str
+    seed: int
     published: bool  # by the published protocol
     by_task: dict[str, dict[str, Any]]  # column of table 1 -> row of eval.jsonl
 
@@ -110,7 +111,7 @@ def _runs(root: Path, published: set[Spec]) -> dict[_Key, list[_Run]]:
             for row in rows
             if row["protocol"] == "generate" and row["metric"] == "accuracy" and row["value"] is not None
         }
-        run = _Run(record["status"], _neutral(spec) in published, scored)
+        run = _Run(record["status"], spec.seed, _neutral(spec) in published, scored)
         found[name, _NAMES[method.name], method.rank, setting].append(run)
     return found
 
@@ -124,14 +125,14 @@ def _is_that_model(name: str, record: dict[str, Any]) -> bool:
 
 
 def _neutral(spec: Spec) -> Spec:
-    """The spec without what cannot change a result, or does not belong to the protocol: seed, batches, pins, probe."""
+    """The spec without what cannot change the score of a task: seed, batches, pins, masked padding, other tasks."""
     name = shapes.printed_name(spec.model.name) or spec.model.name
     return replace(
         spec,
         experiment="any",
         seed=0,
-        model=replace(spec.model, name=name, revision=None),
-        data=replace(spec.data, sha256=None, revision=None),
+        model=replace(spec.model, name=name, revision=None, pad="own"),
+        data=replace(spec.data, sha256=None, revision=None, pad_to_multiple_of=1, tasks=("any",)),
         optim=spec.optim and replace(spec.optim, micro_batch_size=1),
         probe=None,
         evaluation=replace(spec.evaluation, batch_size=1, protocols=("generate",)),
@@ -146,7 +147,11 @@ def _of_ours(row: dict[str, Any], runs: Sequence[_Run]) -> tuple[dict[str, Any],
     other = sum(run.status == "complete" and not run.published for run in runs)
     flags = [f"{lost} run{'' if lost == 1 else 's'} failed or interrupted"] if lost else []
     flags += [f"{other} run{'' if other == 1 else 's'} of another protocol left out"] if other else []
-    scored = [found for run in runs if run.published and (found := _score(row["subject"], run)) is not None]
+    by_seed: dict[int, tuple[float, int, int]] = {}  # a seed run twice is one draw
+    for run in runs:
+        if run.published and (found := _score(row["subject"], run)) is not None:
+            by_seed.setdefault(run.seed, found)
+    scored = list(by_seed.values())
     values = [value for value, _, _ in scored]
     mine |= {"n": len(values), "verdict": "too few runs" if values else "not run"}
     if values:
