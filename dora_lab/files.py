@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit; of an index too
+LONGEST = 255  # bytes of a file's name
 # bits per number
 _BITS = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16,
@@ -63,7 +64,9 @@ def inside(folder: Path, name: str, where: Path) -> Path:
     hub's cache is made of links, within itself; these are followed).
     """
     if not name or name in (".", "..") or Path(name).name != name or "\0" in name or "\\" in name:
-        raise CheckpointError(f"{where}: names a file outside its folder: {name!r}; fetch the folder again")
+        raise CheckpointError(f"{where}: names a file outside its folder: {name!r:.200}; fetch the folder again")
+    if len(name.encode(errors="replace")) > LONGEST or not name.isprintable():
+        raise CheckpointError(f"{where}: names a file as no file can be named: {name!r:.200}; fetch the folder again")
     file, home = Path(folder) / name, Path(folder).resolve()
     if file.is_symlink():
         target = file.resolve()

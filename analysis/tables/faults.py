@@ -43,7 +43,7 @@ def build(results: Path) -> list[Path]:
         total = f"{times} cases in all, {lost} not survived."
         blocks.append(_block("Fuzzing", "What is read", fuzz, ("name",), (*FUZZ, total)))
     commits = tuple(sorted({row["code"]["commit"] or "" for row in rows} - {""}))
-    source = Provenance(("make torture",), (), (), commits, any(row["code"]["diff"] for row in rows), {})
+    source = Provenance(("tests/faults",), (), (), commits, any(row["code"]["diff"] for row in rows), {})
     keys = ["kind", "number", "name", "times", "survived", "sees", "messages", "error", "skipped", "seconds"]
     return save_table(results / "tables", "faults", TITLE, blocks, pd.DataFrame(rows)[keys], source)
 

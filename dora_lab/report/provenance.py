@@ -28,7 +28,8 @@ class Provenance:
             commits += f" and {len(self.commits) - 3} more"
         changed = " with uncommitted changes" if self.modified else ""
         if self.commits and not self.tiers:
-            return f"Measured by experiments/{', '.join(self.experiments)}.py, code {commits}{changed}."
+            where = ", ".join(name if "/" in name else f"experiments/{name}.py" for name in self.experiments)
+            return f"Measured by {where}, code {commits}{changed}."
         return (
             f"Experiment {', '.join(self.experiments) or MISSING}, tier {', '.join(self.tiers) or MISSING}, "
             f"{len(self.runs)} complete run{'' if len(self.runs) == 1 else 's'}, code {commits}{changed}."

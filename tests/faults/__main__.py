@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -62,7 +63,8 @@ def inject(one: Fault, times: int, seconds: float, seed: int) -> dict[str, Any]:
         folder = Path(tempfile.mkdtemp(prefix="fault-"))
         try:
             text = one.inject(folder, random.Random(f"{seed} {one.number} {one.name} {number}"))
-            seen[" ".join(text.replace(str(folder), "…").split())] += 1
+            text = text.replace(str(folder), "…").replace(f"on host {socket.gethostname()}", "on host …")
+            seen[" ".join(text.split())] += 1
             survived += 1
         except Skipped as reason:
             skipped = str(reason)
