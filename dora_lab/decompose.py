@@ -9,9 +9,9 @@ changes of early training are below one unit in the last place. Shape suffixes: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,50 +78,112 @@ class Change:
     delta_m: Tensor  # |W| - |W0|, signed: the mean of its absolute value is equation 3
     delta_d: Tensor  # 1 - cos (equation 4), in [0, 2]; nan where W or W0 is zero and has no direction
     square: Tensor  # |W - W0|^2
+    norm: Tensor  # |W|; with a magnitude, that of V = W0 + E before it is scaled
 
 
-def change(blocks: Callable[[], Iterable[tuple[Tensor, Tensor]]], *, axis: str = "out") -> Change:
-    """The change of a matrix that is given as blocks of rows (W0_BI, E_BI), E = W - W0, in order.
+@dataclass
+class Products:
+    """w2 = |W0|^2, a = W0.E and e2 = |E|^2 of every row (or column) of a matrix and its change E, in float64.
 
-    axis: "out" (one number per row) or "in" (one per column; `blocks` is gone through twice).
-
-    With w2 = |W0|^2, a = W0.E and e2 = |E|^2: |W|^2 - |W0|^2 = 2a + e2 and, with the part of E across W0,
-    1 - cos = sin^2 / (1 + cos), sin^2 = |E - (a / w2) W0|^2 / |W|^2. No two nearly equal numbers are subtracted, so
-    small changes keep their digits; sums are in float64.
+    All that is asked of a change follows from the three: |W|^2 - |W0|^2 = 2a + e2 and, with the square of the part of E
+    across W0, e2 - a^2 / w2: 1 - cos = sin^2 / (1 + cos), sin^2 = (e2 - a^2 / w2) / |W|^2. Where that difference, or
+    |W|^2 = w2 + 2a + e2, is much smaller than its terms, `doubtful` says so, and `settle` takes sums of products that
+    were made in float64; a caller that makes all of them so need not ask.
     """
+
+    w2: Tensor
+    a: Tensor
+    e2: Tensor
+
+    @property
+    def doubtful(self) -> Tensor:
+        """Where sums of float32 products have too few digits left for a relative error of about 1e-5."""
+        across = self.e2 - self.a.square() / _safe(self.w2)
+        left = self.w2 + 2 * self.a + self.e2
+        return ((across < CANCELS * self.e2) | (left < CANCELS * (self.w2 + self.e2))) & (self.e2 > 0)
+
+    def settle(self, where: Tensor, exact: Products) -> None:
+        """Put better sums in place of those at `where` (indices)."""
+        self.w2[where], self.a[where], self.e2[where] = exact.w2, exact.a, exact.e2
+
+    def change(self, magnitude: Tensor | None = None) -> Change:
+        """The change that W = W0 + E is; with `magnitude` m, that W = m (W0 + E) / |W0 + E| is (equation 5).
+
+        m < 0 turns a vector round: its magnitude is |m|. Where W0 + E is zero, W is zero.
+        """
+        w2, a, e2 = self.w2, self.a, self.e2
+        v2 = (w2 + 2 * a + e2).clamp_min(0)
+        norm0, norm = w2.sqrt(), v2.sqrt()
+        sine2 = ((e2 - a.square() / _safe(w2)) / _safe(v2)).clamp(0, 1)
+        cosine = ((w2 + a) / (_safe(w2) * _safe(v2)).sqrt()).clamp(-1, 1)
+        turned = torch.where(cosine >= 0, sine2 / (1 + cosine), 1 - cosine)
+        alive = (w2 > 0) & (v2 > 0)
+        if magnitude is None:
+            moved, square = (2 * a + e2) / _safe(norm0 + norm), e2
+        else:
+            m = torch.where(v2 > 0, magnitude.to(w2), 0.0)
+            turned, alive, m = torch.where(m < 0, 2 - turned, turned), alive & (m != 0), m.abs()
+            moved = m - norm0
+            square = moved.square() + 2 * m * norm0 * torch.where(alive, turned, 0.0)
+        return Change(norm0, moved, torch.where(alive, turned, torch.nan), square, norm)
+
+
+CANCELS = 0.03  # share of its terms below which a difference of float32 sums is taken again in float64
+# products that are added up in the tensor's own type, along rows (more of them BLAS would share among threads), columns
+RUN = {1: 4096, 0: 64}
+
+
+def dots(X: Tensor, Y: Tensor, along: int) -> Tensor:
+    """Scalar products of the rows (along = 1) or columns (along = 0) of two matrices, as float64.
+
+    Products and short sums are made in the matrices' own type, float32 or float64; nothing of their size is allocated.
+    """
+    if X.device.type != "cpu":
+        return torch.linalg.vecdot(X, Y, dim=along).double()
+    x, y, kept = X.numpy(), Y.numpy(), X.shape[1 - along]
+    size = RUN[along]
+    runs = [slice(start, start + size) for start in range(0, X.shape[along], size)]
+    if along == 1:
+        parts = [np.vecdot(x[:, run], y[:, run]) for run in runs]
+    else:
+        parts = [np.einsum("ij,ij->j", x[run], y[run]) for run in runs]
+    return torch.from_numpy(np.sum(parts, axis=0, dtype=np.float64) if parts else np.zeros(kept))
+
+
+def change(W0_OI: Tensor, W_OI: Tensor, *, axis: str = "out", magnitude: Tensor | None = None) -> Change:
+    """How far each row (axis "out") or column ("in") of a matrix has moved, in the units of the weight.
+
+    magnitude: W is V of equation 5, and the weight is m V / |V| (axis "out" alone).
+
+    Raises ValueError if the shapes differ, or for another axis.
+    """
+    W0_OI, W_OI = _pair(W0_OI, W_OI)
+    along = along_of(axis)
+    E_OI = W_OI - W0_OI
+    found = Products(dots(W0_OI, W0_OI, along), dots(W0_OI, E_OI, along), dots(E_OI, E_OI, along))
+    where = found.doubtful.nonzero()[:, 0] if magnitude is None else torch.arange(len(found.w2), device=W0_OI.device)
+    if len(where):
+        W0, W = (side.index_select(1 - along, where).double() for side in (W0_OI, W_OI))
+        found.settle(where, exactly(W0, W - W0, along))
+    return found.change(magnitude)
+
+
+def exactly(W0: Tensor, E: Tensor, along: int) -> Products:
+    """The three sums in float64."""
+    W0, E = W0.double(), E.double()
+    return Products(dots(W0, W0, along), dots(W0, E, along), dots(E, E, along))
+
+
+def along_of(axis: str) -> int:
+    """The dimension of an (out, in) matrix that the norms of an axis go along; ValueError for an unknown axis."""
     if axis not in ("out", "in"):
         raise ValueError(f"axis = '{axis}': must be 'out' or 'in'")
-    along = 1 if axis == "out" else 0
-    sums: list[list[Tensor]] = []
-    for W0, E in blocks():
-        W0, E = wide(W0), wide(E)
-        part = [_sum(W0 * W0, along), _sum(W0 * E, along), _sum(E * E, along)]
-        if axis == "out":  # the row is at hand whole
-            part.append(_across(W0, E, part, along))
-        sums.append(part)
-    if axis == "out":
-        w2, a, e2, across = (torch.cat(parts) for parts in zip(*sums, strict=True))
-    else:
-        w2, a, e2 = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
-        across = sum((_across(wide(W0), wide(E), [w2, a], along) for W0, E in blocks()), torch.zeros_like(w2))
-    v2 = (w2 + 2 * a + e2).clamp_min(0)
-    safe_w2, safe_v2 = w2.masked_fill(w2 == 0, 1.0), v2.masked_fill(v2 == 0, 1.0)
-    sine2 = (across / safe_v2).clamp(0, 1)
-    cosine = ((w2 + a) / (safe_w2 * safe_v2).sqrt()).clamp(-1, 1)
-    turned = torch.where(cosine >= 0, sine2 / (1 + cosine), 1 - cosine)
-    norm0 = w2.sqrt()
-    moved = (2 * a + e2) / (norm0 + v2.sqrt()).masked_fill((w2 == 0) & (v2 == 0), 1.0)
-    return Change(norm0, moved, torch.where((w2 > 0) & (v2 > 0), turned, torch.nan), e2)
+    return 1 if axis == "out" else 0
 
 
-def _sum(values: Tensor, along: int) -> Tensor:
-    return values.sum(along, dtype=torch.float64)
-
-
-def _across(W0: Tensor, E: Tensor, sums: list[Tensor], along: int) -> Tensor:
-    """|E - (a / w2) W0|^2, summed over this block."""
-    ratio = (sums[1] / sums[0].masked_fill(sums[0] == 0, 1.0)).to(W0.dtype).unsqueeze(along)
-    return _sum(torch.addcmul(E, W0, ratio, value=-1).square_(), along)
+def _safe(values: Tensor) -> Tensor:
+    """The values with 1 for 0, to divide by."""
+    return values.masked_fill(values == 0, 1.0)
 
 
 def _pair(W0_OI: Tensor, W_OI: Tensor) -> tuple[Tensor, Tensor]:

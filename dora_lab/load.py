@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -149,6 +150,19 @@ def model_folder(model: Model, model_dir: Path | None = None) -> Path:
     if model.name == "mini":
         return Path(mini.folder())
     return _hub_folder(model.name, model.revision, "model", [*MODEL_FILES, "*.json", "*.model"])
+
+
+def saved_folder(name: str) -> Path:
+    """The folder of a model or adapter that somebody names: one that is here, or a hub id ("org/name@revision").
+
+    Raises LoadError for what is neither.
+    """
+    if Path(name).exists():
+        return Path(name)
+    place, _, revision = name.partition("@")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", place):
+        raise LoadError(f"{name}: no such folder, and no hub id (org/name)")
+    return _hub_folder(place, revision or None, "model", [*MODEL_FILES, "*.json", "adapter_model*"])
 
 
 def _hub_folder(name: str, revision: str | None, kind: str, patterns: list[str]) -> Path:
@@ -297,5 +311,6 @@ __all__ = [
     "items",
     "model_and_tokenizer",
     "model_folder",
+    "saved_folder",
     "tasks_in",
 ]
