@@ -10,6 +10,7 @@ changes of early training are below one unit in the last place. Shape suffixes: 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,6 +132,7 @@ class Products:
 CANCELS = 0.03  # share of its terms below which a difference of float32 sums is taken again in float64
 # products that are added up in the tensor's own type, along rows (more of them BLAS would share among threads), columns
 RUN = {1: 4096, 0: 64}
+BLOCK = 2**22  # numbers of a matrix at a time that are widened
 
 
 def dots(X: Tensor, Y: Tensor, along: int) -> Tensor:
@@ -150,22 +152,105 @@ def dots(X: Tensor, Y: Tensor, along: int) -> Tensor:
     return torch.from_numpy(np.sum(parts, axis=0, dtype=np.float64) if parts else np.zeros(kept))
 
 
-def change(W0_OI: Tensor, W_OI: Tensor, *, axis: str = "out", magnitude: Tensor | None = None) -> Change:
-    """How far each row (axis "out") or column ("in") of a matrix has moved, in the units of the weight.
-
-    magnitude: W is V of equation 5, and the weight is m V / |V| (axis "out" alone).
+def change(W0_OI: Tensor, W_OI: Tensor, *, axis: str = "out") -> Change:
+    """How far each row (axis "out") or column ("in") of a matrix has moved.
 
     Raises ValueError if the shapes differ, or for another axis.
     """
-    W0_OI, W_OI = _pair(W0_OI, W_OI)
-    along = along_of(axis)
-    E_OI = W_OI - W0_OI
-    found = Products(dots(W0_OI, W0_OI, along), dots(W0_OI, E_OI, along), dots(E_OI, E_OI, along))
-    where = found.doubtful.nonzero()[:, 0] if magnitude is None else torch.arange(len(found.w2), device=W0_OI.device)
-    if len(where):
+    _refuse_unlike(W0_OI, W_OI)
+    along, W0_OI, W_OI = along_of(axis), W0_OI.detach(), W_OI.detach()
+    size = max(1, BLOCK // max(1, W0_OI.shape[1]))
+    parts = [_float_sums(W0, W, along) for W0, W in zip(W0_OI.split(size), W_OI.split(size), strict=True)]
+    found = Products(*(torch.cat(p) if along == 1 else torch.stack(p).sum(0) for p in zip(*parts, strict=True)))
+    for where in found.doubtful.nonzero()[:, 0].split(size):
         W0, W = (side.index_select(1 - along, where).double() for side in (W0_OI, W_OI))
         found.settle(where, exactly(W0, W - W0, along))
-    return found.change(magnitude)
+    return found.change()
+
+
+def _float_sums(W0: Tensor, W: Tensor, along: int) -> tuple[Tensor, Tensor, Tensor]:
+    W0 = wide(W0)
+    E = wide(W) - W0
+    return dots(W0, W0, along), dots(W0, E, along), dots(E, E, along)
+
+
+def factored(left: Tensor, right: Tensor, scaling: float, seen: Tensor, along: int) -> tuple[Tensor, Tensor]:
+    """(W0.E, |E|^2) of the rows (along = 1) or columns (0) of E = s left right, which is never built; float64.
+
+    seen: W0 right^T (rows, rank) along rows, left^T W0 (rank, columns) along columns.
+    """
+    left, right = left.double(), right.double()
+    if along == 1:
+        return scaling * (left * seen).sum(1), scaling**2 * ((left @ (right @ right.t())) * left).sum(1)
+    return scaling * (right * seen).sum(0), scaling**2 * (((left.t() @ left) @ right) * right).sum(0)
+
+
+def factored_change(
+    W0_OI: Tensor,
+    A_RI: Tensor,
+    B_OR: Tensor,
+    scaling: float,
+    magnitude: Tensor | None = None,
+    square: Tensor | None = None,
+) -> Change:  # fmt: skip
+    """How far each row of a matrix moves by s B A, and by a magnitude put on the sum, without building either.
+
+    square: |W0|^2 of each row in float64, if it is at hand: with a magnitude it has to be as exact.
+    """
+    W0_OI, A_RI, B_OR = W0_OI.detach(), wide(A_RI.detach()), wide(B_OR.detach())
+    size = max(1, BLOCK // max(1, W0_OI.shape[1]))
+    seen_OR = torch.cat([wide(rows) @ A_RI.t() for rows in W0_OI.split(size)])
+    w2 = squares(W0_OI) if square is None else square
+    found = Products(w2.clone(), *factored(B_OR, A_RI, scaling, seen_OR, 1))
+    for where in found.doubtful.nonzero()[:, 0].split(size):
+        E = scaling * (B_OR[where].double() @ A_RI.double())
+        found.settle(where, exactly(W0_OI[where], E, 1))
+    return found.change(None if magnitude is None else magnitude.detach())
+
+
+def squares(W_OI: Tensor) -> Tensor:
+    """|W|^2 of each row, in float64 throughout."""
+    parts = W_OI.detach().split(max(1, BLOCK // max(1, W_OI.shape[1])))
+    return torch.cat([dots(part, part, 1) for part in (rows.double() for rows in parts)])
+
+
+def row(module: str, change: Change, axis: str, magnitude: Tensor | None) -> dict[str, Any]:
+    """The columns that a probed matrix has, of saved models and while training; `measure` says what each is."""
+    parts = module.split(".")
+    known = change.delta_d[~change.delta_d.isnan()]
+    moved, whole = change.delta_m.abs(), change.norm0.square().sum().sqrt().item()
+    return {
+        "module": module,
+        "layer": next((int(part) for part in parts if part.isdigit()), None),
+        "kind": parts[-1],
+        "axis": axis,
+        "delta_m": moved.mean().item(),
+        "delta_m_share": moved.mean().item() / change.norm0.mean().item() if whole else None,
+        "delta_d": known.mean().item() if len(known) else None,
+        "relative_change": change.square.sum().sqrt().item() / whole if whole else None,
+        "grown": (change.delta_m > 0).double().mean().item(),
+        "delta_m_signed": change.delta_m.mean().item(),
+        "delta_m_sd": change.delta_m.std(correction=0).item(),
+        **_quantiles("delta_m", moved),
+        **_quantiles("delta_d", known),
+        "undirected": len(change.delta_d) - len(known),
+        "magnitude_still": _still(change, magnitude) if magnitude is not None and axis == "out" else None,
+    }
+
+
+def _quantiles(name: str, values: Tensor) -> dict[str, float | None]:
+    percent = (10, 50, 90)
+    if not len(values):
+        return {f"{name}_p{p}": None for p in percent}
+    found = torch.quantile(values, torch.tensor(percent, dtype=values.dtype, device=values.device) / 100).tolist()
+    return {f"{name}_p{p}": value for p, value in zip(percent, found, strict=True)}
+
+
+def _still(change: Change, magnitude: Tensor) -> bool:
+    """Is every magnitude what |W0| is, as rounded in its type, though directions have moved?"""
+    start = change.norm0.to(magnitude.dtype).double()
+    unmoved = (magnitude.double() - start).abs() <= max(1e-6, torch.finfo(magnitude.dtype).eps) * start
+    return bool(unmoved.all()) and bool((change.delta_d > 0).any())
 
 
 def exactly(W0: Tensor, E: Tensor, along: int) -> Products:
@@ -187,6 +272,10 @@ def _safe(values: Tensor) -> Tensor:
 
 
 def _pair(W0_OI: Tensor, W_OI: Tensor) -> tuple[Tensor, Tensor]:
+    _refuse_unlike(W0_OI, W_OI)
+    return wide(W0_OI.detach()), wide(W_OI.detach())
+
+
+def _refuse_unlike(W0_OI: Tensor, W_OI: Tensor) -> None:
     if W0_OI.shape != W_OI.shape or W_OI.dim() != 2:
         raise ValueError(f"expected two matrices of one shape, got {tuple(W0_OI.shape)} and {tuple(W_OI.shape)}")
-    return wide(W0_OI.detach()), wide(W_OI.detach())

@@ -39,7 +39,7 @@ from torch import Tensor
 from dora_lab import load
 from dora_lab.checkpoints.pairs import LowRank, Matrix, Tuned, Update, matrices, open_tuned, steps_of
 from dora_lab.checkpoints.shards import CheckpointError, Shards, refuse_changed
-from dora_lab.decompose import Change, Products, along_of, dots, exactly
+from dora_lab.decompose import Change, Products, along_of, dots, exactly, factored, row
 from dora_lab.dynamics import Dynamics
 
 BLOCK = 2**18  # numbers of the base at a time: a block and its change stay in a core's cache
@@ -95,15 +95,9 @@ def probe(
                 _tell(change, failed)
                 opened.remove(one)
                 continue
-            names = {"tuned": one.path, "step": one.step, **place(matrix.module), "tied_with": matrix.tied_with}
-            yield names | columns(change, axis, update) | (more.of(update) if more else {})
-
-
-def place(module: str) -> dict[str, Any]:
-    """Columns that say where a module is: its name, layer (the first number in it) and kind (leaf name)."""
-    parts = module.split(".")
-    layer = next((int(part) for part in parts if part.isdigit()), None)
-    return {"module": module, "layer": layer, "kind": parts[-1]}
+            names = {"tuned": one.path, "step": one.step, "tied_with": matrix.tied_with}
+            magnitude = update.magnitude if isinstance(update, LowRank) else None
+            yield names | row(matrix.module, change, axis, magnitude) | (more.of(update) if more else {})
 
 
 def changes(
@@ -211,11 +205,7 @@ def _settle(
 
 
 class _Stack:
-    """The factored sums of all low-rank updates of a matrix: one product of every block with all factors side by side.
-
-    Along rows: a = s rowsum(left * W0 right^T), e2 = s^2 rowsum((left right right^T) * left); along columns the two
-    factors change places, and left^T W0 is added up over blocks.
-    """
+    """The sums of all low-rank updates of a matrix: one product of every block with all their factors side by side."""
 
     def __init__(self, updates: Sequence[LowRank], matrix: Matrix, along: int, double: bool) -> None:
         self.updates, self.along = updates, along
@@ -245,13 +235,10 @@ class _Stack:
         """(a, e2) of every update, float64."""
         first = 0
         for update in self.updates:
-            left, right, s = update.left.double(), update.right.double(), update.scaling
-            ranks = slice(first, first + right.shape[0])
+            ranks = slice(first, first + update.right.shape[0])
             first = ranks.stop
-            if self.along == 1:
-                yield s * (left * self.seen[:, ranks]).sum(1), s * s * ((left @ (right @ right.t())) * left).sum(1)
-            else:
-                yield s * (right * self.seen[ranks]).sum(0), s * s * (((left.t() @ left) @ right) * right).sum(0)
+            seen = self.seen[:, ranks] if self.along == 1 else self.seen[ranks]
+            yield factored(update.left, update.right, update.scaling, seen, self.along)
 
 
 def _size(matrix: Matrix) -> int:
@@ -266,38 +253,6 @@ def _blocks(base: Shards, matrix: Matrix, double: bool) -> Iterator[tuple[int, T
         W0 = room[: min(size, rows - start)]
         base.fill(matrix.name, start, W0)
         yield start, W0
-
-
-def columns(change: Change, axis: str, update: Update) -> dict[str, Any]:
-    """The numbers of a row, see the head of this file."""
-    known = change.delta_d[~change.delta_d.isnan()]
-    moved, whole = change.delta_m.abs(), change.norm0.square().sum().sqrt().item()
-    shares = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    wide_m = torch.quantile(moved, shares).tolist()
-    wide_d = torch.quantile(known, shares).tolist() if len(known) else [None] * 3
-    return {
-        "axis": axis,
-        "delta_m": moved.mean().item(),
-        "delta_m_share": moved.mean().item() / change.norm0.mean().item() if whole else None,
-        "delta_d": known.mean().item() if len(known) else None,
-        "relative_change": change.square.sum().sqrt().item() / whole if whole else None,
-        "grown": (change.delta_m > 0).double().mean().item(),
-        "delta_m_signed": change.delta_m.mean().item(),
-        "delta_m_sd": change.delta_m.std(correction=0).item(),
-        **{f"delta_m_p{p}": value for p, value in zip((10, 50, 90), wide_m, strict=True)},
-        **{f"delta_d_p{p}": value for p, value in zip((10, 50, 90), wide_d, strict=True)},
-        "undirected": len(change.delta_d) - len(known),
-        "magnitude_still": _still(change, axis, update),
-    }
-
-
-def _still(change: Change, axis: str, update: Update) -> bool | None:
-    if axis != "out" or not isinstance(update, LowRank) or update.magnitude is None:
-        return None
-    start = change.norm0.to(update.magnitude.dtype)
-    tiny = 4 * torch.finfo(update.magnitude.dtype).eps
-    unmoved = torch.isclose(update.magnitude.double(), start.double(), rtol=tiny, atol=0.0)
-    return bool(unmoved.all()) and bool((change.delta_d > 0).any())
 
 
 def _not_finite(file: object, name: str) -> str:

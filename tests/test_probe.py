@@ -66,7 +66,8 @@ def test_rows_at_the_fractions_are_what_brute_force_gives(name: str, tmp_path: P
     assert len(rows) == 2 * 2 * len(KINDS)
     start: dict[str, Any] = dict(tiny().named_modules())
     for row in rows[2 * len(KINDS) :]:
-        assert list(row) == ["step", "fraction", "module", "layer", "kind", "delta_m", "delta_d", "relative_change"]
+        assert list(row)[:5] == ["step", "fraction", "module", "layer", "kind"]
+        assert {"delta_m", "delta_d", "relative_change", "grown", "magnitude_still"} < set(row)
         assert (row["kind"], row["layer"]) == (row["module"].split(".")[-1], int(row["module"].split(".")[2]))
         module: Any = model.get_submodule(row["module"])
         W = module.effective_weight() if isinstance(module, AdaptedLinear) else module.weight.detach()
@@ -82,7 +83,9 @@ def test_nothing_has_moved_before_training(name: str) -> None:
     probe = DecompositionCallback(lambda row: None, kinds=KINDS)
     probe.begin(model)
     for row in probe.measure(model):
-        assert (row["delta_m"], row["delta_d"], row["relative_change"]) == (0.0, 0.0, 0.0)
+        # DoRA's magnitudes begin as |W0| rounded to float32
+        rounded = 1e-7 if name == "dora" else 0.0
+        assert row["delta_d"] == 0.0 and row["delta_m"] <= rounded * 0.1 and row["relative_change"] <= rounded
 
 
 @pytest.mark.parametrize("name", ["ft", "dora"])
