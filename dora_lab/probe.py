@@ -194,7 +194,8 @@ def _ours(name: str, layer: Any) -> Layer:
     if isinstance(layer, MagnitudeLinear):
         nothing = (torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0), 1.0)
         return Layer(name, base, lambda: nothing, lambda: _whole(layer.magnitude))
-    if type(layer) not in (LoraLinear, DoraLinear):  # another method's: it can only be asked for its weight
+    # another method's layer can only be asked for its weight; FSDP makes classes of its own from these
+    if type(layer).effective_weight not in (LoraLinear.effective_weight, DoraLinear.effective_weight):
         return Layer(name, base, dense=layer.effective_weight)
     magnitude = (lambda: _whole(layer.magnitude)) if isinstance(layer, DoraLinear) else None
     return Layer(name, base, lambda: (_whole(layer.lora_A), _whole(layer.lora_B), layer.scaling), magnitude)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ from dora_lab import __main__ as command
 from dora_lab import measure
 from dora_lab.checkpoints import CheckpointError, save_adapter
 from dora_lab.checkpoints.pairs import Matrix, Replaced
-from dora_lab.checkpoints.shards import Shards
+from dora_lab.checkpoints.shards import FLOATS, Shards
 from dora_lab.decompose import change
 from dora_lab.measure import changes, probe
 from dora_lab.spec import Method
@@ -204,6 +208,209 @@ def test_dynamics(tmp_path: Path) -> None:
     assert row["intruders"] >= 1
     still = rows["model.layers.0.self_attn.q_proj"]
     assert (still["effective_rank"], still["intruders"], still["delta_d"], still["delta_m"]) == (0.0, 0, 0.0, 0.0)
+
+
+def test_what_is_saved_beside_an_adapter_and_a_magnitude_that_never_moved(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, modules_to_save=["lm_head"])
+    model = peft.get_peft_model(llama(), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "magnitude" not in name:
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+    model.save_pretrained(tmp_path / "tuned")
+    rows = list(probe(tmp_path / "base", [tmp_path / "tuned"]))
+    assert [row["kind"] for row in rows] == ["lm_head"] + ["q_proj"] * 3
+    assert [row["magnitude_still"] for row in rows] == [None, True, True, True]
+    merged = weights(model.merge_and_unload())
+    check(rows[0], weights(llama())["lm_head"], merged["lm_head"])
+
+
+def test_many_in_one_pass_are_what_each_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "BLOCK", 300)
+    llama().save_pretrained(tmp_path / "base")
+    folders = [tmp_path / name for name in ("full", "dora", "lora", "other")]
+    moved(llama(), 1e-3).save_pretrained(folders[0])
+    for seed, folder in enumerate(folders[1:]):
+        model = llama()
+        name = "dora" if folder.name == "dora" else "lora"
+        inject = Method(name=name, rank=2 + seed, alpha=8.0, target_modules=KINDS)
+        dora_lab.inject(model, inject, seed=seed)
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.mul_(1.01).add_(0.01)
+        save_adapter(model, folder)
+    reads: list[str] = []
+    fill = Shards.fill
+    monkeypatch.setattr(
+        Shards, "fill", lambda self, name, start, out: (reads.append(self.folder.name), fill(self, name, start, out))[1]
+    )
+    for axis in ("out", "in"):
+        together = {
+            (row["tuned"], row["module"]): row for row in probe(tmp_path / "base", folders, kinds=KINDS, axis=axis)
+        }
+        if axis == "out":
+            assert reads.count("base") == reads.count("full"), "the base is read once for all of them"
+        for folder in folders:
+            for alone in probe(tmp_path / "base", [folder], kinds=KINDS, axis=axis):
+                seen = together[str(folder), alone["module"]]
+                for key, value in alone.items():
+                    assert seen[key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), key
+
+
+def test_pickled_models_only_if_asked(tmp_path: Path) -> None:
+    before, after = llama(), moved(llama(), 1e-3)
+    for name, model in (("base", before), ("tuned", after)):
+        (tmp_path / name).mkdir()
+        torch.save(model.state_dict(), tmp_path / name / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"only pickled weights .* or allow it with --allow-pickle"):
+        list(probe(tmp_path / "base", [tmp_path / "tuned"]))
+    rows = list(probe(tmp_path / "base", [tmp_path / "tuned"], kinds=("q_proj",), allow_pickle=True))
+    for row in rows:
+        check(row, weights(before)[row["module"]], weights(after)[row["module"]])
+    (tmp_path / "tuned" / "pytorch_model.bin").write_bytes(pickle.dumps({"a.weight": print}))
+    with pytest.raises(CheckpointError, match="not a file of plain tensors"):
+        list(probe(tmp_path / "base", [tmp_path / "tuned"], allow_pickle=True))
+
+
+def test_tied_weights_are_counted_once(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    moved(llama(), 1e-3).save_pretrained(tmp_path / "tuned")
+    (row,) = probe(tmp_path / "base", [tmp_path / "tuned"], kinds=("embed_tokens",))
+    assert (row["module"], row["tied_with"]) == ("model.embed_tokens", "lm_head")
+    with pytest.raises(CheckpointError, match=r"'lm_head' is tied to 'model\.embed_tokens' and counted as that"):
+        list(probe(tmp_path / "base", [tmp_path / "tuned"], kinds=("lm_head",)))
+
+
+def hub(folder: Path, name: str, source: Path) -> Path:
+    """The hub's cache as it is after `source` was fetched: files are links to blobs that are named by their hash."""
+    place = folder / f"models--{name.replace('/', '--')}"
+    snapshot = place / "snapshots" / ("0" * 40)
+    for part in ("blobs", "refs"):
+        (place / part).mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    for file in source.iterdir():
+        blob = place / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.copy(file, blob)
+        (snapshot / file.name).symlink_to(blob)
+    return snapshot
+
+
+def test_hub_ids_and_changed_bytes(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub(tmp_path, "some/base", saved / "base")
+    snapshot = hub(tmp_path, "some/tuned", saved / "tuned")
+    rows = list(probe("some/base", ["some/tuned"], kinds=("q_proj",), verify=True))
+    assert [row["delta_d"] for row in rows] == [
+        row["delta_d"] for row in probe(saved / "base", [saved / "tuned"], kinds=("q_proj",))
+    ]
+    blob = next(iter(sorted(snapshot.glob("*.safetensors")))).resolve()
+    blob.write_bytes(blob.read_bytes()[:-40] + bytes(40))  # in the last numbers
+    with pytest.raises(CheckpointError, match="changed since it was saved"):
+        list(probe("some/base", ["some/tuned"], kinds=("q_proj",), verify=True))
+    with pytest.raises(CheckpointError, match="cannot be verified"):
+        list(probe("some/base", [saved / "tuned"], verify=True))
+    with pytest.raises(CheckpointError, match="model 'some/other' at revision main is not in the hub's cache"):
+        list(probe("some/other", ["some/tuned"]))
+
+
+def test_an_adapter_that_changed_since_its_manifest(saved: Path, tmp_path: Path) -> None:
+    model = llama()
+    dora_lab.inject(model, Method(name="lora", rank=2, alpha=4.0, target_modules=("q_proj",)), seed=0)
+    save_adapter(model, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\x40")  # one number, finite
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: changed since it was saved"):
+        list(probe(saved / "base", [tmp_path]))
+
+
+LIMITED = """
+import resource, sys
+from dora_lab.measure import probe
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 24 * 2**20,) * 2)
+try:
+    bytearray(32 * 2**20)
+    sys.exit("there is no limit")
+except MemoryError:
+    pass
+print(len(list(probe(sys.argv[1], sys.argv[2:]))))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of address space as Linux has them")
+def test_a_model_larger_than_the_memory_limit(tmp_path: Path) -> None:
+    """48 MB twice, and an adapter, with 24 MB to be had: no file is held, mapped or read whole."""
+    source = torch.Generator().manual_seed(0)
+    names = [f"model.layers.{i}.q_proj" for i in range(24)]
+    base = {f"{name}.weight": torch.randn(1024, 1024, generator=source).bfloat16() for name in names}
+    for folder, scale in (("base", 1.0), ("tuned", 1.01)):
+        (tmp_path / folder).mkdir()
+        save_file({name: W * scale for name, W in base.items()}, tmp_path / folder / "model.safetensors")
+    environment = {"PYTHONPATH": str(Path(dora_lab.__file__).parents[1]), "OMP_NUM_THREADS": "1", "PATH": ""}
+    environment |= {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "base"), str(tmp_path / "tuned")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0 and done.stdout.split()[-1] == "24", done.stderr[-800:]
+
+
+HEADERS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "a"]), inner)
+    ),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    header=st.binary(max_size=80) | st.dictionaries(st.text(max_size=4), HEADERS, max_size=3)
+    | st.fixed_dictionaries({"a": st.fixed_dictionaries({
+        "dtype": st.sampled_from(["F32", "BF16", "I8", "Q9"]), "shape": st.lists(st.integers(-1, 5), max_size=3),
+        "data_offsets": st.tuples(st.integers(-1, 50), st.integers(-1, 50))})}),
+    length=st.none() | st.integers(0, 2**64 - 1), data=st.binary(max_size=40),
+)  # fmt: skip
+def test_headers_of_any_kind(header: Any, length: int | None, data: bytes, tmp_path: Path) -> None:
+    """A file is read as what the library reads, or refused in one line: never a traceback, never other numbers."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    try:
+        shards = Shards(tmp_path)
+    except CheckpointError as error:
+        assert str(file) in str(error) and "\n" not in str(error)
+        return
+    try:
+        expected = load_file(file)
+    except Exception:
+        assert all(shards.dtype(name) not in FLOATS for name in shards)  # types that this version does not know
+        return
+    assert set(shards) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(shards.tensor(name).view(torch.uint8), tensor.view(torch.uint8)) or not tensor.numel()
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    index=st.binary(max_size=40) | HEADERS | st.fixed_dictionaries(
+        {"weight_map": HEADERS | st.dictionaries(st.sampled_from(["a.weight", "b", ""]), PLACES | HEADERS)}
+    ),
+)  # fmt: skip
+def test_indices_of_any_kind(index: Any, tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    text = index if isinstance(index, bytes) else json.dumps(index).encode()
+    (tmp_path / "model.safetensors.index.json").write_bytes(text)
+    try:
+        assert set(Shards(tmp_path)) <= {"a.weight"}
+    except CheckpointError as error:
+        assert str(tmp_path) in str(error) and "\n" not in str(error)
 
 
 # --- what is refused, and what is not lost
