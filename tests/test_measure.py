@@ -361,12 +361,12 @@ def test_a_model_larger_than_the_memory_limit(tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stdout.split()[-1] == "24", done.stderr[-800:]
 
 
+FIELDS = st.sampled_from(["dtype", "shape", "data_offsets", "a"])
 HEADERS = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "a"]), inner)
-    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(FIELDS, inner),
 )
+PLACES = st.sampled_from(["model.safetensors", "../x", "", ".", "no", "a\0b"])
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
