@@ -142,14 +142,12 @@ def dots(X: Tensor, Y: Tensor, along: int) -> Tensor:
     """
     if X.device.type != "cpu":
         return torch.linalg.vecdot(X, Y, dim=along).double()
-    x, y, kept = X.numpy(), Y.numpy(), X.shape[1 - along]
-    size = RUN[along]
-    runs = [slice(start, start + size) for start in range(0, X.shape[along], size)]
-    if along == 1:
-        parts = [np.vecdot(x[:, run], y[:, run]) for run in runs]
-    else:
-        parts = [np.einsum("ij,ij->j", x[run], y[run]) for run in runs]
-    return torch.from_numpy(np.sum(parts, axis=0, dtype=np.float64) if parts else np.zeros(kept))
+    x, y, size = X.numpy(), Y.numpy(), RUN[along]
+    total = np.zeros(X.shape[1 - along])
+    for start in range(0, X.shape[along], size):
+        run = slice(start, start + size)
+        total += np.vecdot(x[:, run], y[:, run]) if along == 1 else np.einsum("ij,ij->j", x[run], y[run])
+    return torch.from_numpy(total)
 
 
 def change(W0_OI: Tensor, W_OI: Tensor, *, axis: str = "out") -> Change:

@@ -42,7 +42,7 @@ from dora_lab.checkpoints.shards import CheckpointError, Shards, refuse_changed
 from dora_lab.decompose import Change, Products, along_of, dots, exactly, factored, row
 from dora_lab.dynamics import Dynamics
 
-BLOCK = 2**18  # numbers of the base at a time: a block and its change stay in a core's cache
+BLOCK = 2**19  # numbers of the base at a time: a block and its change stay in a core's cache
 
 
 def probe(
@@ -146,17 +146,16 @@ class _Scaled:
 def _products(base: Shards, matrix: Matrix, updates: Sequence[Any], along: int) -> list[Products | CheckpointError]:
     """The three sums for every update, in one pass over the base, and again in float64 where they cancelled."""
     double = base.dtype(matrix.name) == "F64"
-    kept, errors = matrix.stored[1 - along], {}
-    w2 = torch.zeros(kept, dtype=torch.float64)
-    sums = {
-        i: (torch.zeros_like(w2), torch.zeros_like(w2)) for i, u in enumerate(updates) if not isinstance(u, LowRank)
+    errors: dict[int, CheckpointError] = {}
+    squares: list[Tensor] = []
+    sums: dict[int, tuple[list[Tensor], list[Tensor]]] = {
+        index: ([], []) for index, update in enumerate(updates) if not isinstance(update, LowRank)
     }
     low = _Stack([update for update in updates if isinstance(update, LowRank)], matrix, along, double)
     for start, W0 in _blocks(base, matrix, double):
-        rows = slice(start, start + len(W0)) if along == 1 else slice(None)
         # a magnitude is compared with |W0| itself, not through W - W0, so that norm has to keep all its digits
-        exact = W0.double() if low.scaled else W0
-        w2[rows] += dots(exact, exact, along)
+        exact = low.exact[: len(W0)].copy_(W0) if low.scaled else W0
+        squares.append(dots(exact, exact, along))
         low.add(start, W0)
         for index, (a, e2) in sums.items():
             if index in errors:
@@ -166,18 +165,23 @@ def _products(base: Shards, matrix: Matrix, updates: Sequence[Any], along: int) 
             except CheckpointError as error:
                 errors[index] = error
                 continue
-            a[rows] += dots(W0, E, along)
-            e2[rows] += dots(E, E, along)
+            a.append(dots(W0, E, along))
+            e2.append(dots(E, E, along))
+    w2 = _joined(squares, along)
     if not bool(torch.isfinite(w2).all()):
         raise CheckpointError(_not_finite(base.file(matrix.name), matrix.name))
-    factored = iter(low.sums())
+    low_rank = low.sums()
     found: list[Products | CheckpointError] = []
     for index, update in enumerate(updates):
-        a, e2 = sums[index] if index in sums else next(factored)
-        if index not in errors and not bool(torch.isfinite(a).all() & torch.isfinite(e2).all()):
+        if index in errors:
+            found.append(errors[index])
+            continue
+        a, e2 = (_joined(parts, along) for parts in sums[index]) if index in sums else next(low_rank)
+        if not bool(torch.isfinite(a).all() & torch.isfinite(e2).all()):
             file = update.after.file(update.name) if hasattr(update, "after") else "the adapter"
-            errors[index] = CheckpointError(_not_finite(file, matrix.name))
-        found.append(errors[index] if index in errors else Products(w2.clone(), a, e2))
+            found.append(CheckpointError(_not_finite(file, matrix.name)))
+        else:
+            found.append(Products(w2.clone(), a, e2))
     again = {i: p.doubtful.nonzero()[:, 0] for i, p in enumerate(found) if isinstance(p, Products)}
     _settle(base, matrix, updates, found, {index: where for index, where in again.items() if len(where)}, along)
     return found
@@ -199,9 +203,14 @@ def _settle(
                 W0_there, E_there = (side.index_select(1 - along, inside) for side in (W0, E))
                 exact[index].append(exactly(W0_there, E_there, along))
     for index, where in again.items():
-        join = torch.cat if along == 1 else lambda parts: torch.stack(parts).sum(0)
-        parts = [join([getattr(part, name) for part in exact[index]]) for name in ("w2", "a", "e2")]
-        found[index].settle(where, Products(*parts))
+        parts = ([getattr(part, name) for part in exact[index]] for name in ("w2", "a", "e2"))
+        w2, a, e2 = (_joined(part, along) for part in parts)
+        found[index].settle(where, Products(w2, a, e2))
+
+
+def _joined(parts: list[Tensor], along: int) -> Tensor:
+    """Sums of blocks of rows as those of the matrix."""
+    return torch.cat(parts) if along == 1 else torch.stack(parts).sum(0)
 
 
 class _Stack:
@@ -211,6 +220,7 @@ class _Stack:
         self.updates, self.along = updates, along
         self.scaled = any(update.magnitude is not None for update in updates) and along == int(not matrix.transposed)
         dtype, (rows, width) = torch.float64 if double else torch.float32, matrix.stored
+        self.exact = torch.empty(min(rows, _size(matrix)) * self.scaled, width, dtype=torch.float64)
         self.room = torch.empty(min(rows, _size(matrix)), width, dtype=dtype)  # for changes that are not factored
         if not updates:
             return
