@@ -7,7 +7,7 @@ RUN := $(BIN)/dora-lab
 export PYTHONHASHSEED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check format results notebooks mini-base bench bench-probe bench-gpu clean-local
+.PHONY: help setup test check format results notebooks mini-base bench bench-probe bench-gpu torture parameters clean-local
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -58,6 +58,16 @@ bench-probe: setup  ## time and memory of the probe of saved models on LLaMA-7B'
 bench-gpu: setup  ## the same on LLaMA-7B and 8B shapes in bfloat16; needs a GPU
 	$(BIN)/python -m experiments.speed --gpu --results $(RESULTS)
 	$(BIN)/python -m analysis.tables.speed --results $(RESULTS)
+
+TIMES ?= 20
+torture: setup  ## inject every fault many times (TIMES=20) and fuzz every reader; table and summary at the end
+	$(BIN)/python -m tests.faults --times $(TIMES) --results $(RESULTS)
+	@cat $(RESULTS)/tables/faults.md
+
+parameters: setup  ## trainable parameters of every method on the paper's models, beside what it prints (seconds)
+	$(BIN)/python -m experiments.parameters --results $(RESULTS)
+	$(BIN)/python -m analysis.tables.parameters --results $(RESULTS)
+	@cat $(RESULTS)/tables/parameters.md
 
 clean-local:  ## remove your own runs, tables and figures (the committed ones stay)
 	rm -rf results/local

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,10 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
-from dora_lab import load
+from dora_lab import load, ranks, shapes
 from dora_lab.run import Paths
-from dora_lab.spec import Spec, SpecError, derive, did_you_mean, spec_id, to_dict, validate
-from dora_lab.store import read_stream, run_path
+from dora_lab.spec import Spec, SpecError, derive, did_you_mean, from_dict, spec_id, to_dict, validate
+from dora_lab.store import read_record, read_stream, run_path
 from dora_lab.workers import Outcome, describe, run_many
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -45,20 +44,27 @@ def run(
     tier: Annotated[str, typer.Option(help="mini (embedded, minutes on a CPU) or paper (hub models, a GPU).")] = "mini",
     only: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE[,VALUE]: only specs that match.")] = None,
     with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the specs, run nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the specs and their cost, run nothing.")] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="Of the cost: hours on it; default for tier paper: A100-80GB.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Of the cost: tokens per text; default: the cutoff.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core (paper: one).")] = None,
     results: ResultsOption = LOCAL,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of real data: <task>/train.json, test.json.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Real data: a clone of LLM-Adapters, or <task>/test.json.")
+    ] = None,
     model_dir: Annotated[Path | None, typer.Option(help="Folder of a saved model to start from.")] = None,
 ) -> None:
     """Run an experiment: complete runs are skipped, interrupted ones go on, failed ones start anew."""
     module = load_experiment(experiment)
     specs = chosen(module, tier, only or (), with_ or (), data_dir, model_dir)
     if dry_run:
-        _print_specs(specs, getattr(module, "ITEMS", {}))
+        _print_specs(specs, getattr(module, "ITEMS", {}), model_dir, gpu, tokens)
         return
     outcomes = run_many(specs, Paths(results, data_dir, model_dir), jobs)
-    typer.echo(summary(outcomes, results))
+    if ranks.first():
+        typer.echo(summary(outcomes, results))
     if any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(1)
     if any(outcome.status == "interrupted" for outcome in outcomes):
@@ -66,11 +72,48 @@ def run(
 
 
 @app.command()
+def submit(
+    experiment: Annotated[str, typer.Argument(help="An experiment, see `dora-lab list`.")],
+    tier: Annotated[str, typer.Option(help="mini or paper.")] = "paper",
+    only: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE[,VALUE]: only specs that match.")] = None,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
+    partition: Annotated[str | None, typer.Option(help="SLURM partition; default: the cluster's.")] = None,
+    hours: Annotated[float, typer.Option(help="Wall time of a job; after it the job is queued again.")] = 24.0,
+    gpus: Annotated[int, typer.Option(help="GPUs of a job.")] = 1,
+    cpus: Annotated[int, typer.Option(help="Processor cores of a job.")] = 4,
+    memory: Annotated[float, typer.Option(help="Memory of a job, GB.")] = 64.0,
+    at_once: Annotated[int | None, typer.Option(help="Jobs at a time; default: as the cluster gives.")] = None,
+    slurm: Annotated[list[str] | None, typer.Option(help="KEY=VALUE: a further option of sbatch.")] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="The same jobs here, one after the other; to try out.")
+    ] = False,
+    results: ResultsOption = LOCAL,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of real data: <task>/train.json, test.json.")] = None,
+    model_dir: Annotated[Path | None, typer.Option(help="Folder of a saved model to start from.")] = None,
+) -> None:
+    """Run an experiment on a SLURM cluster: a job for each spec that has no complete run yet."""
+    from dora_lab import cluster
+
+    specs = chosen(load_experiment(experiment), tier, only or (), with_ or (), data_dir, model_dir)
+    resources = cluster.Resources(
+        partition=partition, hours=hours, gpus=gpus, cpus=cpus, memory_gb=memory, at_once=at_once,
+        more=dict(_pair(option, "--slurm") for option in slurm or ()),
+    )  # fmt: skip
+    jobs = cluster.submit(specs, Paths(results, data_dir, model_dir), resources, local=local)
+    for spec, job in jobs:
+        typer.echo(f"{spec_id(spec)}  {describe(spec):34} job {job.job_id}{f'  {job.state}' if local else ''}")
+    typer.echo(f"{len(jobs)} jobs, {len(specs) - len(jobs)} runs complete before; logs in {results / 'cluster'}")
+    failed = [error for _, job in jobs if local and (error := job.exception()) is not None]
+    if failed:
+        raise SpecError(f"{len(failed)} jobs failed; the first: {str(failed[0]).strip().splitlines()[-1]}")
+
+
+@app.command()
 def verify(
     experiment: Annotated[str | None, typer.Argument(help="One experiment; all without it.")] = None,
     results: ResultsOption = RESULTS,
 ) -> None:
-    """Print the verdict on each claim of the paper that the runs can speak about."""
+    """Print the verdict on each claim of the paper that the runs can speak about, and on the numbers it prints."""
     from dora_lab import report
     from dora_lab import verify as verifying
 
@@ -78,6 +121,75 @@ def verify(
     evals, probes = (report.frame(results, experiment, stream) for stream in ("eval", "probe"))
     found = verifying.verdicts(evals, probes, rows)
     typer.echo(found.to_string(index=False) if len(found) else f"no complete runs in {results}")
+    cells = verifying.cells(results, verifying.claims(), published_specs())
+    typer.echo("\n" + verifying.summary(cells, experiment))
+
+
+@app.command("card")
+def card_command(
+    run: Annotated[str, typer.Argument(help="A run: its folder, or the beginning of its id.")],
+    results: ResultsOption = LOCAL,
+    out: Annotated[Path | None, typer.Option(help="Write the page to this file.")] = None,
+) -> None:
+    """Print the protocol card of a run: one page, from its record."""
+    from dora_lab import card
+
+    text = card.card(find_run(run, results))
+    typer.echo(text if out is None else out)
+    if out is not None:
+        out.write_text(text, encoding="utf-8")
+
+
+@app.command("diff")
+def diff_command(
+    run: Annotated[str, typer.Argument(help="A run: its folder, or the beginning of its id.")],
+    other: Annotated[str, typer.Argument(help="Another run, or `published` for the paper's protocol.")],
+    results: ResultsOption = LOCAL,
+) -> None:
+    """Say in words how two runs, or a run and the published protocol, differ."""
+    from dora_lab import card
+
+    first = find_run(run, results)
+    if other != "published":
+        typer.echo(card.diff(first, find_run(other, results)))
+    else:
+        typer.echo(card.diff(first, card.nearest(from_dict(read_record(first)["spec"]), published_specs())))
+
+
+@app.command("verify-published")
+def verify_published(
+    adapter: Annotated[str, typer.Argument(help="Folder, or hub id (org/name or org/name:folder/in/it).")],
+    base: Annotated[str, typer.Option(help="The base model: folder, or hub id.")],
+    data_dir: Annotated[Path, typer.Option(help="Folder of test files: <task>/test.json, LLM-Adapters layout.")],
+    revision: Annotated[str | None, typer.Option(help="Commit of the adapter on the hub.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="Commit of the base on the hub.")] = None,
+    paper_model: Annotated[str | None, typer.Option(help="The paper's name of the base, e.g. LLaMA-7B.")] = None,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
+    allow_pickle: Annotated[bool, typer.Option(help="Read adapter_model.bin if there is no safetensors file.")] = False,
+    results: ResultsOption = LOCAL,
+) -> None:
+    """Evaluate a released adapter (PEFT's or the authors' format) by the paper's protocol, beside its numbers."""
+    from dora_lab import published, shapes
+
+    experiment = load_experiment("commonsense")
+    base_dir, adapter_dir = (Path(text) if Path(text).is_dir() else None for text in (base, adapter))
+    pinned = base_revision or experiment.PAPER.get(base, (None,))[0]
+    protocol = experiment.specs("paper")[0]
+    model = replace(
+        protocol.model,
+        name=base_dir.resolve().name if base_dir else base,
+        revision=load.hash_model(base_dir)[:12] if base_dir else pinned,
+        adapter=adapter_dir.resolve().name if adapter_dir else adapter,
+        adapter_revision=load.hash_adapter(adapter_dir)[:12] if adapter_dir else revision,
+    )
+    spec = published.spec_of(protocol, model, tuple(load.tasks_in(data_dir)), load.hash_data(data_dir))
+    spec = derive(spec, dict(_pair(change, "--with") for change in with_ or ()))
+    found, run = published.evaluate(spec, Paths(results, data_dir, base_dir, adapter_dir), allow_pickle)
+    rows = published.compare(run, found, paper_model or shapes.printed_name(base))
+    typer.echo(
+        f"{found.method}, rank {found.rank}, on {base}\n{published.table(rows)}\n{published.summary(rows)}\n{run}"
+    )
+    raise typer.Exit(1 if "differs" in list(rows["verdict"]) else 0)
 
 
 @app.command()
@@ -92,6 +204,16 @@ def compare(
     text, agrees = verifying.compare(results, committed, experiment)
     typer.echo(text)
     raise typer.Exit(0 if agrees else 1)
+
+
+@app.command()
+def doctor(path: Annotated[Path, typer.Argument(help="A results folder, a run's, or a saved adapter's.")]) -> None:
+    """Say what is wrong with records, streams, hashes, locks, checkpoints and claims, and how to mend it."""
+    from dora_lab import doctor as examining
+
+    findings = list(examining.examine(path))
+    typer.echo(examining.report(findings))
+    raise typer.Exit(1 if findings else 0)
 
 
 @app.command()
@@ -159,17 +281,26 @@ def export(
     allow_pickle: Annotated[bool, typer.Option(help="Read adapter_model.bin if there is no safetensors file.")] = False,
 ) -> None:
     """Merge an adapter into its base and write a plain transformers folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from dora_lab import checkpoints
+    from dora_lab.pretrained import open_model, open_tokenizer
 
-    if not (base / "config.json").is_file():
-        raise checkpoints.CheckpointError(f"{base}: no config.json in it; give the folder of a saved model")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model = open_model(base, "auto")
     has_tokenizer = any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    tokenizer = AutoTokenizer.from_pretrained(base) if has_tokenizer else None
+    tokenizer = open_tokenizer(base) if has_tokenizer else None
     checkpoints.load_adapter(model, adapter, allow_pickle=allow_pickle)
     typer.echo(checkpoints.export(model, out, tokenizer))
+
+
+@app.command()
+def rescore(
+    run: Annotated[Path, typer.Argument(help="Run directory, results/local/runs/<experiment>/<id>.")],
+    pattern: Annotated[list[str] | None, typer.Option(help="REGEX or TASK=REGEX; its first match answers.")] = None,
+) -> None:
+    """Score a run's saved texts again with other patterns; writes <run>/rescored/, never over the record."""
+    from dora_lab import rescore as rescoring
+
+    rows, file = rescoring.rescore(run, pattern or ())
+    typer.echo(f"{rescoring.table(rows)}\n{file}")
 
 
 @app.command()
@@ -217,6 +348,26 @@ def experiment_names() -> list[str]:
     return sorted(file.stem for file in files if "\ndef specs(" in file.read_text(encoding="utf-8"))
 
 
+def published_specs() -> list[Spec]:
+    """The specs of tier paper of all experiments: the published protocol, any seed."""
+    modules = [load_experiment(name) for name in experiment_names()]
+    return [spec for module in modules if "paper" in module.TIERS for spec in module.specs("paper")]
+
+
+def find_run(text: str, results: Path) -> Path:
+    """A run directory: a path, or the beginning of an id under `results` or the committed results.
+
+    Raises SpecError if there is none, or more than one.
+    """
+    if (Path(text) / "record.json").exists():
+        return Path(text)
+    found = {path.name: path for root in (RESULTS, results) for path in (root / "runs").glob(f"*/{text}*") if text}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    there = f"{', '.join(sorted(found))}: give more digits" if found else f"none in {results} or {RESULTS}"
+    raise SpecError(f"run '{text}': give a run's folder or the beginning of its id; {there}")
+
+
 def load_experiment(name: str) -> ModuleType:
     """The experiment's module; raises SpecError listing the names there are."""
     if name not in experiment_names():
@@ -236,18 +387,14 @@ def chosen(
     data_dir: Path | None = None,
     model_dir: Path | None = None,
 ) -> list[Spec]:
-    """The specs of an experiment after --data-dir, --model-dir, --only and --with; each valid, no two the same.
+    """The specs of an experiment after --only, --data-dir, --model-dir and --with; each valid, no two the same.
 
     Raises SpecError for an unknown tier or field, a selection that matches nothing, or two specs that became one.
     """
     if tier not in module.TIERS:
         raise SpecError(f"unknown tier '{tier}'; {did_you_mean(tier, module.TIERS)}")
     specs: list[Spec] = module.specs(tier)
-    if data_dir is not None:
-        specs = [_with_data(spec, data_dir) for spec in specs]
-    if model_dir is not None:
-        model = {"model.name": Path(model_dir).resolve().name, "model.revision": load.hash_model(model_dir)[:12]}
-        specs = [derive(spec, model) for spec in specs]
+    # selected by what the experiment says, before folders take the place of its models: four models become one
     for field, text in (_pair(selection, "--only") for selection in only):
         wanted = text.split(",")
         kept = [spec for spec in specs if _value(to_dict(spec), field) in wanted]
@@ -255,6 +402,11 @@ def chosen(
             there = sorted({str(_value(to_dict(spec), field)) for spec in specs})
             raise SpecError(f"--only {field}={text} matches no spec; values there: {', '.join(there)}")
         specs = kept
+    if data_dir is not None:
+        specs = [_with_data(spec, data_dir) for spec in specs]
+    if model_dir is not None:
+        model = {"model.name": Path(model_dir).resolve().name, "model.revision": load.hash_model(model_dir)[:12]}
+        specs = [derive(spec, model) for spec in specs]
     values = dict(_pair(change, "--with") for change in changes)
     specs = [derive(spec, {path: text for path, text in values.items() if _has(spec, path)}) for spec in specs]
     for spec in specs:
@@ -337,28 +489,62 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _print_specs(specs: Sequence[Spec], known: Mapping[str, int]) -> None:
+def _print_specs(
+    specs: Sequence[Spec], known: Mapping[str, int], model_dir: Path | None, gpu: str | None, tokens: int | None
+) -> None:
+    """A line per spec with its steps and cost; `known` has the sizes of data that a spec takes whole."""
+    from dora_lab import cost
+    from dora_lab import verify as verifying
+
+    gpu = gpu or ("A100-80GB" if all(spec.tier == "paper" for spec in specs) else None)
+    card = None if gpu is None else cost.gpu(gpu)
+    sizes = verifying.claims().query("metric == 'test_items'").set_index("subject")["value"].to_dict()
+    found: list[cost.Cost] = []
     for spec in specs:
         rank = "-" if spec.method.rank is None else spec.method.rank
         typer.echo(
             f"{spec_id(spec)}  {spec.tier:5}  {spec.model.name:26} {spec.method.name:5} rank {rank:<3} "
             f"seed {spec.seed:<3} {_steps(spec, known)}"
         )
+        shape, items = _shape(spec, model_dir), _train_items(spec, known)
+        if shape is not None and items is not None:
+            found.append(cost.estimate(spec, shape, items, cost.test_items(spec, sizes), card, tokens))
+            typer.echo(f"{'':14}{cost.words(found[-1], card)}")
     typer.echo(f"{len(specs)} specs")
+    if found:
+        typer.echo(cost.total(found, gpu, tokens))
+    if len(found) < len(specs):
+        typer.echo(f"{len(specs) - len(found)} of them have no estimate: their model or data is not known here")
+
+
+def _shape(spec: Spec, model_dir: Path | None) -> shapes.Shape | None:
+    if model_dir is not None or spec.model.name == "mini":
+        return shapes.of_folder(load.model_folder(spec.model, model_dir))
+    name = shapes.printed_name(spec.model.name)
+    return None if name is None else shapes.PAPER[name][0]
+
+
+def _train_items(spec: Spec, known: Mapping[str, int]) -> int | None:
+    """How many items are trained on, None if that is only known once the data is there."""
+    if spec.optim is None:
+        return 0
+    if spec.data.train_items is None and spec.data.name in known:
+        return known[spec.data.name] - spec.data.validation_items
+    return spec.data.train_items
 
 
 def _steps(spec: Spec, known: Mapping[str, int]) -> str:
-    """Optimiser steps and how they are made; `known` has the sizes of data that a spec takes whole."""
+    """Optimiser steps and how they are made."""
+    from dora_lab import cost
+
     if spec.optim is None:
         return "no training"
-    optim = spec.optim
-    how = f"learning rate {optim.learning_rate:g}, batch {optim.batch_size}"
-    items, about = spec.data.train_items, ""
-    if items is None and spec.data.name in known:
-        items, about = known[spec.data.name] - spec.data.validation_items, "about "
+    how = f"learning rate {spec.optim.learning_rate:g}, batch {spec.optim.batch_size}"
+    items = _train_items(spec, known)
     if items is None:
-        return f"{optim.epochs:g} epochs of all items, {how}"
-    return f"{about}{max(1, math.ceil(items * optim.epochs / optim.batch_size))} steps, {how}"
+        return f"{spec.optim.epochs:g} epochs of all items, {how}"
+    about = "about " if spec.data.train_items is None else ""
+    return f"{about}{cost.total_steps(items, spec)} steps, {how}"
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ Shape suffixes: B items of a micro-batch, T tokens of the longest of them (padde
 
 from __future__ import annotations
 
+import array
+import hashlib
 import math
 import random
 from collections.abc import Sequence
@@ -34,19 +36,20 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenised items and how many of them did not fit into `data.cutoff` tokens as they were."""
+    """Tokenised items, and how many of them did not fit into `data.cutoff` tokens as they were."""
 
     examples: list[Example]
-    shortened: int  # the head of the prompt was cut off; the answer never is
+    shortened: int  # something was cut off
+    answers_cut: int = 0  # of these, the answer lost something too: only with data.truncation "right", as released
 
 
 def encode(items: dict[str, list[dict[str, Any]]], data: Data, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Tokenise items: template, answer and end-of-sequence token; labels on the answer, or on all (`train_on_prompt`).
 
-    An item longer than `data.cutoff` tokens loses the head of its prompt and is counted. Raises ItemError naming task
-    and item where even the answer would not fit.
+    An item longer than `data.cutoff` tokens is cut as `data.truncation` says, and counted. Raises ItemError naming task
+    and item where nothing would be left to learn: the answer does not fit, or it alone counts and is cut off whole.
     """
-    examples, shortened = [], 0
+    examples, shortened, answers_cut = [], 0, 0
     end = cast(int, tokenizer.eos_token_id)
     for task, pool in items.items():
         texts = [train_text(item, data.template) for item in pool]
@@ -58,26 +61,43 @@ def encode(items: dict[str, list[dict[str, Any]]], data: Data, tokenizer: PreTra
         ):
             # a token that reaches past the prefix predicts the answer, also where it begins inside the prefix
             prefix = len(train_prefix(item, data.template))
-            answers = [stop > prefix for _, stop in offsets]
-            labels = [
-                token if data.train_on_prompt or answer else IGNORED for token, answer in zip(ids, answers, strict=True)
-            ]
-            example = Example(ids=(*ids, end), labels=(*labels, end))
-            if len(example.ids) > data.cutoff:
-                example = _shorten(example, data.cutoff, f"training item {number} of {task}", sum(answers))
-                shortened += 1
+            answer = sum(stop > prefix for _, stop in offsets)
+            kept = _cut(ids, answer, data, end, f"training item {number} of {task}")
+            learnt = len(kept.ids) if data.train_on_prompt else kept.answer
+            shortened += kept.dropped > 0
+            answers_cut += kept.answer_dropped
             # nothing predicts the first token
-            examples.append(Example(ids=example.ids, labels=(IGNORED, *example.labels[1:])))
-    return Encoded(examples, shortened)
+            labels = [IGNORED] * (len(kept.ids) - learnt) + list(kept.ids[len(kept.ids) - learnt :])
+            examples.append(Example(ids=kept.ids, labels=(IGNORED, *labels[1:])))
+    return Encoded(examples, shortened, answers_cut)
 
 
-def _shorten(example: Example, cutoff: int, where: str, answer: int) -> Example:
-    if answer + 2 > cutoff:
-        raise ItemError(
-            f"{where}: {len(example.ids)} tokens, of which the answer has {answer + 1}, do not fit into data.cutoff = "
-            f"{cutoff}: the answer would be cut; raise data.cutoff"
-        )
-    return Example(ids=example.ids[-cutoff:], labels=example.labels[-cutoff:])
+@dataclass(frozen=True)
+class _Cut:
+    """One item within the cutoff."""
+
+    ids: tuple[int, ...]  # with the end-of-sequence token, if it has one
+    answer: int  # how many of them, at the end, are answer or end of sequence
+    dropped: int  # text tokens that were cut off
+    answer_dropped: bool  # some of them the answer's
+
+
+def _cut(ids: list[int], answer: int, data: Data, end: int, where: str) -> _Cut:
+    """`ids`, of which the last `answer` are the answer's, by the rules `truncation`, `eos` and `cutoff` of `data`."""
+    ended = data.eos == "always" or (len(ids) < data.cutoff and ids[-1] != end)
+    dropped = max(0, len(ids) + ended - data.cutoff)
+    tail = (end,) if ended else ()
+    too_long = (
+        f"{where}: {len(ids)} tokens, of which the answer has {answer}, do not fit into data.cutoff = {data.cutoff}"
+    )
+    if data.truncation == "prompt":
+        if dropped and len(ids) - dropped < answer + 1:
+            raise ItemError(f"{too_long}: the answer would be cut; raise data.cutoff")
+        return _Cut((*ids[dropped:], *tail), answer + ended, dropped, False)
+    if dropped >= answer and not data.train_on_prompt:
+        raise ItemError(f"{too_long}: the whole answer would be cut off, and loss is on it alone; raise data.cutoff")
+    kept = tuple(ids[: len(ids) - dropped])
+    return _Cut((*kept, *tail), max(0, answer - dropped) + ended, dropped, dropped > 0)
 
 
 def total_steps(items: int, optim: Optim) -> int:
@@ -104,16 +124,23 @@ class MicroBatches(Dataset[dict[str, Tensor]]):
     since the loss is a mean over the step's tokens, the same gradient.
     """
 
-    def __init__(self, examples: Sequence[Example], optim: Optim, seed: int, pad: int) -> None:
-        self.examples, self.optim, self.pad = examples, optim, pad
+    def __init__(self, examples: Sequence[Example], optim: Optim, seed: int, pad: int, multiple: int = 1) -> None:
+        self.examples, self.optim, self.pad, self.multiple = examples, optim, pad, multiple
         self.steps = total_steps(len(examples), optim)
         self.indices = order(len(examples), seed, self.steps * optim.batch_size)
 
     def __len__(self) -> int:
         return len(self.indices) // self.optim.micro_batch_size
 
+    def sha256(self) -> str:
+        """Hash of what is trained on: the tokens and labels of every item, and their order."""
+        content = hashlib.sha256(array.array("q", self.indices).tobytes())
+        for example in self.examples:
+            content.update(array.array("q", [len(example.ids), *example.ids, *example.labels]).tobytes())
+        return content.hexdigest()
+
     def __getitem__(self, place: int) -> dict[str, Tensor]:
-        return collate([self.examples[index] for index in self.items_of(place)], self.pad)
+        return collate([self.examples[index] for index in self.items_of(place)], self.pad, self.multiple)
 
     def items_of(self, place: int) -> list[int]:
         """Indices of the items in micro-batch number `place`."""
@@ -125,12 +152,13 @@ class MicroBatches(Dataset[dict[str, Tensor]]):
         return chosen[part * micro : (part + 1) * micro]
 
 
-def collate(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
+def collate(examples: Sequence[Example], pad: int, multiple: int = 1) -> dict[str, Tensor]:
     """Tensors (B, T) `input_ids`, `attention_mask`, `position_ids` and `labels`, padded on the left.
 
+    T is the longest item's number of tokens, rounded up to a multiple of `multiple`.
     With padding on the left all answers end at the same place, so logits are only needed for the last few positions.
     """
-    length = max(len(example.ids) for example in examples)
+    length = -(-max(len(example.ids) for example in examples) // multiple) * multiple
     gaps = [length - len(example.ids) for example in examples]
     ids_BT = torch.tensor([[pad] * gap + list(example.ids) for gap, example in zip(gaps, examples, strict=True)])
     mask_BT = torch.tensor([[0] * gap + [1] * (length - gap) for gap in gaps])

@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from lm_eval.tasks import TaskManager
 from transformers import GenerationConfig
 
 from dora_lab.spec import Spec
-from dora_lab.store import RunDir
+from dora_lab.store import RunDir, read_stream, write_text
 from dora_lab.tasks import ItemError, load_task, prompt
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ FILTER = "first"
 
 
 class Stopped(KeyboardInterrupt):
-    """The evaluation was asked to stop; nothing of it is kept."""
+    """The evaluation was asked to stop; rows of whole tasks are kept, and the next call goes on after them."""
 
 
 def evaluate(
@@ -62,19 +63,53 @@ def evaluate(
     (binomial, n - 1), n, n_unparsed (None for loglikelihood), chance, majority (share of the most frequent answer),
     the hash of all prompts, and `correct`, one character 0 or 1 per item in order; writes samples for re-grading.
     The mean is the paper's: over tasks, each with the same weight. Raises ItemError for a prompt that is too long.
+    Rows that are there already, of the same questions, are kept: a task is evaluated by itself, so that its numbers do
+    not depend on which others were done in one go.
     """
-    means = {}
+    asked = _questions(spec, items)
     for protocol in spec.evaluation.protocols:
-        scored = _questions(spec, items)
-        _refuse_too_long(spec, model, tokenizer, scored, protocol)
+        _refuse_too_long(spec, model, tokenizer, asked, protocol)
+    todo = [(protocol, task) for protocol in spec.evaluation.protocols for task in asked]
+    rows = _kept(run, todo, asked)
+    batches = [_batches(spec, protocol, asked[task]) for protocol, task in todo]
+    for place, (protocol, task) in enumerate(todo[len(rows) :], start=len(rows)):
+
+        def tell(done: int, before: int = sum(batches[:place])) -> None:
+            if progress:
+                progress(before + done, sum(batches))
+
         with _undisturbed(model, tokenizer), _quiet():
-            samples = _run(spec, model, tokenizer, scored, protocol, stop, progress)
-        rows = [_row(task, protocol, samples[task], scored[task]) for task in scored]
-        for row in rows:
-            _write_samples(run, row, samples[row["task"]])
-            run.append("eval", row)
-        means[protocol] = sum(row["value"] for row in rows) / len(rows)
-    return means
+            samples = _run(spec, model, tokenizer, task, asked[task], protocol, stop, tell)
+        row = _row(task, protocol, samples, asked[task])
+        _write_samples(run, row, samples)
+        run.append("eval", row)
+        rows.append(row)
+    return {
+        protocol: sum(row["value"] for row in rows if row["protocol"] == protocol) / len(asked)
+        for protocol in spec.evaluation.protocols
+    }
+
+
+def _kept(run: RunDir, todo: list[tuple[str, str]], asked: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of an evaluation that was cut short: those of the first of `todo`; none if any is of other questions."""
+    rows = read_stream(run.path, "eval")
+    fits = len(rows) <= len(todo) and all(
+        (row["protocol"], row["task"]) == pair
+        and (row["n"], row["prompt_sha256"]) == (len(asked[row["task"]]), _prompt_hash(asked[row["task"]]))
+        for row, pair in zip(rows, todo, strict=False)
+    )
+    if not fits:
+        run.cut("eval")
+    return rows if fits else []
+
+
+def _prompt_hash(questions: list[dict[str, Any]]) -> str:
+    return hashlib.sha256("\0".join(question["prompt"] for question in questions).encode()).hexdigest()
+
+
+def _batches(spec: Spec, protocol: str, questions: list[dict[str, Any]]) -> int:
+    requests = len(questions) if protocol == "generate" else sum(len(question["options"]) for question in questions)
+    return math.ceil(requests / spec.evaluation.batch_size)
 
 
 def _questions(spec: Spec, items: dict[str, list[Item]]) -> dict[str, list[dict[str, Any]]]:
@@ -129,22 +164,22 @@ def _run(
     spec: Spec,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    asked: dict[str, list[dict[str, Any]]],
+    task: str,
+    questions: list[dict[str, Any]],
     protocol: str,
     stop: threading.Event | None,
-    progress: Progress | None,
-) -> dict[str, list[dict[str, Any]]]:
-    """Samples per task: index, prompt, output, parsed, gold, correct."""
-    configurations = [_configuration(spec, task, questions, protocol, tokenizer) for task, questions in asked.items()]
+    tell: Callable[[int], None],
+) -> list[dict[str, Any]]:
+    """Samples: index, prompt, output, parsed, gold, correct."""
+    configuration = _configuration(spec, task, questions, protocol, tokenizer)
     manager = TaskManager(include_defaults=False)
-    requests = sum(len(q) if protocol == "generate" else len(q) * len(q[0]["options"]) for q in asked.values())
-    lm = _Model(model, tokenizer, spec.evaluation.batch_size, requests, stop, progress)
+    lm = _Model(model, tokenizer, spec.evaluation.batch_size, _batches(spec, protocol, questions), stop, tell)
     # `evaluate`, not `simple_evaluate`: the latter reseeds every generator and collects the machine's environment
     result = evaluator.evaluate(
-        lm=lm, task_dict=cast(Any, manager.load(cast(Any, configurations))), bootstrap_iters=0, log_samples=True
+        lm=lm, task_dict=cast(Any, manager.load(cast(Any, [configuration]))), bootstrap_iters=0, log_samples=True
     )
     logged = cast("dict[str, list[dict[str, Any]]]", cast(Any, result)["samples"])
-    return {task: [_sample(task, entry, protocol) for entry in logged[task]] for task in asked}
+    return [_sample(task, entry, protocol) for entry in logged[task]]
 
 
 def _configuration(
@@ -222,7 +257,7 @@ def _row(task: str, protocol: str, samples: list[dict[str, Any]], asked: list[di
         "n_unparsed": sum(sample["parsed"] is None for sample in samples) if protocol == "generate" else None,
         "chance": sum(1 / len(question["options"]) for question in asked) / n,
         "majority": max(golds.count(gold) for gold in set(golds)) / n,
-        "prompt_sha256": hashlib.sha256("\0".join(sample["prompt"] for sample in samples).encode()).hexdigest(),
+        "prompt_sha256": _prompt_hash(samples),
         "correct": "".join(str(int(sample["correct"])) for sample in samples),
     }
 
@@ -230,7 +265,7 @@ def _row(task: str, protocol: str, samples: list[dict[str, Any]], asked: list[di
 def _write_samples(run: RunDir, row: dict[str, Any], samples: list[dict[str, Any]]) -> None:
     run.samples.mkdir(parents=True, exist_ok=True)
     file = run.samples / f"{row['task']}.{row['protocol']}.jsonl"
-    file.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples), encoding="utf-8")
+    write_text(file, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
 
 
 # a decorator hides HFLM's type: to type checkers the class is a bare `LM`
@@ -242,12 +277,11 @@ class _Model(cast(Any, HFLM)):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int,
-        requests: int,
+        batches: int,
         stop: threading.Event | None,
-        progress: Progress | None,
+        tell: Callable[[int], None],
     ) -> None:
-        self._stop, self._progress, self._done = stop, progress, 0
-        self._batches = -(-requests // batch_size)
+        self._stop, self._tell, self._done, self._batches = stop, tell, 0, batches
         super().__init__(
             pretrained=model,
             tokenizer=cast(Any, tokenizer),
@@ -270,7 +304,8 @@ class _Model(cast(Any, HFLM)):
             self.model.generate(
                 input_ids=context,
                 max_length=max_length,
-                pad_token_id=self.tokenizer.pad_token_id,
+                # what fills an answer that ended early; a padding token that is an ordinary one would be decoded
+                pad_token_id=self.tokenizer.eos_token_id,
                 use_cache=True,
                 **{name: value for name, value in kwargs.items() if name != "temperature"},
             ),
@@ -284,8 +319,7 @@ class _Model(cast(Any, HFLM)):
         if self._stop is not None and self._stop.is_set():
             raise Stopped("stopped while evaluating")
         self._done += 1
-        if self._progress:
-            self._progress(min(self._done, self._batches), self._batches)
+        self._tell(min(self._done, self._batches))
 
 
 @contextlib.contextmanager

@@ -38,9 +38,10 @@ from torch import Tensor
 
 from dora_lab import load
 from dora_lab.checkpoints.pairs import LowRank, Matrix, Tuned, Update, matrices, open_tuned, steps_of
-from dora_lab.checkpoints.shards import CheckpointError, Shards, refuse_changed
+from dora_lab.checkpoints.shards import Shards, refuse_changed
 from dora_lab.decompose import Change, Products, along_of, dots, exactly, factored, row
 from dora_lab.dynamics import Dynamics
+from dora_lab.files import CheckpointError
 
 BLOCK = 2**19  # numbers of the base at a time: a block and its change stay in a core's cache
 

@@ -24,7 +24,7 @@ from dora_lab.adapters import AdaptedLinear
 from dora_lab.adapters._layers import Opaque, kind_of
 from dora_lab.adapters.dora import DoraLinear, MagnitudeLinear
 from dora_lab.adapters.lora import LoraLinear
-from dora_lab.decompose import Change, change, factored_change, row, squares
+from dora_lab.decompose import Change, change, factored_change, row, squares, wide
 from dora_lab.spec import did_you_mean
 
 LLAMA_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -91,7 +91,10 @@ class DecompositionCallback(TrainerCallback):
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> list[dict[str, Any]]:
-        """One row per watched matrix, now; `begin` has to be called before. Keys: see `measure`, from `module` on.
+        """One row per watched matrix, now; `begin` has to be called before.
+
+        Keys: see `measure`, from `module` on; delta_m_in and delta_d_in are delta_m and delta_d with one magnitude per
+        input feature, the other axis.
 
         With sharded weights every process has to call this; all but the first get no rows.
         """
@@ -103,22 +106,32 @@ class DecompositionCallback(TrainerCallback):
         for layer in layers:
             found = self._change(layer, first)
             if found is not None:
-                rows.append(row(layer.name, found[0], "out", found[1]))
+                across = row(layer.name, found[2], "in", None)
+                sides = {f"{name}_in": across[name] for name in ("delta_m", "delta_d")}
+                rows.append(row(layer.name, found[0], "out", found[1]) | sides)
         return rows
 
-    def _change(self, layer: Layer, first: bool) -> tuple[Change, Tensor | None] | None:
-        """The change of a layer and its magnitude, if it has one; None where this process only helps to gather."""
+    def _change(self, layer: Layer, first: bool) -> tuple[Change, Tensor | None, Change] | None:
+        """The change of a layer, its magnitude, if it has one, and the change by the other axis.
+
+        None where this process only helps to gather.
+        """
         W0_OI = self._start(layer) if layer.trained is not None else layer.W0_OI()
         m_O = None if layer.magnitude is None else layer.magnitude()
         if layer.factors is None:
             W_OI = layer.dense() if layer.dense is not None else layer.W0_OI()
-            return (change(W0_OI.to(W_OI.device), W_OI), m_O) if first else None
+            W0_OI = W0_OI.to(W_OI.device)
+            return (change(W0_OI, W_OI), m_O, change(W0_OI, W_OI, axis="in")) if first else None
         A_RI, B_OR, s = layer.factors()
         if not first:
             return None
         if layer.name not in self._squares:
             self._squares[layer.name] = squares(W0_OI)
-        return factored_change(W0_OI, A_RI, B_OR, s, m_O, self._squares[layer.name]), m_O
+        found = factored_change(W0_OI, A_RI, B_OR, s, m_O, self._squares[layer.name])
+        W_OI = torch.addmm(wide(W0_OI), B_OR.to(wide(W0_OI)), A_RI.to(wide(W0_OI)), alpha=s)
+        if m_O is not None:
+            W_OI *= (m_O / found.norm.masked_fill(found.norm == 0, 1.0)).to(W_OI)[:, None]
+        return found, m_O, change(W0_OI, W_OI, axis="in")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,12 +1,13 @@
 """Spec to run directory: skips what is complete, resumes what was interrupted, starts anew what failed.
 
+Under `torchrun` all processes call `run_spec` with the same specs; the first one locks and writes the directory.
+
 Torch is imported only when there is something to run. Several runs at once: see `workers.run_many`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
 import threading
 import time
 import traceback
@@ -15,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_lab import load, provenance
+from dora_lab import load, provenance, ranks, snapshots
 from dora_lab.spec import Spec
-from dora_lab.store import STREAMS, RunDir, StoreError, read_record, run_path
+from dora_lab.store import Follower, ResumeError, RunDir, StoreError, read_record, run_path, write_text
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -33,6 +34,7 @@ class Paths:
     results: Path  # results folder; runs go to its `runs/<experiment>/<spec_id>`
     data_dir: Path | None = None  # folder of the data source "llm_adapters"
     model_dir: Path | None = None  # saved model to use instead of the package's or the hub's
+    adapter_dir: Path | None = None  # folder of the adapter that `model.adapter` names
 
 
 def is_complete(spec: Spec, paths: Paths) -> bool:
@@ -51,29 +53,52 @@ def run_spec(
     stop: threading.Event | None = None,
     progress: Progress | None = None,
     checkpoint_steps: int | None = None,
+    allow_pickle: bool = False,
 ) -> str:
     """Run `spec` to its end in this process and return the status, "complete".
 
-    An exception is recorded (status failed, or interrupted for KeyboardInterrupt and its kind) and raised again.
-    A failed run starts anew, an interrupted or killed one goes on from its last checkpoint, and a complete one of other
-    inputs (the embedded world or base has changed since) is replaced.
+    An exception is recorded (status failed; interrupted for KeyboardInterrupt and its kind, a disk that is full, and
+    inputs that have changed) and raised again. A failed run starts anew, an interrupted or killed one goes on from its
+    last checkpoint, and a complete one of other inputs (the embedded world or base has changed since) is replaced.
+    allow_pickle: read the adapter that `model.adapter` names from a pickled file (tensors only) if it has no other.
+    Raises LockedError, naming the holder, if another process is at it.
     """
-    if is_complete(spec, paths):
+    ranks.start(gpu=spec.tier == "paper")
+    if ranks.share(ranks.first() and is_complete(spec, paths)):
         return "complete"
-    _clear(spec, paths)
-    with RunDir.open(paths.results, spec) as run:
-        if run.complete:  # another process finished it meanwhile
-            return "complete"
+    with _open(spec, paths) as run:
+        if run.complete:
+            if is_complete(spec, paths):  # another process finished it meanwhile
+                return "complete"
+            run.restart("it was complete, of inputs that have changed since")
         try:
             with _threads(spec):
-                _fill(spec, paths, run, stop, progress or (lambda *_: None), checkpoint_steps)
+                _fill(spec, paths, run, stop, progress or (lambda *_: None), checkpoint_steps, allow_pickle)
         except Exception:
-            (run.path / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            if ranks.first():
+                with contextlib.suppress(OSError):
+                    write_text(run.path / "traceback.txt", traceback.format_exc())
             raise
-        (run.path / "traceback.txt").unlink(missing_ok=True)
-        run.finish("complete")
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        if ranks.first():
+            (run.path / "traceback.txt").unlink(missing_ok=True)
+            run.finish("complete")
+            snapshots.clear(run.checkpoints)
     return "complete"
+
+
+def _open(spec: Spec, paths: Paths) -> RunDir:
+    """The run directory, locked by the first process; the others follow it, or fail with it."""
+    if ranks.size() == 1:
+        return RunDir.open(paths.results, spec)
+    run, problem = None, None
+    if ranks.first():
+        try:
+            run = RunDir.open(paths.results, spec)
+        except StoreError as error:
+            problem = error
+    if problem := ranks.share(problem):
+        raise problem
+    return run or Follower.open(paths.results, spec)
 
 
 def _fill(
@@ -83,27 +108,35 @@ def _fill(
     stop: threading.Event | None,
     progress: Progress,
     checkpoint_steps: int | None,
+    allow_pickle: bool,
 ) -> None:
     import torch
 
-    from dora_lab.adapters import inject, merge
+    from dora_lab.adapters import merge
     from dora_lab.evaluate import evaluate
 
     provenance.reset_peak_memory()
     clock = _Clock(run)
     progress("load", 0, 0, None)
     with clock("load"):
-        run.record(code=provenance.code(), machine=provenance.machine(), packages=provenance.packages())
+        inputs = load.fingerprints(spec, paths.data_dir, paths.model_dir, paths.adapter_dir)
+        _compare(run, inputs)
         items = load.items(spec, paths.data_dir)
-        inputs = load.fingerprints(spec, paths.data_dir, paths.model_dir)
         model, tokenizer = load.model_and_tokenizer(spec, paths.model_dir)
         # the small tier runs on the processor everywhere, so that its numbers can be compared
         model.to("cuda" if spec.tier == "paper" and torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         base = load.model_folder(spec.model, paths.model_dir)
         run.record(
-            inputs={**inputs, "items": items.counts(), "pad_token": tokenizer.pad_token},
-            params=inject(model, spec.method, spec.seed),
+            inputs={
+                **inputs,
+                "items": items.counts(),
+                "sources": list(items.sources),
+                "pad_token": tokenizer.pad_token,
+                "tokens": load.token_policy(tokenizer),
+            },
+            params=_adapt(model, spec, paths, allow_pickle),
             device=torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
+            processes=ranks.size(),
         )
     if spec.optim is not None:
         from dora_lab.train import train
@@ -120,11 +153,14 @@ def _fill(
                 callbacks,
                 checkpoint_steps,
             )
-            _save_adapter(model, spec, run)
+            if ranks.first():
+                _save_adapter(model, spec, run)
         run.record(training=summary)
+    if not ranks.first():
+        return
     with clock("evaluate"):
-        run.truncate("eval", lambda _: False)  # rows of an evaluation that was cut short
-        if spec.model.dtype == "float32":  # merging rounds in narrower types
+        weights = spec.evaluation.weights
+        if weights == "merged" or (weights == "exact" and spec.model.dtype == "float32"):  # narrower types round
             merge(model, keep=False)
         evaluate(
             spec,
@@ -136,6 +172,20 @@ def _fill(
             lambda done, of: progress("evaluate", done, of, None),
         )
     run.record(peak_memory_bytes=provenance.peak_memory_bytes())
+
+
+def _adapt(model: PreTrainedModel, spec: Spec, paths: Paths, allow_pickle: bool) -> dict[str, int]:
+    """Put the adapter on: a new one to be trained, or the saved one that `model.adapter` names."""
+    from dora_lab.adapters import inject
+
+    params = inject(model, spec.method, spec.seed)
+    if spec.model.adapter is None:
+        return params
+    from dora_lab.checkpoints import load_adapter
+
+    load_adapter(model, load.adapter_folder(spec.model, paths.adapter_dir), allow_pickle=allow_pickle)
+    counted = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return {"trainable": sum(n for n, trained in counted if trained), "total": sum(n for n, _ in counted)}
 
 
 @contextlib.contextmanager
@@ -206,7 +256,11 @@ def _initial(files: dict[str, safe_open], name: str, spec: Spec) -> Any:
 def _save_adapter(model: PreTrainedModel, spec: Spec, run: RunDir) -> None:
     """What was trained, in forms that others read: a PEFT folder, or the model where all of it was trained."""
     from dora_lab.adapters import adapted
+    from dora_lab.adapters.dora import unmoved
     from dora_lab.checkpoints import save_adapter
+
+    if (name := unmoved(model)) is not None:
+        raise RuntimeError(f"'{name}': A and B were trained, the magnitude never moved: the optimiser does not have it")
 
     if any(True for _ in adapted(model)):
         save_adapter(model, run.adapter, base_name=spec.model.name)
@@ -216,25 +270,22 @@ def _save_adapter(model: PreTrainedModel, spec: Spec, run: RunDir) -> None:
 
 def _changed_inputs(spec: Spec, paths: Paths, record: dict[str, Any]) -> bool:
     then = record.get("inputs") or {}
-    now = load.fingerprints(spec, paths.data_dir, paths.model_dir)
+    now = load.fingerprints(spec, paths.data_dir, paths.model_dir, paths.adapter_dir)
     return any(now[name] != then.get(name) for name in now)
 
 
-def _clear(spec: Spec, paths: Paths) -> None:
-    """Remove what must not be gone on with: a run that failed, or one of inputs that have changed since."""
-    path = run_path(paths.results, spec)
-    try:
-        record = read_record(path)
-    except StoreError:
-        return  # none yet, or damaged: opening it says so
-    known = "inputs" in record
-    if record["status"] == "complete":
-        shutil.rmtree(path)  # `is_complete` was false, so its inputs are others
-    elif record["status"] == "failed" or (known and _changed_inputs(spec, paths, record)):
-        with RunDir.open(paths.results, spec) as run:
-            for stream in STREAMS:
-                run.truncate(stream, lambda _: False)
-            for folder in (run.checkpoints, run.samples, run.adapter):
-                shutil.rmtree(folder, ignore_errors=True)
-            run.record(seconds=None)
-            run.finish("interrupted", "cleared to start anew")
+def _compare(run: RunDir, inputs: dict[str, Any]) -> None:
+    """Refuse to go on with other inputs, and note other code: the record of a run has to be true of all of it."""
+    if not ranks.first():
+        return
+    now = {"code": provenance.code(), "packages": provenance.packages()}
+    then = read_record(run.path)
+    known = {name: value for name, value in (then.get("inputs") or {}).items() if name in inputs}
+    if differing := snapshots.differences(known, {name: inputs[name] for name in known}, "inputs."):
+        raise ResumeError(
+            f"{run.path} was begun with something else: {'; '.join(differing)}. Put it back, or remove the folder to "
+            "start anew"
+        )
+    if "code" in then and (changed := snapshots.differences({name: then.get(name) for name in now}, now)):
+        run.note(f"went on with other code or packages: {'; '.join(changed)}")
+    run.record(**now, machine=provenance.machine())

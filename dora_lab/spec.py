@@ -40,6 +40,11 @@ class Model(_Checked):
     name: str  # "mini" = the embedded base; else a hub id, or the id of a local folder
     revision: str | None = None  # hub commit, or the fingerprint of a local folder; None for the embedded base
     dtype: str = "float32"  # torch dtype name of the frozen weights
+    # own: the tokenizer's pad token, else <unk>, else its end; zero: the token of id 0, as released (in Llama 3 an
+    # ordinary one). Padding is masked everywhere: neither reaches a result
+    pad: Literal["own", "zero"] = field(default="own", metadata={"since": 3})
+    adapter: str | None = field(default=None, metadata={"since": 3})  # folder name or hub id of a saved adapter on it
+    adapter_revision: str | None = field(default=None, metadata={"since": 3})  # hub commit, or the folder's fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,14 @@ class Data(_Checked):
     cutoff: int = 256  # tokens per training item
     train_on_prompt: bool = False  # True: loss on the prompt's tokens too
     eval_name: str | None = None  # data source of the evaluation (as `name`); None = the same
+    # what an item of more than `cutoff` tokens loses; prompt: the head of its prompt, never of its answer; right: its
+    # last tokens, as released
+    truncation: Literal["prompt", "right"] = field(default="prompt", metadata={"since": 3})
+    # end-of-sequence token after the answer; if_shorter: only where fewer than `cutoff` tokens stand, as released
+    eos: Literal["always", "if_shorter"] = field(default="always", metadata={"since": 3})
+    # validation items; per_task: evenly from each task's file; mixed: as released, `train_test_split(seed=42)` of all
+    holdout: Literal["per_task", "mixed"] = field(default="per_task", metadata={"since": 3})
+    pad_to_multiple_of: int = field(default=1, metadata={"since": 3})  # length of a training batch; 8 as released
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +123,9 @@ class Evaluation(_Checked):
     num_beams: int = 1  # beams of "generate"; 1 = greedy
     max_new_tokens: int = 32  # tokens of "generate"
     batch_size: int = 32  # items per forward (padding can change the last bits of a logit)
+    # the adapter while evaluating; exact: merged into float32, where that costs only last bits, else unmerged; merged:
+    # into whatever `model.dtype` is, rounded, as released
+    weights: Literal["exact", "merged", "unmerged"] = field(default="exact", metadata={"since": 3})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +219,12 @@ def _value_rules(spec: Spec) -> list[Rule]:
         ("experiment", spec.experiment, spec.experiment.isidentifier(), "the name of a Python file, without .py"),
         ("seed", spec.seed, 0 <= spec.seed < 2**31, "in 0 .. 2^31 - 1"),
         ("model.name", spec.model.name, bool(spec.model.name), "not empty"),
+        (
+            "model.adapter",
+            spec.model.adapter,
+            not spec.model.adapter or spec.method.name == "base",
+            "None for training",
+        ),
         ("model.dtype", spec.model.dtype, spec.model.dtype in DTYPES, "one of " + ", ".join(DTYPES)),
         ("data.tasks", data.tasks, bool(data.tasks) and len(set(data.tasks)) == len(data.tasks), "distinct, not empty"),
         ("data.cutoff", data.cutoff, data.cutoff >= 1, "at least 1"),
@@ -210,6 +232,7 @@ def _value_rules(spec: Spec) -> list[Rule]:
         ("evaluation.protocols", evaluation.protocols, known and once, "distinct ones of " + ", ".join(PROTOCOLS)),
     ]
     counts = {
+        "data.pad_to_multiple_of": data.pad_to_multiple_of,
         "data.train_items": data.train_items,
         "data.test_items": data.test_items,
         "evaluation.num_beams": evaluation.num_beams,

@@ -1,28 +1,48 @@
 """The run directory: written by one process at a time, read back without torch (standard library only).
 
 Layout, under a results folder `root`: ``runs/<experiment>/<spec_id>/`` with ``record.json`` (what the run was and how
-it ended), the append-only streams ``metrics.jsonl``, ``probe.jsonl``, ``eval.jsonl``, and ``samples/``,
-``checkpoints/``, ``adapter/``. A missing value is null: NaN and infinity are refused on the way in.
+it ended), the append-only streams ``metrics.jsonl``, ``probe.jsonl``, ``timing.jsonl``, ``eval.jsonl``, and
+``samples/``, ``checkpoints/``, ``adapter/``. A missing value is null: NaN and infinity are refused on the way in.
+Wall time has a stream of its own, so that the others are the same, byte for byte, however often a run was cut short.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import math
 import os
+import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from dora_lab.spec import Spec, did_you_mean, from_dict, spec_id, to_dict
+from dora_lab.files import parse_json
+from dora_lab.spec import Spec, SpecError, did_you_mean, from_dict, spec_id, to_dict
 
 SCHEMA = 1
-STREAMS = ("metrics", "probe", "eval")
+STREAMS = ("metrics", "probe", "timing", "eval")
 ENDINGS = ("complete", "failed", "interrupted")
+_NUMBER, _MAYBE = (int, float), (int, float, type(None))
+_REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {  # what a reader needs of a row
+    "metrics": {"step": (int,)},
+    "probe": {"step": (int,), "module": (str,), "kind": (str,), "delta_m": _NUMBER, "delta_d": _NUMBER},
+    "eval": {"task": (str,), "protocol": (str,), "metric": (str,), "value": _MAYBE, "n": (int,)},
+}
+_OPTIONAL: dict[str, dict[str, tuple[type, ...]]] = {  # of these types where they are there
+    "metrics": dict.fromkeys(("tokens", "loss", "eval_loss", "learning_rate", "grad_norm", "seconds"), _MAYBE),
+    "probe": dict.fromkeys(("layer", "fraction", "relative_change"), _MAYBE),
+    "eval": {
+        **dict.fromkeys(("stderr", "n_unparsed", "chance", "majority"), _MAYBE),
+        **dict.fromkeys(("correct", "prompt_sha256"), (str, type(None))),
+    },
+}
 OWN_FIELDS = ("schema", "spec", "spec_id", "status", "error", "notes")  # of record.json, written by RunDir alone
 
 log = logging.getLogger(__name__)
@@ -36,11 +56,19 @@ class LockedError(StoreError):
     """Another process is writing to the run directory."""
 
 
+class ResumeError(StoreError):
+    """What is there cannot be gone on with: it is of other inputs; says what differs. Nothing was changed."""
+
+
+# what a run cannot help and a later call may find mended: the run is interrupted, not failed, and keeps its checkpoints
+OUTSIDE = (KeyboardInterrupt, SystemExit, OSError, ResumeError)
+
+
 class RunDir:
     """One run directory, locked and open for writing; use ``with RunDir.open(root, spec) as run``.
 
-    Leaving the block without `finish` marks the run: `interrupted` (Ctrl-C, or nothing said), `failed` (an exception,
-    whose text becomes the error). A complete run is never written to: check `complete` after opening.
+    Leaving the block without `finish` marks the run: `interrupted` (Ctrl-C, a full disk, nothing said), `failed` (any
+    other exception, whose text becomes the error). A complete run is never written to: check `complete` after opening.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,14 +83,18 @@ class RunDir:
     def open(cls, root: Path, spec: Spec) -> RunDir:
         """Lock, repair and open the directory of `spec` under the results folder `root`, creating it at need.
 
-        A new run's status is `running`, and so again is that of a run that failed or was interrupted; `complete` stays.
-        Raises LockedError if another process holds it, StoreError if its record is of another spec or is damaged.
+        A new run's status is `running`, and so again is that of an interrupted run, which goes on, and of a failed one,
+        which starts from nothing; `complete` stays. Raises LockedError if another process holds it, StoreError if its
+        record is of another spec or is damaged, or the folder cannot be written.
         """
         run = cls(run_path(root, spec))
-        run.path.mkdir(parents=True, exist_ok=True)
-        run._lock, note = _acquire(run.path / "lock")
         try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            run._lock, note = _acquire(run.path / "lock")
             run._start(spec, note)
+        except OSError as error:
+            run.close()
+            raise StoreError(f"{run.path} cannot be written: {error.strerror}; choose another --results") from None
         except BaseException:
             run.close()
             raise
@@ -76,6 +108,10 @@ class RunDir:
                 raise StoreError(f"{self.path / 'record.json'} is of another spec; move that directory away")
         if self.complete:
             return
+        for left in self.path.glob(".*.tmp"):  # of a process that was killed while replacing a file
+            left.unlink()
+        if self._record.get("status") == "failed":
+            self._wipe()
         notes = [*self._record.get("notes", []), *([note] if note else [])]
         notes += [repaired for name in STREAMS if (repaired := _repair(self.path / f"{name}.jsonl"))]
         for text in notes[len(self._record.get("notes", [])) :]:
@@ -83,16 +119,37 @@ class RunDir:
         self._record = {**self._record, **wanted, "notes": notes}
         _write_json(self.path / "record.json", self._record)
 
+    def restart(self, reason: str) -> None:
+        """Drop all that the run has so far (another package version made it, say) and start from nothing.
+
+        A crash in between leaves a failed run, which starts from nothing as well.
+        """
+        kept = {name: self._record[name] for name in ("schema", "spec", "spec_id")}
+        self._record = {**kept, "status": "failed", "error": f"starting anew: {reason}", "notes": [reason]}
+        _write_json(self.path / "record.json", self._record)
+        self._wipe()
+        self._record = {**self._record, "status": "running", "error": None}
+        _write_json(self.path / "record.json", self._record)
+
+    def _wipe(self) -> None:
+        for name in STREAMS:
+            (self.path / f"{name}.jsonl").unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.samples, self.adapter):
+            shutil.rmtree(folder, ignore_errors=True)
+        self._record = {name: value for name, value in self._record.items() if name in OWN_FIELDS}
+
     def __enter__(self) -> RunDir:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
             if self.status == "running":
-                if kind is not None and not issubclass(kind, KeyboardInterrupt | SystemExit):
-                    self.finish("failed", f"{kind.__name__}: {error}")
+                if kind is None:
+                    self.finish("interrupted", "the run was left unfinished")
                 else:
-                    self.finish("interrupted", kind.__name__ if kind else "the run was left unfinished")
+                    words = f"{kind.__name__}: {error}" if str(error) else kind.__name__
+                    with contextlib.suppress(OSError):  # on a full disk: `running` without a lock says as much
+                        self.finish("interrupted" if issubclass(kind, OUTSIDE) else "failed", words)
         finally:
             self.close()
 
@@ -107,22 +164,54 @@ class RunDir:
         return self._record.get("status") == "complete"
 
     def append(self, stream: str, row: dict[str, Any]) -> None:
-        """Add one row to ``<stream>.jsonl`` (metrics, probe or eval), flushed to the operating system.
+        """Add one row to ``<stream>.jsonl`` (metrics, probe, timing or eval), flushed to the operating system.
 
-        Raises StoreError for NaN, infinity or a value that JSON does not know, naming the field.
+        Raises StoreError for NaN, infinity or a value that JSON does not know, naming the field; OSError where it
+        cannot be written: then the stream is as it was before.
         """
         file = self._writable(stream)
         text = _dumps(row, str(file))
-        with file.open("a", encoding="utf-8") as out:
-            out.write(text + "\n")
+        size = file.stat().st_size if file.exists() else 0
+        try:
+            with file.open("a", encoding="utf-8") as out:
+                out.write(text + "\n")
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(file, size)
+            raise
 
-    def truncate(self, stream: str, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Keep only the rows for which `keep` is true (on resume: those up to the checkpoint); atomic."""
+    def marks(self) -> dict[str, dict[str, Any]]:
+        """Bytes and SHA-256 of each stream as it is now, brought to the disk first: what a checkpoint belongs to."""
+        found = {}
+        for name in STREAMS:
+            file = self.path / f"{name}.jsonl"
+            if file.exists():
+                fsync(file)
+            content = file.read_bytes() if file.exists() else b""
+            found[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        return found
+
+    def strayed(self, marks: Mapping[str, Mapping[str, Any]]) -> str | None:
+        """The first stream that does not begin with what `marks` saw (rows were lost or changed), or None."""
+        for name, mark in marks.items():
+            file = self.path / f"{name}.jsonl"
+            begin = file.read_bytes()[: mark["bytes"]] if file.exists() else b""
+            if hashlib.sha256(begin).hexdigest() != mark["sha256"]:
+                return name
+        return None
+
+    def cut(self, stream: str, size: int = 0) -> None:
+        """Keep the first `size` bytes of a stream, a mark's: what came after it is about to be done again."""
         file = self._writable(stream)
-        rows = read_stream(self.path, stream)
-        kept = [row for row in rows if keep(row)]
-        if len(kept) < len(rows):
-            _write_text(file, "".join(_dumps(row, str(file)) + "\n" for row in kept))
+        if file.exists() and file.stat().st_size > size:
+            os.truncate(file, size)
+
+    def note(self, text: str) -> None:
+        """Add a line to the record's notes: what a reader should know of how the run went."""
+        self._refuse_if_closed()
+        log.warning("%s: %s", self.path, text)
+        self._record = {**self._record, "notes": [*self._record.get("notes", []), text]}
+        _write_json(self.path / "record.json", self._record)
 
     def record(self, **values: Any) -> None:
         """Merge fields into record.json, atomically; a dict is merged into the dict that is there, key by key.
@@ -140,7 +229,10 @@ class RunDir:
         self._record = merged
 
     def finish(self, status: str, error: str | None = None) -> None:
-        """End the run as complete, failed or interrupted; a failure needs its error text, a success has none."""
+        """End the run as complete, failed or interrupted; a failure needs its error text, a success has none.
+
+        The record of a complete run holds the `marks` of its streams, so that a change of them later is seen.
+        """
         if status not in ENDINGS:
             raise StoreError(f"{self.path}: unknown status '{status}'; {did_you_mean(status, ENDINGS)}")
         if (status == "failed" and not error) or (status == "complete" and error):
@@ -148,17 +240,16 @@ class RunDir:
                 f"{self.path}: status '{status}' with error {error!r}; a failure, and only it, has an error"
             )
         self._refuse_if_closed()
-        for name in STREAMS:  # rows reach the disk before the record says that they are whole
-            if (file := self.path / f"{name}.jsonl").exists():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        self._record = {**self._record, "status": status, "error": error}
+        marks = self.marks()  # rows reach the disk before the record says that they are whole
+        more = {"streams": marks} if status == "complete" else {}
+        self._record = {**self._record, **more, "status": status, "error": error}
         _write_json(self.path / "record.json", self._record)
 
     def close(self) -> None:
         """Give the lock back; the directory stays as it is."""
         if self._lock is not None:
-            os.unlink(self.path / "lock")
+            with contextlib.suppress(OSError):  # gone already, or the disk is read-only by now: the kernel's lock ends
+                os.unlink(self.path / "lock")
             self._lock.close()
             self._lock = None
 
@@ -175,8 +266,42 @@ class RunDir:
         return self.path / f"{stream}.jsonl"
 
 
+class Follower(RunDir):
+    """A run directory as the further processes of one distributed run have it: read, never written.
+
+    The first process holds the lock and writes everything once.
+    """
+
+    @classmethod
+    def open(cls, root: Path, spec: Spec) -> Follower:
+        """The directory of `spec`; nothing is locked or created."""
+        run = cls(run_path(root, spec))
+        run._record = {"status": "running"}
+        return run
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        pass
+
+    def append(self, stream: str, row: dict[str, Any]) -> None:
+        """Nothing: the first process writes it."""
+
+    def cut(self, stream: str, size: int = 0) -> None:
+        """Nothing: the first process does it."""
+
+    def note(self, text: str) -> None:
+        """Nothing: the first process writes it."""
+
+    def record(self, **values: Any) -> None:
+        """Nothing: the first process writes it."""
+
+    def finish(self, status: str, error: str | None = None) -> None:
+        """Nothing: the first process does it."""
+
+
 def run_path(root: Path, spec: Spec) -> Path:
     """Where the run of `spec` lies under the results folder `root`; whether or not it exists."""
+    if not spec.experiment.isidentifier():  # it names a folder
+        raise SpecError(f"experiment = {spec.experiment!r}: must be the name of a Python file, without .py")
     return Path(root) / "runs" / spec.experiment / spec_id(spec)
 
 
@@ -184,16 +309,29 @@ def read_record(path: Path) -> dict[str, Any]:
     """The record of the run directory `path`; raises StoreError if there is none, or it is damaged or too new."""
     file = Path(path) / "record.json"
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = parse_json(file.read_bytes())
     except FileNotFoundError:
         raise StoreError(f"{file} does not exist; is this a run directory?") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise StoreError(f"{file} is not JSON ({error}); restore it or remove the run directory") from None
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         schema = record.get("schema") if isinstance(record, dict) else None
         raise StoreError(f"{file}: schema {schema!r}, this version reads {SCHEMA}; update dora_lab")
     if missing := [name for name in ("spec", "spec_id", "status", "error") if name not in record]:
         raise StoreError(f"{file}: field '{missing[0]}' is missing; restore it or remove the run directory")
+    if record["status"] not in ("running", *ENDINGS):
+        raise StoreError(f"{file}: unknown status {record['status']!r}; {did_you_mean(str(record['status']), ENDINGS)}")
+    try:
+        found = spec_id(from_dict(record["spec"]))
+    except SpecError as error:
+        raise StoreError(f"{file}: {error}; restore it, or update dora_lab") from None
+    if found != record["spec_id"]:
+        raise StoreError(f"{file}: spec_id {record['spec_id']!r:.40}, but its spec is {found}: restore it")
+    for name in ("code", "inputs", "machine", "packages", "params", "seconds"):
+        if not isinstance(record.get(name) or {}, dict):
+            raise StoreError(f"{file}: field '{name}' is no JSON object; restore it or remove the run directory")
+    if wrong := [name for name, count in (record.get("params") or {}).items() if type(count) is not int]:
+        raise StoreError(f"{file}: field 'params.{wrong[0]}' is no whole number; restore it")
     return record
 
 
@@ -212,7 +350,7 @@ def read_stream(path: Path, name: str) -> list[dict[str, Any]]:
     whole, _, _ = file.read_bytes().rpartition(b"\n")
     for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
         try:
-            row = json.loads(line, parse_constant=_refuse_constant)
+            row = parse_json(line)
         except ValueError as error:
             raise StoreError(f"{file}, line {number}: {error}; restore the file or run again") from None
         if not isinstance(row, dict):
@@ -221,14 +359,45 @@ def read_stream(path: Path, name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def read_rows(path: Path, name: str) -> list[dict[str, Any]]:
+    """`read_stream`, and every row has the fields that tables and figures read, of their types.
+
+    Raises StoreError naming file, line and field; for eval also where `correct` and `value` contradict each other, and
+    for a stream that has changed since the run was finished.
+    """
+    rows = read_stream(path, name)
+    file = Path(path) / f"{name}.jsonl"
+    wanted = stream_hash(read_record(path), name) if (Path(path) / "record.json").exists() else None
+    if wanted not in (None, hashlib.sha256(file.read_bytes() if file.exists() else b"").hexdigest()):
+        raise StoreError(f"{file}: is not what it was when the run was finished; restore the file or run again")
+    for number, row in enumerate(rows, start=1):
+        where = f"{Path(path) / f'{name}.jsonl'}, line {number}"
+        optional = {field: kinds for field, kinds in _OPTIONAL.get(name, {}).items() if field in row}
+        for field, kinds in (_REQUIRED.get(name, {}) | optional).items():
+            value = row.get(field, row)  # a field that is not there has no value of any of these types
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                value = row.get(field)
+                raise StoreError(f"{where}: field '{field}' = {value!r:.60}; restore the file or run again")
+        if name == "eval" and row["metric"] == "accuracy" and isinstance(text := row.get("correct"), str):
+            value, n = row["value"], row["n"]
+            if len(text) != n or set(text) - {"0", "1"} or value is None or abs(text.count("1") - value * n) > 1e-6 * n:
+                raise StoreError(
+                    f"{where}: value {value} of n {n} is not what its {len(text)} answers say; restore the file"
+                )
+    return rows
+
+
+def stream_hash(record: Mapping[str, Any], name: str) -> str | None:
+    """SHA-256 that a stream had when the run was finished; None where the record does not say."""
+    marks = record.get("streams")
+    mark = marks.get(name) if isinstance(marks, dict) else None
+    return mark.get("sha256") if isinstance(mark, dict) else None
+
+
 def iter_runs(root: Path, experiment: str | None = None) -> Iterator[tuple[Path, dict[str, Any]]]:
     """(run directory, record) of every run under the results folder `root`, sorted; of one experiment if named."""
     for file in sorted((Path(root) / "runs").glob(f"{experiment or '*'}/*/record.json")):
         yield file.parent, read_record(file.parent)
-
-
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a value")
 
 
 def _dumps(row: Any, where: str) -> str:
@@ -256,22 +425,32 @@ def _culprit(value: Any, path: str) -> tuple[str, Any] | None:
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:
     _dumps(value, str(file))
-    _write_text(file, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+    write_text(file, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
 
-def _write_text(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
     """Replace `file` whole: a reader, or a crash at any moment, sees the old text or the new."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, file)
-    folder = os.open(file.parent, os.O_RDONLY)  # the renaming itself must reach the disk too
     try:
-        os.fsync(folder)
+        with temporary.open("w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    fsync(file.parent)  # the renaming itself must reach the disk too
+
+
+def fsync(path: Path) -> None:
+    """Bring a file's content, or a folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def _repair(file: Path) -> str | None:
@@ -317,7 +496,8 @@ def _acquire(file: Path) -> tuple[IO[str], str | None]:
         handle.close()  # the kernel's lock may not reach over hosts, so its word is not enough
         raise LockedError(f"{file.parent} is locked by {_describe(owner)}; if it has ended, remove {file}")
     handle.truncate(0)
-    json.dump({"host": here, "pid": os.getpid()}, handle)
+    since = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    json.dump({"host": here, "pid": os.getpid(), "since": since}, handle)
     handle.flush()
     return handle, f"taken over from {_describe(owner)}, which had ended without closing it" if owner else None
 
@@ -332,4 +512,7 @@ def _owner(handle: IO[str]) -> dict[str, Any] | None:
 
 
 def _describe(owner: dict[str, Any] | None) -> str:
-    return f"process {owner.get('pid')} on host {owner.get('host')}" if owner else "another process"
+    if not owner:
+        return "another process"
+    since = f" since {owner['since']}" if "since" in owner else ""
+    return f"process {owner.get('pid')} on host {owner.get('host')}{since}"

@@ -2,21 +2,20 @@
 
 Differences from the Trainer's own ways, each for a reason:
 - data order from (seed, epoch) alone, never a global generator: resume is bit-exact;
-- a NaN or infinite loss or gradient ends the run at that step; the Trainer would log 0.0 and go on;
-- the loss is the mean over all answer tokens of an optimiser step, however it is cut into micro-batches;
-- checkpoints hold the trainable weights only, are renamed into place when whole, and are checked by hash on resume.
+- a NaN or infinite loss, gradient or weight ends the run at that step; the Trainer would log 0.0 and go on;
+- the loss is the mean over all answer tokens of an optimiser step, however it is cut into micro-batches and processes;
+- checkpoints hold the trainable weights only, and are whole, ours and unchanged or not resumed: see `snapshots`.
+
+Under `torchrun` the processes share the micro-batches of every step (DDP); the first one writes.
 
 Shape suffixes: B items, K last positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
+import contextlib
 import math
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -31,25 +30,24 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from dora_lab import ranks
 from dora_lab.batches import IGNORED, Example, MicroBatches, collate, encode
 from dora_lab.load import Items
-from dora_lab.spec import Optim, Spec, spec_id
-from dora_lab.store import RunDir, read_stream
+from dora_lab.snapshots import Snapshots, read_manifest, step_of
+from dora_lab.spec import Optim, Spec, SpecError, to_dict
+from dora_lab.store import RunDir, fsync, read_record, read_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int, int, float], None]  # step, steps in all, loss
 CHECKPOINT_STEPS = 500  # at most so many optimiser steps are lost by a crash; short runs have four checkpoints
-KEPT_CHECKPOINTS = 2  # an older one is there if the newest turns out to be damaged
 WEIGHTS = "model.safetensors"  # the Trainer looks for a file of this name before it resumes
-MANIFEST = "manifest.json"
-
-log = logging.getLogger(__name__)
+TRAINED_STREAMS = ("metrics", "probe", "timing")
 
 
 class NonFiniteError(ArithmeticError):
-    """Loss or gradient became NaN or infinite; says at which step and for which items."""
+    """Loss, gradient or weights became NaN or infinite; says at which step and for which items."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -70,27 +68,31 @@ def train(
     """Fine-tune `model` in place as `spec` says, resuming from the newest whole checkpoint of `run`.
 
     Parameters that require a gradient are trained; adapters are to be injected before. Appends rows to the streams
-    metrics (step, tokens, loss in nats per token, learning_rate, grad_norm, seconds; and step, eval_loss) of `run`;
-    rows after the resumed step are dropped, from probe too. Returns what belongs into the record: `steps`, `tokens`,
-    `shortened` items, `resumed_from` (step or None), `kept_step`. Raises NonFiniteError, ItemError, Interrupted.
+    metrics (step, tokens, loss in nats per token, learning_rate, grad_norm; and step, eval_loss) and timing (step,
+    seconds of training so far) of `run`; what they and the probe hold beyond the resumed step is dropped, and with it
+    the rows of an evaluation, unless all steps are done. Returns what belongs into the record: `steps`, `tokens`,
+    `shortened` items, `resumed_from` (step or None), `kept_step`. Raises NonFiniteError, ItemError, Interrupted,
+    ResumeError for a checkpoint of something else, SaveError where a checkpoint cannot be written.
     """
     if spec.optim is None:
         raise ValueError(f"method '{spec.method.name}' has optim None and is not trained")
     encoded = encode(items.train, spec.data, tokenizer)
     held = encode(items.validation, spec.data, tokenizer)
-    batches = MicroBatches(encoded.examples, spec.optim, spec.seed, cast(int, tokenizer.pad_token_id))
+    batches = MicroBatches(
+        encoded.examples, spec.optim, spec.seed, cast(int, tokenizer.pad_token_id), spec.data.pad_to_multiple_of
+    )
     arguments = _arguments(spec, batches.steps, run.checkpoints, model, checkpoint_steps)
-    trainer = _Trainer(spec, model, batches, held.examples, run, arguments, progress)
+    snapshots = Snapshots(run, _made_of(spec, run, batches))
+    trainer = _Trainer(spec, model, batches, held.examples, run, snapshots, arguments, progress)
     for callback in callbacks:
         trainer.add_callback(callback)
-    trainer.add_callback(_Stop(stop))
-    checkpoint = trainer.newest_checkpoint()
-    step = _step(checkpoint) if checkpoint else 0
-    for stream in ("metrics", "probe"):
-        run.truncate(stream, lambda row: row["step"] <= step)
-    trainer.continue_counts(read_stream(run.path, "metrics"))
+    trainer.add_callback(_Watch(trainer, stop))
+    checkpoint = ranks.share(_resume(run, snapshots, batches.steps) if ranks.first() else None)
+    step = step_of(checkpoint) if checkpoint else 0
+    trainer.continue_counts()
     if step < batches.steps:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with ranks.connected():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.state.global_step < batches.steps:
             raise Interrupted(f"stopped at step {trainer.state.global_step} of {batches.steps}")
     elif checkpoint:
@@ -99,9 +101,33 @@ def train(
         "steps": batches.steps,
         "tokens": trainer.tokens,
         "shortened": encoded.shortened,
+        "answers_cut": encoded.answers_cut,
         "resumed_from": step or None,
         "kept_step": trainer.keep(spec.optim),
     }
+
+
+def _made_of(spec: Spec, run: RunDir, batches: MicroBatches) -> dict[str, Any]:
+    """All that a checkpoint's numbers depend on; it is resumed by nothing else."""
+    inputs = read_record(run.path).get("inputs") or {}
+    return {
+        "spec": to_dict(spec),
+        "inputs": {name: inputs[name] for name in ("model", "data") if name in inputs},
+        "items_sha256": batches.sha256(),
+        "steps": batches.steps,
+        "processes": ranks.size(),
+    }
+
+
+def _resume(run: RunDir, snapshots: Snapshots, steps: int) -> Path | None:
+    """The checkpoint to go on from, with the run's streams as they were when it was written."""
+    checkpoint = snapshots.newest()
+    manifest = read_manifest(checkpoint)[0] if checkpoint else None
+    for stream in TRAINED_STREAMS:
+        run.cut(stream, manifest["streams"][stream]["bytes"] if manifest else 0)
+    if not checkpoint or step_of(checkpoint) < steps:
+        run.cut("eval")
+    return checkpoint
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -115,10 +141,17 @@ def _arguments(
     spec: Spec, steps: int, folder: Path, model: PreTrainedModel, checkpoint_steps: int | None
 ) -> TrainingArguments:
     optim = cast(Optim, spec.optim)
+    parts = optim.batch_size // optim.micro_batch_size
+    if parts % ranks.size():
+        raise SpecError(
+            f"optim.batch_size / optim.micro_batch_size = {parts} micro-batches cannot be shared by {ranks.size()} "
+            "processes; start a number of processes that divides it or lower optim.micro_batch_size"
+        )
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=1,  # one entry of the dataset is a whole micro-batch
-        gradient_accumulation_steps=optim.batch_size // optim.micro_batch_size,
+        gradient_accumulation_steps=parts // ranks.size(),
+        ddp_find_unused_parameters=False,
         max_steps=steps,
         learning_rate=optim.learning_rate,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(optim.schedule, optim.schedule),
@@ -146,14 +179,20 @@ def _arguments(
     )
 
 
-class _Stop(TrainerCallback):
-    """Ends training after the step in which `stop` was set, with a checkpoint."""
+class _Watch(TrainerCallback):
+    """Refuses weights that became NaN; ends training after the step in which `stop` was set, with a checkpoint."""
 
-    def __init__(self, stop: threading.Event | None) -> None:
-        self.stop = stop
+    def __init__(self, trainer: _Trainer, stop: threading.Event | None) -> None:
+        self.trainer, self.stop = trainer, stop
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.trainer.refuse_weights()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.stop is not None and self.stop.is_set():
+        asked = self.stop is not None and self.stop.is_set()
+        if any(ranks.total([asked], args.device)):  # all processes end at the same step
             control.should_save = control.should_training_stop = True
 
 
@@ -167,12 +206,13 @@ class _Trainer(Trainer):
         batches: MicroBatches,
         held: list[Example],
         run: RunDir,
+        snapshots: Snapshots,
         arguments: TrainingArguments,
         progress: Progress | None,
     ) -> None:
         self.spec, self.run, self.batches, self.held, self.progress = spec, run, batches, held, progress
-        self.network = model
-        self.tokens, self.seconds, self._since = 0, 0.0, time.monotonic()
+        self.network, self.snapshots = model, snapshots
+        self.tokens, self._since = 0, time.monotonic()
         super().__init__(
             model=model,
             args=arguments,
@@ -182,18 +222,28 @@ class _Trainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
+        if ranks.size() > 1:  # the processes draw dropout for items of their own
+            torch.manual_seed(spec.seed * ranks.size() + ranks.rank())
 
-    def continue_counts(self, rows: list[dict[str, Any]]) -> None:
-        """Go on counting tokens and seconds from the metrics rows that are there."""
-        last = next((row for row in reversed(rows) if "tokens" in row), None)
-        self.tokens, self.seconds = (last["tokens"], last["seconds"]) if last else (0, 0.0)
-        self._since = time.monotonic() - self.seconds
+    def continue_counts(self) -> None:
+        """Go on counting tokens and seconds from the rows that are there."""
+        rows = [row for row in read_stream(self.run.path, "metrics") if "tokens" in row]
+        times = read_stream(self.run.path, "timing")
+        self.tokens = rows[-1]["tokens"] if rows else 0
+        self._since = time.monotonic() - (times[-1]["seconds"] if times else 0.0)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.batches)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        return sum(batch["labels"].ne(IGNORED).sum() for batch in batch_samples)
+        """Labelled tokens of the whole step, as a process's share of them: DDP averages over processes."""
+        labelled = sum(batch["labels"].ne(IGNORED).sum() for batch in batch_samples)
+        read = sum(int(batch["attention_mask"].sum()) for batch in batch_samples)
+        if ranks.size() > 1:
+            labelled, read = ranks.total([int(labelled), read], device)
+            labelled = labelled / ranks.size()
+        self.tokens += read
+        return labelled
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # not recorded, and counting parameters takes longer than a small step
@@ -217,9 +267,9 @@ class _Trainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch forward and backward; raises NonFiniteError before the optimiser can spread a NaN."""
-        self.tokens += int(inputs["attention_mask"].sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._refuse(loss, "loss")
+        if ranks.size() == 1:  # else its gradient reaches all processes, and all end together
+            self._refuse(loss, "loss")
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -228,30 +278,41 @@ class _Trainer(Trainer):
             self._refuse(torch.as_tensor(norm), "gradient norm")
         return norm
 
+    def refuse_weights(self) -> None:
+        """Raise NonFiniteError, naming them, if the step has made trained weights NaN or infinite."""
+        weights = {name: weight for name, weight in self.network.named_parameters() if weight.requires_grad}
+        if torch.isfinite(nn.utils.get_total_norm(list(weights.values()))):
+            return
+        for name, weight in weights.items():  # the norm of large weights may overflow, so each is looked at
+            for value in weight.detach()[~torch.isfinite(weight)][:1]:
+                self._refuse(value, f"weight '{name}'")
+
     def _refuse(self, value: Tensor, what: str) -> None:
         if not torch.isfinite(value):
             step = self.state.global_step
-            parts = self.args.gradient_accumulation_steps
+            parts = self.args.gradient_accumulation_steps * ranks.size()
             items = sorted(item for part in range(parts) for item in self.batches.items_of(step * parts + part))
+            saved = [folder.name for folder in self.snapshots.all()]
             raise NonFiniteError(
                 f"{what} is {value.item()} at step {step + 1}, training items {items}; "
                 f"lower optim.learning_rate = {self.args.learning_rate} or look at these items"
+                + (f"; the last finite weights are in checkpoints/{saved[-1]}" if saved else "")
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One row of metrics.jsonl per logged step; the Trainer's own history would grow with every checkpoint."""
         if "loss" not in logs:
             return
-        self.seconds = time.monotonic() - self._since
         row = {
             "step": self.state.global_step,
             "tokens": self.tokens,
             "loss": logs["loss"],
             "learning_rate": logs["learning_rate"],
             "grad_norm": float(logs["grad_norm"]),
-            "seconds": round(self.seconds, 3),
         }
         self.run.append("metrics", row)
+        seconds = round(time.monotonic() - self._since, 3)
+        self.run.append("timing", {"step": self.state.global_step, "seconds": seconds})
         if self.progress:
             self.progress(self.state.global_step, self.state.max_steps, logs["loss"])
 
@@ -263,7 +324,9 @@ class _Trainer(Trainer):
         total, count = 0.0, 0
         with torch.no_grad():
             for start in range(0, len(self.held), micro):
-                inputs = self._prepare_inputs(collate(self.held[start : start + micro], self.batches.pad))
+                inputs = self._prepare_inputs(
+                    collate(self.held[start : start + micro], self.batches.pad, self.batches.multiple)
+                )
                 tokens = int(inputs["labels"].ne(IGNORED).sum())
                 with self.compute_loss_context_manager():
                     total += float(self.compute_loss(self.network, cast(Any, inputs))) * tokens
@@ -272,7 +335,8 @@ class _Trainer(Trainer):
         loss = total / count
         self._refuse(torch.tensor(loss), "validation loss")
         self.run.append("metrics", {"step": self.state.global_step, "eval_loss": loss})
-        if cast(Optim, self.spec.optim).keep == "best_loss" and self._best_step() == self.state.global_step:
+        best = cast(Optim, self.spec.optim).keep == "best_loss" and ranks.first()
+        if best and self._best_step() == self.state.global_step:
             self._write_weights(self._best_file(self.state.global_step))
         return {"eval_loss": loss}
 
@@ -280,6 +344,7 @@ class _Trainer(Trainer):
         """Load the weights that the run is judged by; returns the step they are of."""
         if optim.keep == "last":
             return self.batches.steps
+        ranks.barrier()  # the first process has written the last row
         best = self._best_step()
         if best is None:
             raise ValueError(f"optim.keep is best_loss, but training ended before eval_steps = {optim.eval_steps}")
@@ -295,8 +360,9 @@ class _Trainer(Trainer):
 
     def _write_weights(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.partial")
+        partial = file.with_name(f".{file.name}.tmp")
         save_file(trainable(self.network), partial)
+        fsync(partial)
         os.replace(partial, file)
 
     def load_trainable(self, file: Path) -> None:
@@ -314,73 +380,31 @@ class _Trainer(Trainer):
         self.load_trainable(Path(resume_from_checkpoint) / WEIGHTS)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self._write_weights(Path(cast(str, output_dir)) / WEIGHTS)
+        if ranks.first():
+            self._write_weights(Path(cast(str, output_dir)) / WEIGHTS)
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self.run.checkpoints / ".partial")  # _save_checkpoint moves it out when it is whole
+        return str(self.snapshots.partial)  # from where it is moved when it is whole
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        name = f"checkpoint-{self.state.global_step}"
-        partial = self.run.checkpoints / ".partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        super()._save_checkpoint(model, trial)
-        files = {file.name: _sha256(file) for file in sorted((partial / name).iterdir())}
-        (partial / name / MANIFEST).write_text(json.dumps({"spec_id": spec_id(self.spec), "files": files}))
-        for file in (partial / name).iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        shutil.rmtree(self.run.checkpoints / name, ignore_errors=True)
-        os.replace(partial / name, self.run.checkpoints / name)
-        for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
-        self._drop_beaten()
+        step = self.state.global_step
+        size = sum(weight.numel() * weight.element_size() for weight in trainable(self.network).values())
+        # weights and AdamW's two moments, in float32 where that is wider, and the rest
+        room = 3 * 4 * max(1, size // 4) + (2 << 20)
+        best = self._best_step() if cast(Optim, self.spec.optim).keep == "best_loss" else None
+        beside = [self._best_file(best)] if best is not None else []
+        with self.snapshots.writing(step, room, beside) if ranks.first() else contextlib.nullcontext():
+            ranks.barrier()  # the folder is there
+            super()._save_checkpoint(model, trial)
+            ranks.barrier()  # every process has written its random state
+        ranks.barrier()
+        if ranks.first():
+            self._drop_beaten()
 
     def _drop_beaten(self) -> None:
-        """Best weights that no resume can need: beaten before the oldest checkpoint that is kept."""
-        oldest = _step(self._checkpoints()[0])
-        rows = [row for row in read_stream(self.run.path, "metrics") if "eval_loss" in row]
-        needed = {row["step"] for row in rows if row["step"] > oldest}
-        early = [row for row in rows if row["step"] <= oldest]
-        needed |= {min(early, key=lambda row: (row["eval_loss"], row["step"]))["step"]} if early else set()
+        """Best weights that no checkpoint needs: each names the best of its time."""
+        kept = [read_manifest(folder)[0] for folder in self.snapshots.all()]
+        needed = {name for manifest in kept if manifest for name in manifest["beside"]}
         for file in self.run.checkpoints.glob("best-*.safetensors"):
-            if int(file.stem.split("-")[1]) not in needed:
+            if file.name not in needed:
                 file.unlink()
-
-    def _checkpoints(self) -> list[Path]:
-        return sorted(self.run.checkpoints.glob("checkpoint-*"), key=_step)
-
-    def newest_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is whole and of this spec; damaged ones are removed with a warning."""
-        for folder in reversed(self._checkpoints()):
-            problem = _damage(folder, self.spec)
-            if problem is None:
-                return folder
-            log.warning("%s: %s; it is removed, an older one or none is used", folder, problem)
-            shutil.rmtree(folder)
-        return None
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
-
-
-def _damage(folder: Path, spec: Spec) -> str | None:
-    """What keeps a checkpoint from being resumed, or None."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return "no readable manifest (killed while saving)"
-    if manifest["spec_id"] != spec_id(spec):
-        return f"of another spec, {manifest['spec_id']}"
-    for name, wanted in manifest["files"].items():
-        if not (folder / name).exists() or _sha256(folder / name) != wanted:
-            return f"{name} is missing or changed"
-    return None
-
-
-def _sha256(file: Path) -> str:
-    content = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            content.update(block)
-    return content.hexdigest()

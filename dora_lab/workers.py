@@ -1,7 +1,10 @@
 """Several runs at once: worker processes that stay (importing torch takes longer than a small run's loading).
 
 The parent never imports torch. It hands a worker one spec after the other as lines of JSON and reads events back. A
-worker is stopped with SIGTERM or by closing its input: the run in it is saved and marked `interrupted`.
+worker is stopped with SIGTERM or by closing its input: the run in it is saved and marked `interrupted`. A run that
+another process holds is put off and asked for again, so that two calls side by side share the work.
+
+Under `torchrun` there are no workers: all its processes do one run after the other together.
 """
 
 from __future__ import annotations
@@ -23,13 +26,14 @@ from typing import IO, Any, cast
 
 from tqdm import tqdm
 
-from dora_lab import provenance
+from dora_lab import provenance, ranks
 from dora_lab.run import Paths, is_complete, run_spec
 from dora_lab.spec import Spec, from_dict, spec_id, to_dict
-from dora_lab.store import read_record, run_path
+from dora_lab.store import OUTSIDE, LockedError, read_record, run_path
 
 BAR = "{desc:42}{bar}{n_fmt}/{total_fmt}"
 GRACE = 60.0  # seconds that a worker gets to save its run after it was asked to stop
+AGAIN = 2.0  # seconds until a run that another process holds is asked for again
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Outcome:
     """How one spec of `run_many` ended."""
 
     spec: Spec
-    status: str  # complete, skipped (was complete before), failed, interrupted
+    status: str  # complete, skipped (was complete before, or done by another process meanwhile), failed, interrupted
     seconds: float = 0.0
     error: str | None = None
 
@@ -46,11 +50,14 @@ def run_many(specs: Sequence[Spec], paths: Paths, jobs: int | None = None, quiet
     """Run all `specs`, `jobs` at a time (None: one per core, one in all for the paper tier), and say how each ended.
 
     Complete runs are skipped; a failed one does not stop the others. Ctrl-C or SIGTERM interrupts those that run (the
-    next call resumes them) and raises nothing: their outcome is "interrupted", as is that of those not begun. `quiet`
-    None shows progress bars on a terminal, else one line for each run that ends.
+    next call resumes them) and raises nothing: their outcome is "interrupted", as is that of those not begun. A run
+    that another process is at is waited for at the end and "skipped" once that one has done it. `quiet` None shows
+    progress bars on a terminal, else one line for each run that ends.
     """
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs = {jobs} must be at least 1")
+    if ranks.size() > 1:
+        return _together(specs, paths)
     outcomes = {spec_id(spec): Outcome(spec, "skipped") for spec in specs if is_complete(spec, paths)}
     todo = [spec for spec in specs if spec_id(spec) not in outcomes]
     if todo:
@@ -68,6 +75,25 @@ def describe(spec: Spec) -> str:
     return f"{spec.method.name}{rank}{model} seed {spec.seed}"
 
 
+def _together(specs: Sequence[Spec], paths: Paths) -> list[Outcome]:
+    """The specs one after the other in this process and its fellows; after one that does not end well, no more."""
+    stop = threading.Event()
+    outcomes: list[Outcome] = []
+    with _on_signals(stop.set):
+        for spec in specs:
+            since = time.monotonic()
+            if outcomes and outcomes[-1].status != "complete":
+                outcomes.append(Outcome(spec, "interrupted", error="not begun"))
+                continue
+            try:
+                status, error = run_spec(spec, paths, stop=stop), None
+            except BaseException as reason:
+                status = "interrupted" if isinstance(reason, OUTSIDE) else "failed"
+                error = f"{type(reason).__name__}: {reason}"
+            outcomes.append(Outcome(spec, status, time.monotonic() - since, error))
+    return outcomes
+
+
 class _Pool:
     def __init__(self, todo: Sequence[Spec], paths: Paths, count: int, screen: _Screen, threads: int | None) -> None:
         self.waiting = list(reversed(todo))
@@ -77,20 +103,23 @@ class _Pool:
         self.count = count
         self.workers: list[_Worker] = []
         self.stopping_since: float | None = None
+        self.put_off: list[tuple[float, Spec]] = []  # held by another process: when to ask again
+        self.told: set[str] = set()
 
     def run(self) -> dict[str, Outcome]:
         with _on_signals(self._stop):
             try:
                 for place in range(self.count):
                     self._start(place)
-                while any(worker.busy for worker in self.workers):
+                while any(worker.busy for worker in self.workers) or (self.put_off and not self.stopping_since):
                     with contextlib.suppress(queue.Empty):  # a short wait, so that signals are noticed
                         self._handle(*self.events.get(timeout=0.2))
+                    self._ask_again()
                     self._kill_late()
             finally:
                 for worker in self.workers:
                     worker.close()
-        for spec in self.waiting:
+        for spec in [*self.waiting, *(spec for _, spec in self.put_off)]:
             self.outcomes[spec_id(spec)] = Outcome(spec, "interrupted", error="not begun")
         return self.outcomes
 
@@ -105,17 +134,39 @@ class _Pool:
         else:
             worker.busy = None
 
+    def _ask_again(self) -> None:
+        """Runs that another process held, where a worker has nothing else to do."""
+        for worker in self.workers:
+            due = [entry for entry in self.put_off if entry[0] <= time.monotonic()]
+            if worker.busy or not due or self.stopping_since is not None:
+                continue
+            self.put_off.remove(due[0])
+            if is_complete(due[0][1], self.paths):
+                self._finish(worker, due[0][1], "skipped", None)
+            else:
+                worker.give(due[0][1], self.paths)
+
+    def _put_off(self, spec: Spec, holder: str) -> None:
+        if spec_id(spec) not in self.told:
+            self.told.add(spec_id(spec))
+            self.screen.say(f"{describe(spec)}: put off, {holder}")
+        self.put_off.append((time.monotonic() + AGAIN, spec))
+
     def _handle(self, worker: _Worker, event: dict[str, Any] | None) -> None:
         spec = worker.busy
         if spec is None:
             return
         if event is None:  # its output ended: the process is gone
             self._finish(worker, spec, "interrupted", f"the worker process ended: {worker.last_words()}")
-            worker.busy = None
-            if self.waiting and self.stopping_since is None:
+            worker.close()
+            self.workers.remove(worker)
+            if (self.waiting or self.put_off) and self.stopping_since is None:
                 self._start(worker.place)
         elif event["event"] == "progress":
             self.screen.progress(worker.place, spec, event)
+        elif event["status"] == "locked":
+            self._put_off(spec, event["error"])
+            self._next(worker)
         else:
             self._finish(worker, spec, event["status"], event.get("error"))
             self._next(worker)
@@ -214,7 +265,7 @@ class _Screen:
         self.done += 1
         self.whole.update()
         self.each[place].set_description_str("")
-        if not self.bars or outcome.status == "failed":
+        if not self.bars or outcome.error:
             where = run_path(paths.results, outcome.spec)
             problem = f": {outcome.error} ({where})" if outcome.error else ""
             ended = f"{outcome.status}, {outcome.seconds:.0f} s{problem}"
@@ -293,7 +344,9 @@ def _one(spec: Spec, paths: Paths, stop: threading.Event, answers: IO[str]) -> d
 
     try:
         return {"status": run_spec(spec, paths, stop=stop, progress=progress)}
-    except (KeyboardInterrupt, SystemExit) as reason:
+    except LockedError as reason:
+        return {"status": "locked", "error": str(reason)}
+    except OUTSIDE as reason:
         return {"status": "interrupted", "error": str(reason)}
     except Exception as error:
         with contextlib.suppress(Exception):  # the record's words where the run got as far as having one

@@ -22,7 +22,7 @@ import random
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,17 @@ from typing import Any
 import torch
 
 from dora_lab import provenance
-from dora_lab.adapters import inject
+from dora_lab.adapters import _products, inject
 from dora_lab.spec import Method
 from dora_lab.store import StoreError
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL = ("ours/lora", "ours/dora", "peft/lora", "peft/dora")
 DROPPED = ("ours/lora", "ours/dora", "ours/dora-branch", "peft/lora", "peft/dora")
+# "ours/dora-<form>": fields of the method
+FORMS: dict[str, dict[str, Any]] = {
+    "": {}, "branch": {"dropout_form": "branch"}, "graph": {"detach_norm": False}, "triton": {},
+}  # fmt: skip
 ROUNDS, BUDGET = 30, 60.0  # steps of every contender of a cell, or as many as fit into these seconds (at least 5)
 
 
@@ -50,7 +54,7 @@ class Cell:
     dropout: float = 0.0
     accumulation: int = 1  # forwards and backwards per optimiser step
     mode: str = "train"  # or "evaluate": no gradients, model.eval()
-    measure: str = "seconds"  # or "bytes": peak memory of a step
+    measure: str = "seconds"  # or "bytes", peak memory of a step; "total_bytes", with what lies there before it
     contenders: tuple[str, ...] = ALL
     intermediate: int | None = None  # default: 2.75 x hidden
     layers: int = 2
@@ -61,6 +65,7 @@ class Cell:
     def name(self) -> str:
         """What `--only` looks at, and the key of a record."""
         size = f"h{self.hidden}" + (f"x{self.intermediate}" if self.intermediate else "")
+        size += f"x{self.layers}" if self.layers > 2 else ""
         parts = [self.measure, self.mode, size, f"t{self.tokens}", f"r{self.rank}", f"p{self.dropout:g}"]
         return "-".join([*parts, f"a{self.accumulation}", self.dtype])
 
@@ -73,20 +78,26 @@ def cells() -> list[Cell]:
     found += [Cell(h, 512, dropout=0.05, contenders=DROPPED) for h in (512, 1024)]
     found += [Cell(h, 1, mode="evaluate") for h in (512, 1024)]
     found += [Cell(1024, 512, measure="bytes", contenders=(*ALL, "ft"))]
-    return [*found, Cell(1024, 512, dropout=0.05, measure="bytes", contenders=DROPPED)]
+    found += [Cell(1024, 512, dropout=0.05, measure="bytes", contenders=DROPPED)]
+    return found + [Cell(1024, 512, measure=measure, dtype="bfloat16") for measure in ("seconds", "bytes")]
 
 
 def gpu_cells() -> list[Cell]:
-    """The cells of `make bench-gpu`: one decoder layer of LLaMA-7B's and of LLaMA-3-8B's shape."""
+    """The cells of `make bench-gpu`: one decoder layer of LLaMA-7B's and of LLaMA-3-8B's shape, and table 7.
+
+    Table 7 (the norm in the graph or not: 37.3 and 28.2 GB in all) is of LLaMA-7B whole, with random weights, rank 32.
+    """
     shapes: tuple[dict[str, Any], ...] = (
         {"hidden": 4096, "intermediate": 11008, "heads": 32, "key_value_heads": 32},
         {"hidden": 4096, "intermediate": 14336, "heads": 32, "key_value_heads": 8},
     )
-    return [
+    found = [
         Cell(tokens=4096, rank=rank, measure=measure, layers=1, dtype="bfloat16", dropout=dropout, **shape,
-             contenders=DROPPED if dropout else ALL)
+             contenders=DROPPED if dropout else (*ALL, "ours/dora-graph", "ours/dora-triton", "ft"))
         for shape in shapes for rank in (16, 32, 64, 384) for dropout in (0.0, 0.05) for measure in ("seconds", "bytes")
     ]  # fmt: skip
+    whole = Cell(tokens=1024, rank=32, layers=32, dtype="float16", contenders=(*ALL, "ours/dora-graph"), **shapes[0])
+    return [*found, replace(whole, measure="total_bytes")]
 
 
 class Contender:
@@ -104,7 +115,7 @@ class Contender:
         whose, _, method = name.partition("/")
         if whose == "ours":
             kind, _, form = method.partition("-")
-            fields: dict[str, Any] = {"dropout_form": form} if form else {}
+            fields = FORMS[form]
             shape = {"rank": cell.rank, "alpha": 2.0 * cell.rank, "dropout": cell.dropout}
             inject(model, Method(name=kind, target_modules=TARGETS, **shape, **fields), seed=0)
         elif whose == "peft":
@@ -120,6 +131,7 @@ class Contender:
         elif name != "ft":
             raise ValueError(f"unknown contender '{name}'")
         self.cell, self.device, self.model = cell, device, model.train(cell.mode == "train")
+        self.fused = name.endswith("-triton")
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
         length = min(cell.tokens, 512)
@@ -127,6 +139,7 @@ class Contender:
 
     def step(self) -> None:
         """An optimiser step, or a forward in evaluation."""
+        _products.FUSED = self.fused
         if self.cell.mode == "evaluate":
             with torch.no_grad():
                 self.model(input_ids=self.ids, use_cache=False)
@@ -150,12 +163,12 @@ class Contender:
         return time.perf_counter() - start
 
     def bytes(self) -> int:
-        """Peak memory of a step above what is there before it."""
+        """Peak memory of a step above what is there before it; of measure "total_bytes" (a GPU's), all of it."""
         for _ in range(2):
             self.step()
         if self.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            before = 0 if self.cell.measure == "total_bytes" else torch.cuda.memory_allocated()
             self.step()
             return torch.cuda.max_memory_allocated() - before
         provenance.reset_peak_memory()
@@ -166,7 +179,7 @@ class Contender:
 
 def measure(cell: Cell, device: str = "cpu", rounds: int = ROUNDS, budget: float = BUDGET) -> dict[str, list[float]]:
     """What every contender of a cell took, in the same order of rounds: seconds of a step, or bytes (one number)."""
-    if cell.measure == "bytes":
+    if cell.measure != "seconds":
         return {name: [_bytes_in_a_process(name, cell, device)] for name in cell.contenders}
     there = {name: Contender(name, cell, device) for name in cell.contenders}
     taken: dict[str, list[float]] = {name: [] for name in there}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
+import subprocess
+import sys
 from typing import Any
 
 import peft
@@ -14,8 +17,8 @@ from torch import Tensor, nn
 
 import dora_lab
 from dora_lab import adapters
-from dora_lab.adapters import AdaptedLinear, adapted, dora, inject, methods
-from dora_lab.adapters._products import Decomposed
+from dora_lab.adapters import AdaptedLinear, _products, adapted, dora, inject, methods
+from dora_lab.adapters._products import Blocked, Decomposed
 from dora_lab.adapters.dora import DoraLinear
 from dora_lab.adapters.lora import LoraLinear
 from dora_lab.decompose import magnitude
@@ -622,3 +625,85 @@ def test_bfloat16_is_no_further_from_the_truth_than_peft() -> None:
             for key, one in (("ours", narrow), ("theirs", twin)):
                 errors[key].append((one(x).double() - expected).square().mean().sqrt().item())
     assert sum(errors["ours"]) <= sum(errors["theirs"]), errors
+
+
+# --- a base narrower than its adapter: `Blocked`
+
+
+@pytest.mark.parametrize("second", [True, False])
+@pytest.mark.parametrize("through_norm", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck_of_blocks(second: bool, through_norm: bool, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_products.TOKENS, "cpu", 64)  # 16 tokens at a time
+    layer = DoraLinear(nn.Linear(5, 4, bias=bias).double(), method("dora", rank=3), torch.Generator())
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(3, 7, 5, dtype=torch.float64, requires_grad=True)
+    fixed_O = layer._norm()
+
+    def output(x: Tensor, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
+        norm_O = magnitude(layer.weight + layer.scaling * (B @ A)).detach() if through_norm else fixed_O
+        torch.manual_seed(1)  # one mask for all evaluations
+        return Blocked.apply(
+            x, layer.weight, layer.bias, A, B, m, norm_O, True, layer.scaling, 0.3, through_norm, second, x.dtype
+        )  # type: ignore[no-any-return]
+
+    assert torch.autograd.gradcheck(output, (x, layer.lora_A, layer.lora_B, layer.magnitude))
+
+
+def narrow_twins(dtype: torch.dtype, **fields: Any) -> tuple[DoraLinear, DoraLinear]:
+    """A layer on a narrow base with trained-looking values, and the same in float64."""
+    torch.manual_seed(2)
+    layer = DoraLinear(nn.Linear(96, 80).to(dtype), method("dora", rank=8, **fields), torch.Generator())
+    nn.init.normal_(layer.lora_B, std=0.02)
+    layer.magnitude.data *= 1 + 0.05 * torch.randn(80)
+    return layer, copy.deepcopy(layer).double()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fields", [{}, {"detach_norm": False}, {"dropout": 0.3}], ids=str)
+def test_gradients_on_a_narrow_base(dtype: torch.dtype, fields: dict[str, Any]) -> None:
+    """As near to float64 as rounding once to the narrow type allows; blocks of tokens change nothing."""
+    layer, truth = narrow_twins(dtype, **fields)
+    x, upstream = torch.randn(40, 96).to(dtype), torch.randn(40, 80).to(dtype)
+    x.requires_grad_()
+    torch.manual_seed(3)
+    seen = layer(x)
+    wide = x.detach().double().requires_grad_()
+    if fields.get("dropout"):  # by hand: float64 would draw another mask
+        torch.manual_seed(3)
+        dropped = wide * (F.dropout(torch.ones_like(x), 0.3) > 0) / 0.7
+        g = truth.magnitude / magnitude(truth.weight + truth.scaling * truth.lora_B @ truth.lora_A).detach()
+        low = truth.scaling * dropped @ truth.lora_A.T @ truth.lora_B.T
+        expected = wide @ truth.weight.T + (g - 1) * (dropped @ truth.weight.T) + g * low + truth.bias
+    else:
+        expected = truth(wide)
+    step = torch.finfo(dtype).eps
+    assert apart(seen.double(), expected) <= step
+    mine = torch.autograd.grad(seen, [x, layer.lora_A, layer.lora_B, layer.magnitude], upstream)
+    theirs = torch.autograd.grad(expected, [wide, truth.lora_A, truth.lora_B, truth.magnitude], upstream.double())
+    for one, other in zip(mine, theirs, strict=True):
+        assert apart(one.double(), other) <= 2 * step
+
+
+def test_triton_kernels_are_the_eager_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton comes with CUDA builds of torch alone")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and "TRITON_INTERPRET" not in os.environ:  # read when triton is first imported
+        again = [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_triton_kernels_are_the_eager_form"]
+        done = subprocess.run(again, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        return
+    monkeypatch.setattr(_products, "FUSED_ON", (device,))
+    for bias in (True, False):
+        layer, _ = narrow_twins(torch.bfloat16)
+        layer = layer.to(device)
+        layer.bias = layer.bias if bias else None
+        x = torch.randn(50, 96, device=device).bfloat16().requires_grad_()
+        upstream = torch.randn(50, 80, device=device).bfloat16()
+        found = []
+        for fused in (False, True):
+            monkeypatch.setattr(_products, "FUSED", fused)
+            y = layer(x)
+            found.append([y, *torch.autograd.grad(y, [x, layer.lora_A, layer.lora_B, layer.magnitude], upstream)])
+        for eager, other in zip(*found, strict=True):
+            assert apart(other.float(), eager.float()) <= 2 * torch.finfo(torch.bfloat16).eps

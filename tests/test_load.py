@@ -6,12 +6,14 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import boolq_items, make_spec, save_data, save_model
 
 from dora_lab import load
 from dora_lab.load import LoadError
+from dora_lab.load.data import _shares
 from dora_lab.tasks import ItemError
 
 
@@ -47,7 +49,8 @@ def test_more_items_than_there_are(data_dir: Path) -> None:
 
 
 def test_subsets_are_even_over_tasks() -> None:
-    assert load._shares({"a": 100, "b": 3, "c": 100}, 31) == {"a": 14, "b": 3, "c": 14}
+    pools = {name: [{}] * size for name, size in {"a": 100, "b": 3, "c": 100}.items()}
+    assert _shares(pools, 31) == {"a": 14, "b": 3, "c": 14}
 
 
 def test_items_of_the_embedded_world() -> None:
@@ -85,6 +88,96 @@ def test_bad_sources(tmp_path: Path) -> None:
         load.hash_data(tmp_path)
     with pytest.raises(LoadError, match=r"unknown data source 'mimi'.*did you mean 'mini'"):
         load.items(make_spec(data__name="mimi"))
+
+
+def mix_spec(**changes: Any) -> Any:
+    return make_spec(data__name="commonsense_170k", data__eval_name="llm_adapters", **changes)
+
+
+@pytest.mark.parametrize("place", ["commonsense_170k.json", "ft-training_set/commonsense_170k.json"])
+@pytest.mark.parametrize("tests", ["", "dataset"])
+def test_layouts_of_llm_adapters(place: str, tests: str, tmp_path: Path) -> None:
+    save_data(tmp_path / tests)
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    bare = load.hash_data(tmp_path)
+    (tmp_path / place).write_text(json.dumps([*boolq_items(30), boolq_items(1)[0] | {"answer": ""}]))
+    assert load.tasks_in(tmp_path) == ["boolq", "ARC-Easy"]
+    assert load.hash_data(tmp_path) != bare
+    items = load.items(mix_spec(), tmp_path)
+    assert items.counts()["train"] == {"commonsense_170k": 31} and items.counts()["test"] == {
+        "boolq": 12,
+        "ARC-Easy": 12,
+    }
+    inputs = load.fingerprints(mix_spec(), tmp_path)
+    assert inputs["data"]["sha256"] == inputs["eval_data"]["sha256"] == load.hash_data(tmp_path)
+    with pytest.raises(LoadError, match="content hash"):
+        load.items(mix_spec(data__sha256=bare), tmp_path)
+
+
+def test_sources_say_what_was_read(data_dir: Path) -> None:
+    items = [*boolq_items(12, start=1000), *boolq_items(3), boolq_items(1)[0], boolq_items(1, start=1000)[0]]
+    (data_dir / "boolq" / "train.json").write_text(json.dumps(items))
+    found = load.items(make_spec(data__train_items=10, data__test_items=5), data_dir).sources
+    rows = {(row["task"], row["split"]): row for row in found}
+    train, test = rows["boolq", "train"], rows["boolq", "test"]
+    assert (train["items"], train["duplicates"], train["used"]) == (17, 2, 10)
+    assert (test["items"], test["duplicates"], test["used"], test["asked_in_training"]) == (12, 0, 5, 12)
+    assert (test["published"], test["published_verified"], test["agrees"]) == (3270, True, False)
+    assert rows["ARC-Easy", "test"]["asked_in_training"] == 0
+    assert load.items(make_spec(data__name="mini", data__train_items=10, data__test_items=1)).sources == ()
+
+
+def test_what_is_known_of_the_published_files_fits_together() -> None:
+    from dora_lab.tasks.published import ANSWER_KINDS, KNOWN, MIX, content_sha256
+
+    parts = {task: known.items for (task, split), known in KNOWN.items() if split == "train" and task != MIX}
+    assert sum(parts.values()) == sum(ANSWER_KINDS.values()) == KNOWN[MIX, "train"].items == 170_420
+    assert not KNOWN[MIX, "train"].verified and all(known.verified for known in KNOWN.values() if known.sha256)
+    items = boolq_items(3)
+    reordered = [dict(reversed(item.items())) for item in items]
+    assert content_sha256(items) == content_sha256(reordered) != content_sha256(items[::-1])
+
+
+@pytest.mark.parametrize("form", ["json", "parquet"])
+def test_the_mix_from_the_hubs_cache(
+    form: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+    import pandas as pd
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    commit = "b" * 40
+    folder = tmp_path / "datasets--zwhe99--commonsense_170k" / "snapshots" / commit
+    folder.mkdir(parents=True)
+    if form == "json":
+        (folder / "data.json").write_text(json.dumps(boolq_items(30)))
+    else:
+        pd.DataFrame(boolq_items(30)).to_parquet(folder / "train.parquet")
+    spec = mix_spec(data__revision=commit)
+    found = load.items(spec, data_dir).train["commonsense_170k"]
+    assert sorted(found, key=str) == sorted(boolq_items(30), key=str)
+    assert load.fingerprints(spec, data_dir)["data"] == {
+        "name": "commonsense_170k", "revision": commit, "sha256": None,
+    }  # fmt: skip
+    for revision in ("none", "main", "b" * 39):
+        with pytest.raises(LoadError, match=r"data.revision = .* is no commit \(40 hex digits\).*dataset_info"):
+            load.items(mix_spec(data__revision=revision), data_dir)
+    with pytest.raises(LoadError) as caught:
+        load.items(mix_spec(data__revision="c" * 40), data_dir)
+    for words in ("hf download zwhe99/commonsense_170k", "c" * 40, "datasets--zwhe99--commonsense_170k", "--data-dir"):
+        assert words in str(caught.value)
+
+
+def test_hub_model_of_pickles_says_how_to_convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--org--old" / "snapshots" / ("a" * 40)
+    folder.mkdir(parents=True)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(LoadError, match=r"no \*\.safetensors.*convert them.*--model-dir"):
+        load.model_folder(make_spec(model__name="org/old", model__revision="a" * 40).model)
 
 
 def test_a_task_without_its_test_file_is_named(data_dir: Path) -> None:
@@ -150,5 +243,5 @@ def test_hub_cache_is_used_without_network(model_dir: Path, tmp_path: Path, monk
     spec = make_spec(model__name="org/small", model__revision=commit)
     assert load.model_folder(spec.model) == snapshot
     load.model_and_tokenizer(spec)
-    with pytest.raises(LoadError, match=r"model 'org/other' at revision main .* could not be fetched"):
-        load.model_folder(replace(spec.model, name="org/other", revision=None))
+    with pytest.raises(LoadError, match=r"model 'org/other' at revision a{40} is not in .* could not be fetched"):
+        load.model_folder(replace(spec.model, name="org/other"))

@@ -1,4 +1,4 @@
-"""Both notebooks run from top to bottom with the interpreter that runs the tests."""
+"""The notebooks run from top to bottom with the interpreter that runs the tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,3 +45,30 @@ def test_delta_m_delta_d_on_synthetic_records(synthetic_results: Path) -> None:
 @pytest.mark.skipif(not any(COMMITTED.glob("runs/commonsense/*/probe.jsonl")), reason="no committed runs")
 def test_delta_m_delta_d_on_the_committed_records() -> None:
     execute("02_delta_m_delta_d.ipynb")
+
+
+def test_any_checkpoint_on_what_it_makes_itself() -> None:
+    outputs = str([cell.get("outputs") for cell in execute("03_any_checkpoint.ipynb").cells])
+    assert "checkpoint-40" in outputs and "model.layers.0.self_attn.q_proj" in outputs
+    assert "image/png" in outputs and "between layers" in outputs
+
+
+def test_any_checkpoint_on_an_adapter_of_its_own(tmp_path: Path) -> None:
+    """A folder that is no series of checkpoints: one point per layer, and no view that needs two checkpoints fails."""
+    from transformers import AutoModelForCausalLM
+
+    from dora_lab import mini
+    from dora_lab.adapters import inject
+    from dora_lab.checkpoints import save_adapter
+    from dora_lab.spec import Method
+
+    model = AutoModelForCausalLM.from_pretrained(mini.folder())
+    inject(model, Method(name="dora", rank=4, alpha=8.0, target_modules=("q_proj", "v_proj")), seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.01)
+    save_adapter(model, tmp_path / "mine", base_name="mini")
+    knobs = f"tuned = [{str(tmp_path / 'mine')!r}]\nkinds = ['q_proj']\naxis = 'in'"
+    outputs = str([cell.get("outputs") for cell in execute("03_any_checkpoint.ipynb", knobs).cells])
+    assert "adapter_config.json" in outputs and "pooled" in outputs and "v_proj" not in outputs

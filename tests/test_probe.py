@@ -68,6 +68,8 @@ def brute_force(W0: torch.Tensor, W: torch.Tensor) -> dict[str, float]:
         "delta_m": (norm - norm0).abs().mean().item(),
         "delta_d": (1 - (W0 * W).sum(1) / (norm0 * norm)).mean().item(),
         "relative_change": ((W - W0).norm() / W0.norm()).item(),
+        "delta_m_in": (W.norm(dim=0) - W0.norm(dim=0)).abs().mean().item(),
+        "delta_d_in": (1 - torch.cosine_similarity(W0, W, dim=0)).mean().item(),
     }
 
 
@@ -80,7 +82,7 @@ def test_rows_at_the_fractions_are_what_brute_force_gives(name: str, tmp_path: P
     assert len(rows) == 2 * 2 * len(KINDS)
     start: dict[str, Any] = dict(tiny().named_modules())
     for row in rows[2 * len(KINDS) :]:
-        assert list(row)[:5] == ["step", "fraction", "module", "layer", "kind"]
+        assert list(row)[:8] == ["step", "fraction", "module", "layer", "kind", "delta_m", "delta_d", "relative_change"]
         assert {"delta_m", "delta_d", "relative_change", "grown", "magnitude_still"} < set(row)
         assert (row["kind"], row["layer"]) == (row["module"].split(".")[-1], int(row["module"].split(".")[2]))
         module: Any = model.get_submodule(row["module"])

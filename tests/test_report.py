@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,13 +13,15 @@ import pytest
 from conftest import ITEMS, make_spec
 
 from dora_lab import report
+from dora_lab.spec import from_dict, spec_id
+from tests.faults.data import assert_harmless
 
 
 def test_frame_has_one_row_per_stream_row_of_complete_runs(synthetic_results: Path) -> None:
     evals = report.frame(synthetic_results, "commonsense", "eval")
     assert len(evals) == 13 * 8 * 2
     assert evals.attrs["incomplete"] == 2
-    assert evals.attrs["statuses"] == {"failed": 1, "interrupted": 1}
+    assert evals.attrs["statuses"] == {"DoRA interrupted": 1, "LoRA failed": 1}
     assert set(evals["label"]) == {"Base", "FT", "LoRA", "DoRA", "DoRA†"}
     assert evals.loc[evals["method"] == "lora", "optim.learning_rate"].eq(1e-3).all()
     assert evals.loc[evals["method"] == "base", "rank"].isna().all()
@@ -51,8 +54,10 @@ def test_ranks_of_a_sweep_are_told_apart(tmp_path: Path, run_writer: Callable[..
 
 def test_an_unknown_method_has_its_own_name_and_comes_last(tmp_path: Path, run_writer: Callable[..., Path]) -> None:
     folder = run_writer(tmp_path, make_spec("base", None, 0))
-    file = folder / "record.json"
-    file.write_text(file.read_text().replace('"name": "base"', '"name": "newest"'))
+    record = json.loads((folder / "record.json").read_text())
+    record["spec"]["method"]["name"] = "newest"
+    record["spec_id"] = spec_id(from_dict(record["spec"]))
+    (folder / "record.json").write_text(json.dumps(record))
     run_writer(tmp_path, make_spec("dora", 8, 0))
     assert report.ordered_labels(report.frame(tmp_path)) == ["DoRA", "newest"]
     assert report.style("newest") == report.style("newest")
@@ -93,10 +98,16 @@ def test_numbers_and_missing_values() -> None:
     assert "| x\\|y | – |" in report.markdown(block) and "| – | 1 |" in report.markdown(block)
 
 
-def test_latex_is_escaped_and_refuses_what_it_cannot_write() -> None:
+HOSTILE = "a_b%#&<script>alert(1)</script>|x\\input{y}$z^~\n\0[l](u) -->漢"
+
+
+def test_text_of_anybody_is_escaped_also_in_headers(tmp_path: Path) -> None:
     assert report.latex_escape("50 % & DoRA† ± 1_a") == r"50 \% \& DoRA$^\dagger$ $\pm$ 1\_a"
-    with pytest.raises(ValueError, match="no LaTeX form"):
-        report.latex_escape("漢")
+    assert report.latex_escape("漢") == "[U+6F22]"
+    block = report.Block(title=HOSTILE, cells=pd.DataFrame({HOSTILE: [HOSTILE], "n": [None]}), notes=(HOSTILE,))
+    source = report.Provenance((HOSTILE,), (HOSTILE,), (HOSTILE,), (HOSTILE,), False, {HOSTILE: 1})
+    md, tex, _ = report.save_table(tmp_path, "t", HOSTILE, [block], block.cells, source)
+    assert_harmless(md.read_text(encoding="utf-8"), tex.read_text(encoding="utf-8"), columns=2)
 
 
 def test_readme_block(tmp_path: Path) -> None:
@@ -112,7 +123,7 @@ def test_readme_block(tmp_path: Path) -> None:
 def test_provenance_names_commits_and_left_out_runs(synthetic_results: Path) -> None:
     source = report.provenance(report.frame(synthetic_results, "commonsense"))
     assert source.caption() == "Experiment commonsense, tier mini, 13 complete runs, code 0123456789."
-    assert source.incomplete() == "2 runs are not complete and left out: 1 failed, 1 interrupted."
+    assert source.incomplete() == "2 runs are not complete and left out: 1 DoRA interrupted, 1 LoRA failed."
 
 
 def test_the_reading_side_imports_no_torch() -> None:

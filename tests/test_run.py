@@ -154,7 +154,7 @@ def start(paths: Paths, specs: list[Spec]) -> subprocess.Popen[str]:
         "specs = [from_dict(s) for s in json.loads(sys.argv[1])]\n"
         "print([o.status for o in run_many(specs, Paths(*map(Path, sys.argv[2:])), jobs=1)])\n"
     )
-    places = [str(place) for place in vars(paths).values()]
+    places = [str(place) for place in vars(paths).values() if place is not None]
     return subprocess.Popen(
         [sys.executable, "-c", code, json.dumps([to_dict(spec) for spec in specs]), *places],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HOUSE,

@@ -57,6 +57,8 @@ def test_every_field_has_its_part_in_the_id() -> None:
         "evaluation.protocols": "loglikelihood", "evaluation.split": "validation", "data.sha256": "a",
         "data.revision": "a", "data.eval_name": "a", "model.revision": "a", "model.name": "a", "data.name": "a",
         "model.dtype": "bfloat16", "method.dropout": "0.5", "method.rslora": True,
+        "model.pad": "zero", "model.adapter": "a", "model.adapter_revision": "a", "data.truncation": "right",
+        "data.eos": "if_shorter", "data.holdout": "mixed", "evaluation.weights": "merged",
     }  # fmt: skip
     seen = {specs.spec_id(DORA)}
     for path in specs._paths():
@@ -142,6 +144,8 @@ def test_derive_parses_by_the_fields_type() -> None:
         (DORA, "probe.fractions", "0.5,0.25", "increasing numbers in (0, 1]"),
         (DORA, "evaluation.protocols", "generat", "distinct ones of generate, loglikelihood"),
         (DORA, "optim.keep", "best_loss", "unless optim.eval_steps"),
+        (DORA, "model.adapter", "org/adapter", "model.adapter = 'org/adapter': must be None for training"),
+        (DORA, "data.pad_to_multiple_of", "0", "at least 1"),
     ],
 )
 def test_derive_refuses(spec: Spec, path: str, value: str, words: str) -> None:

@@ -5,13 +5,16 @@ With z = W0 x + s B A drop(x) and g = m / ||V||, per token:
 - `Published`, the authors' dropout: y = W0 x + (g - 1) W0 drop(x) + g s B A drop(x) + bias. What is dropped is few and
   known, so the second product is had from the first: W0 drop(x) = (W0 x - W0 (x o Z)) / (1 - p), Z the dropped entries.
   Backwards, with D = (g - 1) G: dx = (G + D / (1 - p)) W0, less D W0 / (1 - p) at Z alone.
+- `Blocked`, both of these for a base of a narrower type than the adapter's, and the second at any dropout: the dense
+  products in the base's type, everything else in float32, a block of tokens at a time.
 Shape suffixes: O = out features, I = in features, R = rank, T = tokens.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,10 @@ from torch import Tensor
 
 SPARSE = 0.1  # dropout up to which few enough entries are dropped for sparse products to be the faster ones
 BLOCK = 2**20  # elements of W0 that are transposed at a time for a sparse product
+WORKSPACE = 2**22  # elements of the largest gradient that is worked on in memory that stays
+TOKENS = {"cpu": 2**19, "other": 2**24}  # elements of an output that are in float32 at a time
+FUSED = False  # on a GPU, the Triton kernels of `_triton.py`; off until they have been measured on one
+FUSED_ON = ("cuda",)  # devices that they run on
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)  # said once a process, to nobody
 
 
@@ -37,12 +44,11 @@ def product(
     """(g z + bias, h) with h_TR = drop(x) A^T; `base_TO` = x W0^T, which is written into, if it is at hand."""
     h_TR = (x.reshape(-1, x.shape[-1]) if dropped_TI is None else dropped_TI) @ A_RI.t()
     y, base_TO = _output(x, W_OI, base_TO)
-    y_TO = y.view(base_TO.shape)
     z_TO = base_TO.addmm_(h_TR, B_OR.t(), alpha=s)
     if bias_O is None:
-        torch.mul(z_TO, g_O, out=y_TO)
+        torch.mul(z_TO, g_O, out=y.view(base_TO.shape))
     else:
-        torch.addcmul(bias_O, z_TO, g_O, out=y_TO)
+        torch.addcmul(bias_O, z_TO, g_O, out=y.view(base_TO.shape))
     return y, h_TR
 
 
@@ -61,7 +67,7 @@ class Decomposed(torch.autograd.Function):
     """y = g (x W0^T + s drop(x) A^T B^T) + bias.
 
     The gradient of m is taken from the output, which the next operation mostly keeps anyway: dm = sum_t dy (y - bias)
-    / m. Where the model has written into the output, or m is 0, the product is computed again.
+    / m. Where the model has written into the output, or an m is 0, the product is computed again.
     """
 
     @staticmethod
@@ -71,21 +77,20 @@ class Decomposed(torch.autograd.Function):
         dropped_TI, rest_TI = _drop(x.reshape(-1, x.shape[-1]), dropout) if dropout else (None, None)
         g_O = scale(m_O, norm_O, alive)
         y, h_TR = product(x, W_OI, bias_O, A_RI, B_OR, g_O, s, dropped_TI, base_TO)
-        ctx.save_for_backward(x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, rest_TI)
+        ctx.save_for_backward(x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, rest_TI, y)
         ctx.s, ctx.dropout, ctx.through_norm, ctx.alive = s, dropout, through_norm, alive
-        ctx.output = _Kept.keep(y)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, rest_TI = ctx.saved_tensors
+        x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, rest_TI, y = _saved(ctx)
         s, needs = ctx.s, ctx.needs_input_grad
         G_TO, x_TI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        sg_O1 = (g_O * s)[:, None]
-        dh_TR = G_TO @ (B_OR * sg_O1)
+        moved_TO = torch.mul(G_TO, g_O, out=_workspace(G_TO))
+        dh_TR = torch.addmm(h_TR, moved_TO, B_OR, beta=0, alpha=s)
+        dB_OR = torch.addmm(B_OR, moved_TO.t(), h_TR, beta=0, alpha=s)
         dx = None
-        moved_TO = G_TO * g_O if needs[0] else torch.empty_like(G_TO)
         if needs[0]:
             dx_TI = moved_TO @ W_OI
             if rest_TI is None:
@@ -96,23 +101,21 @@ class Decomposed(torch.autograd.Function):
         dA_RI = dh_TR.t() @ (x_TI if rest_TI is None else x_TI * rest_TI)
         if rest_TI is not None:
             dA_RI *= 1 / (1 - ctx.dropout)
-        dB_OR = (G_TO.t() @ h_TR).mul_(sg_O1)
         dm_O = None
         if needs[5] or ctx.through_norm:
-            y_TO = _Kept.restore(ctx.output)
-            if y_TO is None or not bool(m_O.all()):
+            if y is None or not bool(m_O.all()):
                 z_TO = (x_TI @ W_OI.t()).addmm_(h_TR, B_OR.t(), alpha=s)
                 sum_O, per_m_O = torch.mul(G_TO, z_TO, out=moved_TO).sum(0), norm_O
-            else:
-                sum_O, per_m_O = torch.mul(G_TO, y_TO.reshape(G_TO.shape), out=moved_TO).sum(0), m_O
+            else:  # sum_t dy g (y - bias), over m g
                 if bias_O is not None:
-                    sum_O -= bias_O * G_TO.sum(0)
+                    along_bias_O = bias_O * moved_TO.sum(0)
+                sum_O, per_m_O = moved_TO.mul_(y.reshape(G_TO.shape)).sum(0), m_O * g_O
+                if bias_O is not None:
+                    sum_O -= along_bias_O
             dm_O = _living(sum_O / per_m_O, norm_O, ctx.alive)
-            if ctx.through_norm:  # dL/dV = c V row by row, by way of the norm
+            if ctx.through_norm:
                 c_O = _living(-m_O * dm_O / norm_O.square(), norm_O, ctx.alive)
-                cB_OR = B_OR * c_O[:, None]
-                dB_OR += s * c_O[:, None] * (W_OI @ A_RI.t() + s * (B_OR @ (A_RI @ A_RI.t())))
-                dA_RI += s * (cB_OR.t() @ W_OI + s * ((cB_OR.t() @ B_OR) @ A_RI))
+                _by_way_of_the_norm(W_OI, A_RI, B_OR, c_O, s, dA_RI, dB_OR)
         dbias_O = G_TO.sum(0) if needs[2] else None
         return dx, None, dbias_O, dA_RI, dB_OR, dm_O, None, None, None, None, None, None
 
@@ -164,9 +167,169 @@ class Published(torch.autograd.Function):
         return dx, None, dbias_O, dA_RI, dB_OR, dm_O, None, None, None, None, None
 
 
+class Blocked(torch.autograd.Function):
+    """y = b + (g - 1) b' + g s drop(x) A^T B^T + bias in any types, b = x W0^T; b' = b or, if `second`, drop(x) W0^T.
+
+    At g = 1 and B = 0 it is the base's own output, bit for bit. Of the size of the output, nothing is kept for the
+    gradients but the output itself; with a second product, z = b' + s drop(x) A^T B^T.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, m_O: Tensor,
+                norm_O: Tensor, alive: bool, s: float, dropout: float, through_norm: bool, second: bool,
+                dtype: torch.dtype) -> Tensor:  # fmt: skip
+        with torch.autocast(x.device.type, enabled=False):
+            x, weight_OI = x.to(dtype), W_OI.to(dtype)
+            x_TI = x.reshape(-1, x.shape[-1])
+            dropped_TI, rest_TI = _drop(x_TI, dropout) if dropout else (x_TI, None)
+            g_O = scale(m_O, norm_O, alive)
+            y = F.linear(x, weight_OI, None if bias_O is None else bias_O.to(dtype))
+            y_TO = y.view(-1, y.shape[-1])
+            z_TO = dropped_TI @ weight_OI.t() if second else None
+            h_TR = torch.empty(x_TI.shape[0], A_RI.shape[0], dtype=A_RI.dtype, device=x.device)
+            fused = kernels(y_TO) if not second else None
+            for rows in _token_blocks(y_TO):
+                torch.mm(dropped_TI[rows].to(A_RI.dtype), A_RI.t(), out=h_TR[rows])
+                if fused is not None:
+                    fused.onto(y_TO[rows], h_TR[rows], B_OR, g_O, bias_O, s)
+                    continue
+                low_TO = torch.mm(h_TR[rows], B_OR.t()).mul_(s)
+                base_TO = y_TO[rows].to(low_TO.dtype)
+                if z_TO is not None:
+                    again_TO = z_TO[rows].to(low_TO.dtype)
+                else:
+                    again_TO = base_TO if bias_O is None else base_TO - bias_O
+                y_TO[rows] = torch.addcmul(base_TO, again_TO, g_O - 1).addcmul_(low_TO, g_O)
+                if z_TO is not None:
+                    z_TO[rows] += low_TO
+        ctx.save_for_backward(x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, rest_TI, z_TO if second else y)
+        ctx.s, ctx.dropout, ctx.through_norm, ctx.alive, ctx.second = s, dropout, through_norm, alive, second
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, rest_TI, kept_TO = _saved(ctx)
+        s, kept, needs, second, wide = ctx.s, 1 - ctx.dropout, ctx.needs_input_grad, ctx.second, A_RI.dtype
+        weight_OI, x_TI = W_OI.to(x.dtype), x.reshape(-1, x.shape[-1])
+        G_TO = grad.reshape(-1, grad.shape[-1])
+        sgB_OR = B_OR * (g_O * s)[:, None]
+        dh_TR, dB_OR, dA_RI = torch.empty_like(h_TR), torch.zeros_like(B_OR), torch.zeros_like(A_RI)
+        sum_O, moved_TO = torch.zeros_like(m_O), torch.empty_like(G_TO) if needs[0] else None
+        take_m = needs[5] or ctx.through_norm
+        from_output = take_m and not second and kept_TO is not None and bool(m_O.all())
+        # what dy is multiplied by, summed over tokens, for the gradient of m: y, z, or z without its last term
+        of_m_TO = (
+            cast(Tensor, kept_TO).view(G_TO.shape)
+            if second or from_output
+            else x_TI @ weight_OI.t()
+            if take_m
+            else G_TO
+        )
+        fused = kernels(G_TO) if from_output and moved_TO is not None else None
+        if fused is not None:
+            sum_O = fused.back(G_TO, of_m_TO, g_O, bias_O, moved_TO)
+        for rows in _token_blocks(G_TO):
+            G, h = G_TO[rows].to(wide), h_TR[rows]
+            dB_OR.addmm_(G.t(), h)
+            torch.mm(G, sgB_OR, out=dh_TR[rows])
+            dropped = x_TI[rows].to(wide)
+            dA_RI.addmm_(dh_TR[rows].t(), dropped if rest_TI is None else dropped * rest_TI[rows])
+            if fused is not None:
+                continue
+            if moved_TO is not None:
+                moved_TO[rows] = G * (g_O - 1 if second else g_O)
+            if take_m:
+                value_TO = of_m_TO[rows].to(wide)
+                if from_output:
+                    value_TO = value_TO if bias_O is None else value_TO - bias_O
+                elif not second:
+                    value_TO = torch.addmm(value_TO, h, B_OR.t(), alpha=s)
+                sum_O += (value_TO * G).sum(0)
+        dB_OR *= (g_O * s)[:, None]
+        if rest_TI is not None:
+            dA_RI *= 1 / kept
+        dx = None
+        if moved_TO is not None:
+            dx_TI = moved_TO @ weight_OI
+            plain_TI = G_TO @ weight_OI if second else None
+            for rows in _token_blocks(dx_TI):
+                through = torch.mm(dh_TR[rows], A_RI)
+                through = through + dx_TI[rows] if second else through
+                through = through if rest_TI is None else through * rest_TI[rows] / kept
+                dx_TI[rows] = through + (dx_TI[rows] if plain_TI is None else plain_TI[rows])
+            dx = dx_TI.view_as(x)
+        dm_O = None
+        if take_m:
+            dm_O = _living(sum_O / (m_O if from_output else norm_O), norm_O, ctx.alive)
+            if ctx.through_norm:
+                c_O = _living(-m_O * dm_O / norm_O.square(), norm_O, ctx.alive)
+                _by_way_of_the_norm(W_OI, A_RI, B_OR, c_O, s, dA_RI, dB_OR)
+        dbias_O = G_TO.sum(0) if needs[2] else None
+        return dx, None, dbias_O, dA_RI, dB_OR, dm_O, *([None] * 7)
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """What a forward saved; the last, its output, is None if the model has written into it since."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        return (*(None if saved is None else saved.unpack() for saved in ctx._raw_saved_tensors[:-1]), None)
+
+
+def kernels(output_TO: Tensor) -> Any:
+    """The room of the Triton kernels if they are to be used for an output like this, else None."""
+    if not FUSED or output_TO.device.type not in FUSED_ON:
+        return None
+    from dora_lab.adapters import _triton  # triton comes with CUDA builds of torch alone
+
+    return _triton
+
+
+def _token_blocks(output_TO: Tensor) -> list[slice]:
+    tokens, width = output_TO.shape
+    size = max(16, TOKENS["cpu" if output_TO.device.type == "cpu" else "other"] // width)
+    return [slice(start, start + size) for start in range(0, tokens, size)]
+
+
+def _by_way_of_the_norm(
+    W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, c_O: Tensor, s: float, dA_RI: Tensor, dB_OR: Tensor
+) -> None:
+    """Add what flows through the norm (equation 6) to the gradients of A and B: dL/dV = c V, row by row."""
+    cB_OR = B_OR * c_O[:, None]
+    size = max(1, BLOCK // W_OI.shape[1]) if W_OI.dtype != A_RI.dtype else W_OI.shape[0]
+    for start in range(0, W_OI.shape[0], size):
+        rows = slice(start, start + size)
+        some_OI = W_OI[rows].to(A_RI.dtype)
+        dB_OR[rows] += s * c_O[rows, None] * (some_OI @ A_RI.t())
+        dA_RI.addmm_(cB_OR[rows].t(), some_OI, alpha=s)
+    dB_OR += s * s * c_O[:, None] * (B_OR @ (A_RI @ A_RI.t()))
+    dA_RI += s * s * ((cB_OR.t() @ B_OR) @ A_RI)
+
+
 def _living(numbers_O: Tensor, norm_O: Tensor, alive: bool) -> Tensor:
     """The numbers, and 0 where V is zero."""
     return numbers_O if alive else numbers_O.masked_fill(norm_O == 0, 0.0)
+
+
+class _Workspaces(threading.local):
+    def __init__(self) -> None:
+        self.of: dict[torch.dtype, Tensor] = {}
+
+
+_workspaces = _Workspaces()
+
+
+def _workspace(like_TO: Tensor) -> Tensor:
+    """Memory of that shape for one backward; on the CPU the same every time, since new memory costs page faults."""
+    size, kept = like_TO.numel(), _workspaces.of
+    if like_TO.device.type != "cpu" or size > WORKSPACE:
+        return torch.empty_like(like_TO, memory_format=torch.contiguous_format)
+    if like_TO.dtype not in kept or kept[like_TO.dtype].numel() < size:
+        kept[like_TO.dtype] = like_TO.new_empty(size)
+    return kept[like_TO.dtype][:size].view(like_TO.shape)
 
 
 def _drop(x_TI: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
@@ -197,35 +360,3 @@ def _sparse_product(Z_TI: Tensor, W_OI: Tensor) -> Tensor:
     """Z W0^T, (T, O), for a sparse Z; the rows of W0^T are what it reads, so W0 is transposed, a block at a time."""
     size = max(1, BLOCK // W_OI.shape[1])
     return torch.cat([Z_TI @ rows.t().contiguous() for rows in W_OI.split(size)], dim=1)
-
-
-class _Kept(torch.autograd.Function):
-    """Holds one tensor as autograd holds what it saves (hooks and version check included), apart from the others.
-
-    A node of its own, because a node whose saved output was written to gives none of its saved tensors back.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(tensor)
-        return tensor.new_empty(())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        raise AssertionError("never part of a backward pass")
-
-    @staticmethod
-    def keep(tensor: Tensor) -> Any:
-        """Save the tensor; returns what `restore` takes."""
-        with torch.enable_grad():
-            return _Kept.apply(tensor.detach().requires_grad_()).grad_fn
-
-    @staticmethod
-    def restore(node: Any) -> Tensor | None:
-        """The tensor, or None if it has been written to since."""
-        try:
-            return node.saved_tensors[0]
-        except RuntimeError as error:
-            if "inplace operation" not in str(error):
-                raise
-            return None

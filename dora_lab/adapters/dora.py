@@ -16,6 +16,7 @@ Without dropout the two are one function.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dora_lab.adapters import AdaptedLinear, wrap
+from dora_lab.adapters import AdaptedLinear, adapted, wrap
 from dora_lab.adapters._layers import Opaque
-from dora_lab.adapters._products import SPARSE, Decomposed, Published, product, scale
+from dora_lab.adapters._products import SPARSE, Blocked, Decomposed, Published, product, scale
 from dora_lab.adapters.lora import FIELDS as LORA_FIELDS
 from dora_lab.adapters.lora import LoraLinear
 from dora_lab.decompose import magnitude, wide
@@ -70,13 +71,19 @@ class DoraLinear(LoraLinear):
         """(..., in) -> (..., out)."""
         dropout = self.dropout if self.training else 0.0
         second = bool(dropout) and self.published_dropout
-        if not self._own_products(x) or (second and not self._sparse(x)):
+        if torch.compiler.is_compiling() or not self.kind.is_matrix:  # the compiler fuses by itself
             norm_O = self._norm() if self.detach_norm else self._direct_norm()
             return self._onto_base(x, scale(self.magnitude, norm_O, False), second)
+        layer = (x, self.matrix, self.bias, self.lora_A, self.lora_B)
+        if not self._one_type(x) or (second and not self._sparse(x)):
+            device = x.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            norm_O = self._norm()
+            how = (self._alive, self.scaling, dropout, not self.detach_norm, second, dtype)
+            return Blocked.apply(*layer, self.magnitude, norm_O, *how)
         norm_O, base_TO = self._kept(), None
         if norm_O is None:
             norm_O, base_TO = self._norm_and_base(x)
-        layer = (x, self.matrix, self.bias, self.lora_A, self.lora_B)
         if second:
             return Published.apply(*layer, self.magnitude, norm_O, self._alive, self.scaling, dropout, base_TO)
         if torch.is_grad_enabled():
@@ -101,17 +108,14 @@ class DoraLinear(LoraLinear):
         """Does the authors' dropout have the form with one dense product here?"""
         return self.detach_norm and self.dropout <= SPARSE and x.device.type == "cpu"
 
-    def _own_products(self, x: Tensor) -> bool:
-        """Is it all one type and one matrix product, so that the layer can be computed in one buffer?"""
-        if torch.compiler.is_compiling() or not self.kind.is_matrix:  # the compiler fuses by itself
-            return False
+    def _one_type(self, x: Tensor) -> bool:
+        """Are input, base and adapter of one type, so that the layer can be computed in one buffer?"""
         return x.dtype == self.weight.dtype == self.lora_A.dtype and not torch.is_autocast_enabled(x.device.type)
 
     def _onto_base(self, x: Tensor, g_O: Tensor, second: bool) -> Tensor:
         """The form y = base + (g - 1) x W0^T + g s B A drop(x), with x dropped in the middle term too if `second`.
 
-        It is the `published` dropout, the form for bfloat16 (exact at g = 1, and the small terms are summed in float32
-        instead of being rounded away), and that of every layer which is not one matrix product.
+        It is what `Blocked` computes, by autograd and for every kind of layer.
         """
         dropped = self._drop(x)
         base = self._base(x)
@@ -287,3 +291,21 @@ def prepare(model: nn.Module, method: Method, generator: torch.Generator) -> Non
         return DoraLinear(layer, settings, generator)
 
     wrap(model, method, make)
+    for name, layer in adapted(model):
+        m_O: Any = layer.magnitude
+        if m_O.device.type != "meta" and len(zero := (m_O == 0).nonzero()[:, 0].tolist()):
+            warnings.warn(
+                f"'{name}': {len(zero)} rows of the base weight are zero ({', '.join(map(str, zero[:5]))}, ...): they "
+                "have no direction and a magnitude of 0 to begin with",
+                stacklevel=4,
+            )
+
+
+def unmoved(model: nn.Module) -> str | None:
+    """The first DoRA layer whose A and B were trained and whose magnitude never moved, or None if all did."""
+    for name, layer in adapted(model):
+        if isinstance(layer, DoraLinear) and bool(layer.lora_B.any()):
+            start_O = layer._squares().sqrt().to(layer.magnitude)  # how the magnitude was initialised, to the bit
+            if torch.equal(layer.magnitude, start_O):
+                return name
+    return None

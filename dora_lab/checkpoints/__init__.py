@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dora_lab.checkpoints.adapters import export, fingerprint, load_adapter, save_adapter
 from dora_lab.checkpoints.formats import Adapter, Factors, read_adapter
-from dora_lab.checkpoints.shards import CheckpointError
+from dora_lab.files import CheckpointError
 
 __all__ = [
     "Adapter",

@@ -1,17 +1,13 @@
-"""Adapters of live models in and out of files, each tied to its base by a manifest.
+"""Adapters of live models in and out of files, each tied to its base by a manifest (see `manifest`).
 
-The manifest (``dora_lab.json``) holds the fingerprint of the base, the hash of every file, and the versions that wrote
-them. It is written last, so a folder with one is whole. Files of other tools have none: the base is then not checked,
-and a warning says so.
+Files of other tools have none: the base is then not checked, and a warning says so.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -26,6 +22,7 @@ import dora_lab
 from dora_lab.adapters import AdaptedLinear, adapted, attach, merge, unmerge
 from dora_lab.adapters.dora import DoraLinear, MagnitudeLinear
 from dora_lab.adapters.lora import LoraLinear
+from dora_lab.checkpoints import manifest
 from dora_lab.checkpoints.formats import (
     CONFIG,
     WEIGHTS,
@@ -35,11 +32,10 @@ from dora_lab.checkpoints.formats import (
     write_config,
     write_tensors,
 )
-from dora_lab.checkpoints.shards import CheckpointError
+from dora_lab.checkpoints.manifest import MANIFEST
+from dora_lab.files import CheckpointError, sha256
 from dora_lab.spec import Method, did_you_mean
 
-MANIFEST = "dora_lab.json"
-SAMPLES = 4096  # numbers of each tensor that take part in a fingerprint
 _TRAINED = ("lora_A", "lora_B", "magnitude")
 
 
@@ -48,14 +44,7 @@ def fingerprint(model: nn.Module) -> str:
 
     Over the name, the shape and up to 4,096 evenly spaced numbers, rounded to bfloat16, of every tensor of the base.
     """
-    whole = hashlib.sha256()
-    for name, tensor in sorted(_base_tensors(model)):
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // SAMPLES)
-        some = flat[::step][:SAMPLES].to("cpu", torch.bfloat16)
-        whole.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        whole.update(some.contiguous().view(torch.uint8).numpy().tobytes())
-    return whole.hexdigest()
+    return manifest.fingerprint(_base_tensors(model))
 
 
 def save_adapter(model: nn.Module, folder: Path | str, format: str = "peft", base_name: str | None = None) -> Path:
@@ -84,10 +73,11 @@ def save_adapter(model: nn.Module, folder: Path | str, format: str = "peft", bas
     with _renamed(folder / WEIGHTS) as file:
         save_file(write_tensors(layers, format, shapes), file, metadata={"format": "pt"})
     _write(folder / CONFIG, config)
-    base = {"name": name, "fingerprint": fingerprint(model)}
-    files = {part: _sha256(folder / part) for part in (WEIGHTS, CONFIG)}
-    packages = {"dora_lab": dora_lab.__version__, "torch": torch.__version__}
-    _write(folder / MANIFEST, {"schema": 1, "format": format, "base": base, "files": files, "packages": packages})
+    whole = {module: layer.weight for module, layer in found.items() if layer.weight is not None}
+    tensors = {module: manifest.digest(tuple(W.shape), iter([W])) for module, W in whole.items()}
+    base = {"name": name, "fingerprint": fingerprint(model), "tensors": tensors}
+    files = {part: sha256(folder / part) for part in (WEIGHTS, CONFIG)}
+    _write(folder / MANIFEST, {"schema": 1, "format": format, "base": base, "files": files, "packages": _packages()})
     return folder
 
 
@@ -105,7 +95,7 @@ def load_adapter(model: nn.Module, path: Path | str, *, allow_pickle: bool = Fal
             "first, or export one of them and train on"
         )
     modules = dict(model.named_modules())
-    _check_manifest(model, path)
+    _check_base(model, path)
     adapter = read_adapter(path, modules, allow_pickle=allow_pickle)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -135,18 +125,41 @@ def export(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     was_adapted = any(True for _ in adapted(model))
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        whole = Path(temporary) / folder.name
         merge(model)
         try:
-            plain.save_pretrained(temporary)  # type: ignore[operator]
+            with _untied(plain):
+                plain.save_pretrained(whole)  # type: ignore[operator]
         finally:
             if was_adapted:
                 unmerge(model)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            tokenizer.save_pretrained(whole)
+        files = {file.name: sha256(file) for file in sorted(whole.iterdir()) if file.is_file()}
+        _write(whole / MANIFEST, {"schema": 1, "format": "model", "files": files, "packages": _packages()})
         if folder.exists():
             folder.rmdir()
-        shutil.copytree(temporary, folder)
+        os.replace(whole, folder)
     return folder
+
+
+@contextlib.contextmanager
+def _untied(model: Any) -> Iterator[None]:
+    """A model of which one of two tied matrices was adapted says in its configuration that they are two now."""
+    config: Any = getattr(model, "config", None)
+    ends: list[Any] = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    apart = None not in ends and ends[0].weight is not ends[1].weight
+    if apart := apart and bool(getattr(config, "tie_word_embeddings", False)):
+        config.tie_word_embeddings = False
+    try:
+        yield
+    finally:
+        if apart:
+            config.tie_word_embeddings = True
+
+
+def _packages() -> dict[str, str]:
+    return {"dora_lab": dora_lab.__version__, "torch": torch.__version__}
 
 
 def _factors_of(name: str, layer: AdaptedLinear) -> Factors:
@@ -217,35 +230,19 @@ def _parameter(path: Path, model: nn.Module, name: str, tensor: Tensor) -> Tenso
     return parameter
 
 
-def _check_manifest(model: nn.Module, path: Path) -> None:
-    file = (path if path.is_dir() else path.parent) / MANIFEST
-    if not file.is_file():
+def _check_base(model: nn.Module, path: Path) -> None:
+    found = manifest.read_manifest(path)
+    if found is None:
         if path.exists():
             warnings.warn(f"{path} has no {MANIFEST}: whether this is its base could not be checked", stacklevel=3)
         return
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        files, wanted = dict(manifest["files"]), manifest["base"]["fingerprint"]
-        base = manifest["base"].get("name")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{file}: not a manifest; save the adapter again, or delete it to go unchecked") from None
-    for name, digest in files.items():
-        if Path(name).name != name or "\0" in name:
-            raise CheckpointError(f"{file}: names a file outside its folder: '{name}'")
-        if not (file.parent / name).is_file() or _sha256(file.parent / name) != digest:
-            raise CheckpointError(
-                f"{file.parent / name}: missing or changed since it was saved; fetch the folder again"
-            )
-    if (seen := fingerprint(model)) != wanted:
+    wanted, seen = found["base"]["fingerprint"], fingerprint(model)
+    if seen != wanted:
+        name = found["base"].get("name")
         raise CheckpointError(
-            f"{path}: made for the base {base or 'with another fingerprint'} ({wanted[:12]}), this model's is "
+            f"{path}: made for the base {name or 'with another fingerprint'} ({wanted[:12]}), this model's is "
             f"{seen[:12]}: load the base it was trained on (delete {MANIFEST} to use it on this one all the same)"
         )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.sha256(handle.read()).hexdigest()
 
 
 @contextlib.contextmanager

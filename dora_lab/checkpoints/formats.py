@@ -10,7 +10,6 @@ function. Shape suffixes: O = out features, I = in features, R = rank.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -24,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dora_lab.checkpoints.shards import CheckpointError, read_pickle, refuse_what_is_no_weights
+from dora_lab.checkpoints.shards import read_pickle
+from dora_lab.files import CheckpointError, header, inside, parse_json, refuse_what_is_no_weights
 from dora_lab.spec import did_you_mean
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -86,7 +86,7 @@ def read_adapter(path: Path, modules: Iterable[str] = (), *, allow_pickle: bool 
     """
     path = Path(path)
     if path.is_dir():
-        config, file = _read_config(path / CONFIG), _weights_in(path)
+        config, file = _read_config(inside(path, CONFIG, path)), _weights_in(path)
     else:
         config, file = {}, path
     tensors = read_tensors(file, allow_pickle=allow_pickle)
@@ -122,6 +122,7 @@ def read_tensors(file: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]
                 f"{file}: a pickle can run code when it is read; convert it to safetensors, or allow_pickle"
             )
         return read_pickle(file)
+    header(file)
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
@@ -178,10 +179,10 @@ def write_tensors(
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file; an adapter folder holds {CONFIG} and {WEIGHTS}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: not JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: expected a JSON object, got {type(config).__name__}")
@@ -189,7 +190,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _weights_in(folder: Path) -> Path:
-    found = [folder / name for name in (WEIGHTS, PICKLE) if (folder / name).is_file()]
+    found = [file for name in (WEIGHTS, PICKLE) if (file := inside(folder, name, folder)).is_file()]
     if not found:
         raise CheckpointError(f"{folder}: no {WEIGHTS} in it")
     return found[0]
@@ -318,6 +319,8 @@ def _factors(part: Mapping[str, Tensor], scaling: float, magnitude: str, transpo
     if A is not None and A.dim() > 2:
         kind, A, B = "conv", A.flatten(1), None if B is None else B.flatten(1)
     m = part.get(magnitude)
+    if m is not None and m.numel() != max(m.shape, default=0):
+        raise CheckpointError(f"a magnitude of shape {tuple(m.shape)}: it has one number per output feature")
     return Factors(A, B, scaling, None if m is None else m.reshape(-1), kind)
 
 

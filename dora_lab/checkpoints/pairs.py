@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_lab.checkpoints.adapters import MANIFEST
 from dora_lab.checkpoints.formats import CONFIG, Adapter, Factors, read_adapter
-from dora_lab.checkpoints.shards import FLOATS, INDEX, PICKLES, SINGLE, CheckpointError, Shards, refuse_changed
+from dora_lab.checkpoints.manifest import digest, read_manifest
+from dora_lab.checkpoints.shards import FLOATS, INDEX, PICKLES, SINGLE, Shards, refuse_changed
+from dora_lab.files import CheckpointError
 from dora_lab.spec import did_you_mean
 
 # no product of hidden states: looked up, or turned into words
@@ -132,14 +133,22 @@ def open_tuned(
     """
     known = matrices(base)
     if folder.is_file() or (folder / CONFIG).is_file():
-        _check_files(folder, verify)
+        manifest = read_manifest(folder)  # its files are compared with it
+        for file in (
+            (folder.glob("adapter_model.*") if folder.is_dir() else [folder]) if verify and not manifest else ()
+        ):
+            refuse_changed(file)
         adapter = read_adapter(folder, [matrix.module for matrix in known], allow_pickle=allow_pickle)
-        return Tuned(path, step, _adapter_updates(base, known, folder, adapter, kinds))
+        updates = _adapter_updates(base, known, folder, adapter, kinds)
+        _refuse_other_base(base, folder, manifest, list(updates))
+        return Tuned(path, step, updates)
     after = Shards(folder, allow_pickle=allow_pickle)
     if verify:
         for file in after.files():
             refuse_changed(file)
     plain = [matrix for matrix in known if kinds or not _WORDS.search(matrix.module)]
+    if not plain:
+        raise CheckpointError(f"{base.folder}: no '*.weight' matrix in it: is it quantised, or no language model?")
     chosen = _chosen({matrix.module: matrix for matrix in plain}, kinds, folder, known)
     for matrix in chosen.values():
         _refuse_unlike(base, after, matrix.name)
@@ -256,20 +265,12 @@ def _low_rank(where: Path, module: str, matrix: Matrix, factors: Factors) -> Low
     return LowRank(left, right, factors.scaling, factors.magnitude)
 
 
-def _check_files(path: Path, verify: bool) -> None:
-    """Compare an adapter's files with its manifest; without one, and if asked to, with the hub's names."""
-    folder = path if path.is_dir() else path.parent
-    if (folder / MANIFEST).is_file():
-        try:
-            files = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+def _refuse_other_base(base: Shards, where: Path, manifest: dict[str, Any] | None, found: Sequence[Matrix]) -> None:
+    """Compare the base with what the adapter's manifest says of it, matrix by matrix."""
+    made_for = (manifest or {"base": {"tensors": {}}})["base"]["tensors"]
+    for matrix in found:
+        wanted = made_for.get(matrix.module)
+        if wanted is not None and digest(base.shape(matrix.name), base.raw(matrix.name)) != wanted:
             raise CheckpointError(
-                f"{folder / MANIFEST}: not a manifest; save the adapter again, or delete it"
-            ) from None
-        for name, digest in files.items():
-            if Path(name).name != name or not (folder / name).is_file():
-                raise CheckpointError(f"{folder / MANIFEST}: names a file that is not in its folder: '{name}'")
-            refuse_changed(folder / name, str(digest))
-    elif verify:
-        for file in [path] if path.is_file() else sorted(path.glob("adapter_model.*")):
-            refuse_changed(file)
+                f"{where}: '{matrix.module}' was made for another base than {base.folder}; give the one it was"
+            )

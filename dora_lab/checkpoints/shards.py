@@ -7,10 +7,7 @@ model larger than the memory limit fails, and a file that is cut while mapped en
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 import re
 import zipfile
 from collections.abc import Iterator
@@ -21,6 +18,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from dora_lab.files import MAX_HEADER, CheckpointError, header, inside, parse_json, refuse_what_is_no_weights, sha256
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = "pytorch_model*.bin"
 TYPES = {
@@ -29,23 +28,6 @@ TYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
-HEADER = 100_000_000  # bytes that a header may have, as in the safetensors library
-
-
-class CheckpointError(ValueError):
-    """A saved model or adapter that cannot be used: names the file, what is wrong and what to do."""
-
-
-def refuse_what_is_no_weights(file: Path) -> None:
-    """Raise CheckpointError for a file that is missing, a git-LFS pointer or a web page."""
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file")
-    with file.open("rb") as handle:
-        head = handle.read(64).lstrip()
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{file}: a git-LFS pointer, not the weights; fetch them with `git lfs pull`")
-    if head[:1] == b"<":
-        raise CheckpointError(f"{file}: a web page, not weights; the download went wrong, fetch it again")
 
 
 @dataclass(frozen=True)
@@ -56,7 +38,6 @@ class Place:
     dtype: str  # as safetensors writes it: "BF16", "F32", "I8", ...
     shape: tuple[int, ...]
     start: int  # byte of the file
-    bytes: int
 
     @property
     def width(self) -> int:
@@ -112,6 +93,12 @@ class Shards:
         place = self._places[name]
         return self._read(name, 0, math.prod(place.shape)).clone().view(place.shape)
 
+    def raw(self, name: str, count: int = 2**18) -> Iterator[Tensor]:
+        """All numbers of a tensor in its own type, in order, some at a time; each valid until the next is asked for."""
+        whole = math.prod(self._places[name].shape)
+        for first in range(0, whole, count):
+            yield self._read(name, first, min(count, whole - first))
+
     def fill(self, name: str, start: int, out: Tensor) -> None:
         """Read rows of a tensor, from `start` on, into `out` (rows, width), in the type of `out`."""
         place = self._places[name]
@@ -146,19 +133,19 @@ class Shards:
         return self._raw[:size].view(dtype)
 
     def _index(self) -> dict[str, Place]:
-        index = self.folder / INDEX
+        index = inside(self.folder, INDEX, self.folder)
         if not index.is_file():
-            return read_header(self.folder / SINGLE)
+            return read_header(inside(self.folder, SINGLE, self.folder))
+        if (size := index.stat().st_size) > MAX_HEADER:
+            raise CheckpointError(f"{index}: {size} bytes are no index of shards; fetch it again")
         try:
-            table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            table = parse_json(index.read_bytes())["weight_map"]
             names = {str(key): str(value) for key, value in table.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not an index of shards ({error}); fetch it again") from None
         places: dict[str, Place] = {}
         for file in sorted(set(names.values())):
-            if Path(file).name != file or "\0" in file:
-                raise CheckpointError(f"{index}: names a file outside its folder: {file!r}")
-            there = read_header(self.folder / file)
+            there = read_header(inside(self.folder, file, index))
             wanted = [name for name, where in names.items() if where == file]
             if lost := sorted(name for name in wanted if name not in there):
                 raise CheckpointError(f"{self.folder / file}: '{lost[0]}' should be in it and is not; fetch it again")
@@ -178,50 +165,17 @@ class Shards:
             self._whole |= read_pickle(file)
             named = {dtype: name for name, dtype in TYPES.items()}
             for name, tensor in self._whole.items():
-                self._places.setdefault(name, Place(file, named.get(tensor.dtype, "?"), tuple(tensor.shape), 0, 0))
+                self._places.setdefault(name, Place(file, named.get(tensor.dtype, "?"), tuple(tensor.shape), 0))
 
 
 def read_header(file: Path) -> dict[str, Place]:
-    """Where the tensors of a safetensors file are.
-
-    Raises CheckpointError unless the file is whole: every tensor in it, none over another, nothing left over.
-    """
-    refuse_what_is_no_weights(file)
-    try:
-        with file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            size = os.fstat(handle.fileno()).st_size
-            if not 2 <= length <= min(HEADER, size - 8):
-                raise ValueError(f"its header would have {length} bytes")
-            table = json.loads(handle.read(length).decode("utf-8"))
-        if not isinstance(table, dict):
-            raise ValueError("its header is no JSON object")
-        table.pop("__metadata__", None)
-        found = {name: _place(file, name, entry, 8 + length) for name, entry in table.items()}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not a whole safetensors file ({error}); fetch it again") from None
-    end = 8 + length
-    for place in sorted(found.values(), key=lambda place: (place.start, place.bytes)):
-        if place.start != end:
-            raise CheckpointError(f"{file}: not a whole safetensors file (a gap at byte {end}); fetch it again")
-        end += place.bytes
-    if end != size:
-        raise CheckpointError(f"{file}: not a whole safetensors file ({size} bytes, {end} described); fetch it again")
-    return found
-
-
-def _place(file: Path, name: str, entry: Any, data: int) -> Place:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"'{name}' has no type, shape and offsets") from None
-    whole = [*shape, begin, end] if isinstance(shape, list) else [None]
-    sound = isinstance(dtype, str) and all(type(number) is int and 0 <= number < 2**62 for number in whole)
-    if not sound or end < begin:
-        raise ValueError(f"'{name}' has no type, shape and offsets")
-    if dtype in TYPES and end - begin != math.prod(shape) * TYPES[dtype].itemsize:
-        raise ValueError(f"'{name}' is {dtype} {tuple(shape)} in {end - begin} bytes")
-    return Place(file, dtype, tuple(shape), data + begin, end - begin)
+    """Where the tensors of a safetensors file are; CheckpointError unless the file is whole, see `files.header`."""
+    described = header(file)
+    with file.open("rb") as handle:
+        data = 8 + int.from_bytes(handle.read(8), "little")
+        table = parse_json(handle.read(data - 8))
+    starts = {name: data + table[name]["data_offsets"][0] for name in described}
+    return {name: Place(file, dtype, shape, starts[name]) for name, (dtype, shape) in described.items()}
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
@@ -241,11 +195,7 @@ def refuse_changed(file: Path, digest: str | None = None) -> None:
     blob = file.resolve().name
     if digest is None and not re.fullmatch(r"[0-9a-f]{64}", blob):
         raise CheckpointError(f"{file}: cannot be verified: no manifest, nor the hub's cache, says what its hash is")
-    whole = hashlib.sha256()
-    with file.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            whole.update(block)
-    if whole.hexdigest() != (digest or blob):
+    if sha256(file) != (digest or blob):
         raise CheckpointError(f"{file}: changed since it was saved (its SHA-256 is another); fetch it again")
 
 

@@ -36,7 +36,11 @@ def summary(rows: list[dict[str, Any]]) -> str:
         found = correlation({0: (known["delta_d"].to_numpy(), known["delta_m"].to_numpy())}) if len(known) > 3 else None
         line = {"tuned": Path(tuned).name, "step": "" if pd.isna(step) else int(step), "kind": kind, "n": len(part)}
         numbers = {name: f"{part[name].mean():.3g}" for name in ("delta_m", "delta_d", "relative_change", "grown")}
-        r = "–" if found is None else f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+        r = (
+            f"undefined (n={len(known)})"
+            if found is None
+            else f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+        )
         lines.append(line | numbers | {"r(ΔD, ΔM)": r})
     return "\n".join([pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True), *_remarks(rows)])
 

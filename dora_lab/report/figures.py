@@ -35,7 +35,12 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Fi
 
 def save_figure(figure: Figure, folder: Path, name: str, source: Provenance) -> list[Path]:
     """Write `<name>.pdf` and `<name>.png` (200 dpi) with their provenance as metadata; no dates. Returns the paths."""
+    from matplotlib.text import Text
+
     folder.mkdir(parents=True, exist_ok=True)
+    for text in figure.findobj(Text):  # a name with $ in it is no formula; what matplotlib writes on an axis may be
+        if isinstance(text, Text) and "$" in text.get_text() and not text.get_text().startswith("$\\mathdefault{"):
+            text.set_parse_math(False)
     about = " ".join([text for text in (source.caption(), source.incomplete()) if text])
     runs = "runs: " + " ".join(source.runs)
     pdf, png = folder / f"{name}.pdf", folder / f"{name}.png"

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,8 @@ _STREAMS = {  # columns that a frame has even when there are no rows
         "correct",
     ),
     "probe": ("step", "fraction", "module", "layer", "kind", "delta_m", "delta_d", "relative_change"),
-    "metrics": ("step", "tokens", "loss", "learning_rate", "grad_norm", "seconds"),
+    "metrics": ("step", "tokens", "loss", "learning_rate", "grad_norm"),
+    "timing": ("step", "seconds"),
     "record": ("status",),
 }
 
@@ -42,37 +44,45 @@ _STREAMS = {  # columns that a frame has even when there are no rows
 def frame(root: Path, experiment: str | None = None, stream: str = "eval") -> pd.DataFrame:
     """All complete runs of the results folder `root` (those in `root/runs`) as one frame.
 
-    Args: experiment: name of one experiment; None = all. stream: "eval", "probe", "metrics" (one row per line of
-        that file) or "record" (one row per run, the record flattened: "params.trainable", "seconds.train", ...).
+    Args: experiment: name of one experiment; None = all. stream: "eval", "probe", "metrics", "timing" (one row per line
+        of that file) or "record" (one row per run, the record flattened: "params.trainable", "seconds.train", ...).
     Returns a frame whose first columns describe the run: the spec flattened with dots ("optim.learning_rate"), plus
         `method`, `rank`, `model`, `data`, `eval_data`, `split` as short names, `label` (name in tables; runs that
         differ in more than the seed have different labels), `trainable_percent` (of all parameters; None unknown),
         `commit` and `modified` (uncommitted changes) of the code. `attrs["incomplete"]` counts the runs that were
-        left out, `attrs["statuses"]` by status. No runs: an empty frame with the same columns.
+        left out, `attrs["statuses"]` by label and status ("DoRA failed"). No runs: an empty frame of these columns.
     Raises: ValueError for an unknown stream, and whatever `store` raises for an unreadable record.
     """
     if stream not in _STREAMS:
         raise ValueError(f"report.frame: stream {stream!r} is not one of {', '.join(_STREAMS)}")
     runs: list[tuple[Path, dict[str, Any], dict[str, Any]]] = []
-    left_out: Counter[str] = Counter()
+    left_out: list[dict[str, Any]] = []
     for path, record in store.iter_runs(Path(root), experiment):
         if record["status"] == "complete":
             runs.append((path, record, _run_columns(record)))
         else:
-            left_out[record["status"]] += 1
+            left_out.append(_run_columns(record) | {"status": record["status"]})
+    statuses = _statuses([columns for _, _, columns in runs], left_out)
     _add_labels([columns for _, _, columns in runs])
     rows: list[dict[str, Any]] = []
     for path, record, columns in runs:
         if stream == "record":
             rows.append(columns | _flat({k: v for k, v in record.items() if k not in ("spec", "spec_id", "code")}))
         else:
-            rows.extend(columns | row for row in store.read_stream(path, stream))
+            rows.extend(columns | row for row in store.read_rows(path, stream))
     first = [*_FIRST, *_STREAMS[stream]]
     result = pd.DataFrame(rows)
     result = result.reindex(columns=[*first, *(c for c in result.columns if c not in first)])
     result["rank"] = result["rank"].astype("Int64")
-    result.attrs.update(incomplete=left_out.total(), statuses=dict(sorted(left_out.items())))
+    result.attrs.update(incomplete=len(left_out), statuses=statuses)
     return result
+
+
+def _statuses(complete: Sequence[dict[str, Any]], left_out: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many of the runs that were left out ended how, by the labels that they would have beside the complete."""
+    others = [dict(columns) for columns in left_out]
+    _add_labels([*(dict(columns) for columns in complete), *others])
+    return dict(sorted(Counter(f"{columns['label']} {columns['status']}" for columns in others).items()))
 
 
 def _run_columns(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +163,9 @@ def groups(data: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
             + ([evaluated] if evaluated != trained else [])
             + ([split] if split != "test" else [])
         )
-        found.append(("" if plain else "_" + "_".join(p.replace("/", "-") for p in parts), rows))
+        # the names of models and data are anybody's, and these are names of files
+        safe = "_".join(re.sub(r"[^\w.-]+", "-", part)[:80] for part in parts)
+        found.append(("" if plain else f"_{safe}", rows))
     return sorted(found, key=lambda pair: pair[0])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,9 @@ def save_table(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tail = [text for text in (source.caption(), source.incomplete()) if text]
-    runs = " ".join(source.runs)
-    parts = [f"# {title}", *(markdown(block) for block in blocks), "\n\n".join(tail), f"<!-- runs: {runs} -->"]
+    runs = " ".join(re.sub(r"[^A-Za-z0-9.]+", "-", run) for run in source.runs)
+    texts = [f"# {_plain(title)}", *(markdown(block) for block in blocks), "\n\n".join(map(_plain, tail))]
+    parts = [*texts, f"<!-- runs: {runs} -->"]
     tex = [f"% runs: {runs}", *(_latex(block, title, tail) for block in blocks)]
     paths = [folder / f"{name}.{ending}" for ending in ("md", "tex", "csv")]
     paths[0].write_text("\n\n".join(parts) + "\n", encoding="utf-8", newline="\n")
@@ -64,13 +66,25 @@ def markdown(block: Block, level: int = 2) -> str:
     """A block as Markdown: heading, pipe table, notes."""
     if not len(block.cells.columns):
         raise ValueError(f"table block {block.title!r} has no columns: no runs were found for it")
-    rows = [
-        [MISSING if pd.isna(c) else str(c).replace("|", "\\|") for c in row]
-        for row in block.cells.itertuples(index=False)
-    ]
+    rows = [[MISSING if pd.isna(c) else _cell(c) for c in row] for row in block.cells.itertuples(index=False)]
     rule = ["---" if left else "---:" for left in block.left()]
-    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (block.cells.columns, rule, *rows)]
-    return "\n\n".join([f"{'#' * level} {block.title}", "\n".join(lines), *block.notes])
+    lines = ["| " + " | ".join(cells) + " |" for cells in (map(_cell, block.cells.columns), rule, *rows)]
+    return "\n\n".join([f"{'#' * level} {_plain(block.title)}", "\n".join(lines), *map(_plain, block.notes)])
+
+
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+
+
+def _plain(text: Any) -> str:
+    """Text on one line of Markdown that opens no tag, no entity, no link and no comment, whoever wrote it."""
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", _CONTROLS.sub(" ", str(text)))
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+    return text.replace("-->", "--&gt;").replace("](", "]\\(")
+
+
+def _cell(text: Any) -> str:
+    """The same in a cell of a pipe table, which a backslash before the pipe would open again."""
+    return re.sub(r"\\(?=\|)", r"\\\\", _plain(text)).replace("|", "\\|")
 
 
 _TEX = {
@@ -103,12 +117,9 @@ _TEX = {
 
 
 def latex_escape(text: str) -> str:
-    """Text for pdflatex. Raises: ValueError for a character that has no LaTeX form here (add it to the table)."""
-    escaped = "".join(_TEX.get(character, character) for character in text)
-    if not escaped.isascii():
-        odd = sorted({c for c in escaped if not c.isascii()})
-        raise ValueError(f"no LaTeX form for {odd} in {text!r}: add it to report._TEX")
-    return escaped
+    """Text for pdflatex, ASCII on one line; a character without a LaTeX form here becomes its code, "[U+6F22]"."""
+    forms = (_TEX.get(one, one if one.isascii() else f"[U+{ord(one):04X}]") for one in _CONTROLS.sub(" ", text))
+    return "".join(forms)
 
 
 def _latex(block: Block, title: str, tail: Sequence[str]) -> str:

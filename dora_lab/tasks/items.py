@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dora_lab.files import parse_json
 from dora_lab.tasks.task import Task
 
 FIELDS = ("instruction", "input", "output", "answer")
@@ -25,15 +26,19 @@ def read_items(file: Path, task: Task | None) -> list[dict[str, Any]]:
         text = Path(file).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ItemError(f"{file} does not exist; fetch it or leave its task out") from None
+    except OSError as error:
+        raise ItemError(f"{file} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ItemError(f"{file}: not UTF-8 at byte {error.start}; convert or fetch it again") from None
     if not text.strip():
         raise ItemError(f"{file} is empty; fetch it again")
     try:
-        items = json.loads(text)
+        items = parse_json(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}, after {text.count(chr(34) + 'answer' + chr(34))} answers"
         raise ItemError(f"{file}: broken or truncated JSON at {where} ({error.msg}); fetch it again") from None
+    except ValueError as error:
+        raise ItemError(f"{file}: {error}; correct it or fetch it again") from None
     check_items(items, task, str(file))
     return items
 
@@ -55,7 +60,8 @@ def _check_item(item: Any, task: Task | None, at: Callable[[str], str]) -> None:
             raise ItemError(f"{at(field)}: missing; an item has {', '.join(FIELDS)}")
         if not isinstance(item[field], str):
             raise ItemError(f"{at(field)}: expected text, got {item[field]!r}")
-        if field != "input" and not item[field].strip():
+        needed = field != "input" and (task is not None or field != "answer")  # training reads the output alone
+        if needed and not item[field].strip():
             raise ItemError(f"{at(field)}: empty; fill it or remove the item")
     if item["input"]:
         raise ItemError(f"{at('input')}: must be empty, both templates have no place for it; got {item['input']!r:.80}")

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+RESPONSE = "### Response:"  # heading of the answer in both templates
 # the instructions of LLM-Adapters end in the labels that are allowed, e.g. "Answer format: answer1/answer2/answer3"
 _ANSWER_FORMAT = re.compile(r"Answer format: *(\S+)\s*$")
 
@@ -31,8 +32,11 @@ class Task:
         return "|".join(self.labels)
 
     def parse(self, output: str) -> str | None:
-        """The label that a generated text answers with: the first match of `pattern`, or None if there is none."""
-        found = re.search(self.pattern, output)
+        """The label that a generated text answers with: the first match of `pattern`, or None if there is none.
+
+        As released, only what follows the last "### Response:" counts: a model may go on and write a prompt of its own.
+        """
+        found = re.search(self.pattern, answer_part(output))
         return found.group() if found else None
 
     def options(self, item: dict[str, Any]) -> tuple[str, ...]:
@@ -45,3 +49,8 @@ class Task:
     def _usual(self) -> tuple[str, ...]:
         """The labels of an ordinary item: the first 1 / chance of them."""
         return self.labels[: round(1 / self.chance)]
+
+
+def answer_part(output: str) -> str:
+    """The part of a generated text that is looked at for an answer."""
+    return output.rpartition(RESPONSE)[2]

@@ -1,0 +1,86 @@
+"""The processes of one distributed run, as `torchrun` starts them; alone, a process is the first of one.
+
+Torch is imported only where there is more than one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+WAIT = timedelta(days=7)  # the others wait while the first evaluates; the end of a process is noticed at once
+
+
+class LostError(KeyboardInterrupt):
+    """Another process of the run has ended: this one cannot go on; the run is interrupted, not failed."""
+
+
+def size() -> int:
+    """Number of processes of the run (torchrun's WORLD_SIZE)."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else 1
+
+
+def rank() -> int:
+    """Which of them this one is, from 0."""
+    return int(os.environ["RANK"]) if size() > 1 else 0
+
+
+def first() -> bool:
+    """Whether this process is the one that writes."""
+    return rank() == 0
+
+
+def start(gpu: bool) -> None:
+    """Join the others, over NCCL where each has a GPU of its own, else over gloo; nothing for a process alone."""
+    if size() == 1:
+        return
+    import torch
+
+    if gpu and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if gpu and torch.cuda.is_available() else "gloo", timeout=WAIT)
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """Around what the processes do together: raises LostError where the connection to another one breaks."""
+    try:
+        yield
+    except RuntimeError as error:
+        if size() > 1 and any(word in str(error) for word in ("gloo", "NCCL", "Connection", "Broken pipe")):
+            raise LostError(f"another process of the run has ended: {str(error).partition('. ')[0]}") from error
+        raise
+
+
+def barrier() -> None:
+    """Wait for the others."""
+    share(None)
+
+
+def share(value: Value) -> Value:
+    """The value that the first process gives, in every process."""
+    if size() == 1:
+        return value
+    import torch
+
+    values: list[Any] = [value]
+    with connected():
+        torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def total(values: Sequence[int], device: Any) -> list[int]:
+    """Each value summed over all processes."""
+    if size() == 1:
+        return list(values)
+    import torch
+
+    sums = torch.tensor(values, dtype=torch.int64, device=device)
+    with connected():
+        torch.distributed.all_reduce(sums)
+    return [int(each) for each in sums]

@@ -1,0 +1,86 @@
+"""The correlation of ΔD with ΔM in a frame of probe rows: by axis, kind of matrix and view."""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
+# pandas ships no stubs: read from its source, any selection from a frame is "Series | ndarray | DataFrame | ..."
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from dora_lab import statistics
+from dora_lab.report.look import METHODS
+from dora_lab.statistics import Estimate
+
+FACTORS = {  # what a grid changes, one at a time: name -> column
+    "learning rate": "optim.learning_rate",
+    "rank": "rank",
+    "alpha / rank": "scale",
+    "training items": "data.train_items",
+}
+AXES = {"out": ("delta_d", "delta_m"), "in": ("delta_d_in", "delta_m_in")}  # one magnitude per output / input feature
+
+
+def correlate(probes: pd.DataFrame, kind: str, axis: str = "out", view: str = "pooled") -> Estimate | None:
+    """Correlation of ΔD with ΔM over the layers and checkpoints of runs that differ in the seed alone.
+
+    Args: probes: rows of the probe stream of one setting; kind: of matrix, "q_proj"; axis: "out" (the paper's) or "in";
+        view: one of `statistics.VIEWS`.
+    Returns the estimate of `statistics.layer_correlation`; None where there are no rows, the axis was not recorded, or
+        nothing has moved.
+    Raises: ValueError for an unknown axis or view, and if two runs have the same seed.
+    """
+    if axis not in AXES:
+        raise ValueError(f"axis {axis!r} is not one of {', '.join(AXES)}")
+    columns = list(AXES[axis])
+    if not set(columns) <= set(probes.columns):
+        return None
+    rows = probes.loc[probes["kind"] == kind, ["spec_id", "seed", "module", "step", *columns]]
+    if not len(rows) or rows[columns].isna().any().any():
+        return None
+    if (rows.groupby("seed")["spec_id"].nunique() > 1).any():
+        raise ValueError("correlate: these runs differ in more than the seed; select the rows of one setting")
+    points = {}
+    for seed, part in rows.sort_values(["module", "step"]).groupby("seed"):
+        # modules, not layers: an encoder and a decoder number theirs alike
+        shape = part["module"].nunique(), part["step"].nunique()
+        if len(part) != shape[0] * shape[1]:
+            raise ValueError(
+                f"correlate: run {part['spec_id'].iloc[0]} lacks a module at a step; check its probe.jsonl"
+            )
+        points[int(seed)] = tuple(part[column].to_numpy(dtype=float).reshape(shape) for column in columns)
+    return statistics.layer_correlation(points, view)
+
+
+def around_the_middle(probes: pd.DataFrame) -> Iterator[tuple[str, str, float, float, pd.DataFrame]]:
+    """(method label, factor, level, level of the middle, rows) of a grid that changes one factor at a time.
+
+    The middle of a method is the most frequent level of each of `FACTORS` (of equally frequent ones the middle one); it
+    is a level of every factor, so its rows come once for each. Runs that differ from it in two factors are left out.
+    """
+    grid = probes.assign(scale=probes["method.alpha"] / probes["method.rank"])
+    labels = {name: look.label for name, look in METHODS.items()}
+    for method in [name for name in METHODS if (grid["method"] == name).any()]:
+        rows = grid[grid["method"] == method]
+        varied = {name: column for name, column in FACTORS.items() if rows[column].notna().all()}
+        counts = rows.drop_duplicates("spec_id")
+        modes = {column: counts[column].mode() for column in varied.values()}
+        middle = {column: values.iloc[len(values) // 2] for column, values in modes.items()}
+        for name, column in varied.items():
+            others = [other for other in varied.values() if other != column]
+            mine = rows[(rows[others] == [middle[other] for other in others]).all(axis=1)]
+            if mine[column].nunique() > 1:
+                for level, part in mine.groupby(column):
+                    yield labels[method], name, float(level), float(middle[column]), part
+
+
+def middle(probes: pd.DataFrame) -> pd.DataFrame:
+    """The rows of every method's middle, `label` the plain name of the method; empty if there is no grid."""
+    found = {
+        label: rows.assign(label=label)
+        for label, _, level, central, rows in around_the_middle(probes)
+        if level == central
+    }
+    return pd.concat(found.values()) if found else probes.iloc[:0]

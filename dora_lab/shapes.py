@@ -1,0 +1,119 @@
+"""Shapes of the models that the paper fine-tunes, and what follows from them: how many parameters a method trains.
+
+Arithmetic on numbers of a config.json (standard library only): nothing is loaded, so a table or a cost estimate has the
+shapes of a 13B model at once. `tests/test_parameters.py` holds it against real modules on the meta device.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from dora_lab.spec import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A decoder of the Llama family; no biases, two norms a layer and one at the end."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    vocabulary: int
+    head: int | None = None  # width of an attention head; None: hidden / heads
+    tied: bool = False  # output embedding = input embedding
+
+    @property
+    def attention(self) -> int:
+        """Width of all attention heads together."""
+        return self.heads * (self.head or self.hidden // self.heads)
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """The linear layers of one decoder layer: leaf name -> (out, in)."""
+        narrow = self.attention * self.key_value_heads // self.heads
+        return {
+            "q_proj": (self.attention, self.hidden),
+            "k_proj": (narrow, self.hidden),
+            "v_proj": (narrow, self.hidden),
+            "o_proj": (self.hidden, self.attention),
+            "gate_proj": (self.intermediate, self.hidden),
+            "up_proj": (self.intermediate, self.hidden),
+            "down_proj": (self.hidden, self.intermediate),
+        }
+
+    def parameters(self) -> int:
+        """Parameters of the base model."""
+        linear = sum(out * width for out, width in self.matrices().values())
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return self.layers * (linear + 2 * self.hidden) + self.hidden + embeddings
+
+    def trained(self, method: Method) -> int:
+        """Parameters that `method` trains (its own, on a frozen base; all for "ft").
+
+        LoRA: rank (out + in) for each target; DoRA: out more for each target and each magnitude-only module.
+        Raises ValueError for a method that this does not know, a module that is no linear layer of the model, and for
+        ranks that differ by module (`rank_pattern`).
+        """
+        if method.name in ("base", "ft"):
+            return self.parameters() if method.name == "ft" else 0
+        if method.name not in ("lora", "dora") or method.rank is None or method.rank_pattern:
+            raise ValueError(
+                f"method '{method.name}' with rank {method.rank} and rank_pattern {method.rank_pattern}: parameters "
+                "are counted for base, ft, and for lora and dora with one rank"
+            )
+        linear, rank = self.matrices(), method.rank
+        bare = [name for name in method.magnitude_modules if name not in method.target_modules]
+        if unknown := [name for name in (*method.target_modules, *bare) if name not in linear]:
+            raise ValueError(f"method.target_modules: {', '.join(unknown)} not among {', '.join(linear)}")
+        per_layer = sum(rank * sum(linear[name]) for name in method.target_modules)
+        if method.name == "dora":
+            per_layer += sum(linear[name][0] for name in {*method.target_modules, *bare})
+        return self.layers * per_layer
+
+
+_7B = Shape(hidden=4096, intermediate=11008, layers=32, heads=32, key_value_heads=32, vocabulary=32000)
+_13B = Shape(hidden=5120, intermediate=13824, layers=40, heads=40, key_value_heads=40, vocabulary=32000)
+_8B = Shape(hidden=4096, intermediate=14336, layers=32, heads=32, key_value_heads=8, vocabulary=128256)
+
+# the paper's name of a model: its shape, and the hub ids that `experiments` take it from (case does not matter)
+PAPER: dict[str, tuple[Shape, tuple[str, ...]]] = {
+    "LLaMA-7B": (_7B, ("yahma/llama-7b-hf",)),
+    "LLaMA-13B": (_13B, ("yahma/llama-13b-hf",)),
+    "LLaMA2-7B": (_7B, ("meta-llama/Llama-2-7b-hf",)),
+    "LLaMA3-8B": (_8B, ("meta-llama/Meta-Llama-3-8B",)),
+}
+
+
+def printed_name(model: str) -> str | None:
+    """The paper's name for a hub id, or for a folder of that model's own name ("llama-7b-hf"); None if it has none.
+
+    A name proves nothing: compare `Shape.parameters` with what a record counts.
+    """
+    leaf = model.rsplit("/", 1)[-1].lower()
+    return next((name for name, (_, ids) in PAPER.items() if leaf in {i.rsplit("/", 1)[-1].lower() for i in ids}), None)
+
+
+def of_folder(folder: Path) -> Shape:
+    """The shape in the config.json of a saved model; raises ValueError naming file and field."""
+    file = Path(folder) / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file} does not exist; give the folder of a saved model") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    names = {
+        "hidden": "hidden_size", "intermediate": "intermediate_size", "layers": "num_hidden_layers",
+        "heads": "num_attention_heads", "vocabulary": "vocab_size",
+    }  # fmt: skip
+    if missing := [name for name in names.values() if not isinstance(config.get(name), int)]:
+        raise ValueError(f"{file}: field '{missing[0]}' is not a whole number; is this a decoder of the Llama family?")
+    return Shape(
+        **{field: config[name] for field, name in names.items()},
+        key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        head=config.get("head_dim"),
+        tied=bool(config.get("tie_word_embeddings")),
+    )

@@ -1,0 +1,119 @@
+"""How many parameters every method of tables 1, 5, 6, 7 and 15 trains on the paper's models, beside what it prints.
+
+It trains nothing and loads no weights, so it has no specs: `make parameters`, or
+
+    python -m experiments.parameters [--results DIR]
+
+writes results/bench/parameters.jsonl in about half a minute. LoRA and DoRA are counted on real modules: `inject` on a
+model that `transformers` builds from its configuration on the meta device, where a tensor has a shape and no memory.
+What this lab has no adapter for is counted from the shapes of the layers, with the sizes that reproduce the printed
+percentages (Hu et al. 2023 for Prefix, Series and Parallel; table 11 for VeRA and DVoRA). A percentage is of base and
+adapter together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dora_lab import provenance, verify
+from dora_lab.adapters import inject
+from dora_lab.shapes import PAPER, Shape
+from dora_lab.spec import Method
+
+FIVE = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BARE = ("o_proj", "gate_proj", "up_proj", "down_proj")  # of table 6: their magnitude alone is trained
+BOTTLENECK = 256  # width of Series (on down_proj) and Parallel (on up_proj and down_proj) adapters
+PREFIX = {"LLaMA-7B": 30, "LLaMA-13B": 10}  # virtual tokens
+MODULES, ARITHMETIC = "inject, meta device", "layer shapes"
+
+
+def method_of(source: str, name: str, setting: str, rank: float) -> Method | None:
+    """The method of a printed row as this lab would run it; None for one that it has no adapter for."""
+    name = name.removesuffix("†").lower()
+    if name not in ("lora", "dora"):
+        return None
+    bare = setting == "m: QKVOGUD, V: QKV"
+    return Method(
+        name=name,
+        rank=int(rank),
+        alpha=2.0 * rank,
+        target_modules=SEVEN if source == "Table 5" else FIVE[:3] if bare else FIVE,
+        magnitude_modules=BARE if bare else (),
+        detach_norm=setting != "norm in graph",
+    )
+
+
+def of_shapes(model: str, name: str, rank: float) -> int:
+    """Parameters of a method that this lab has no adapter for."""
+    shape = PAPER[model][0]
+    linear = shape.matrices()
+    if name == "Prefix":  # a key and a value for each virtual token and layer
+        return PREFIX[model] * 2 * shape.layers * shape.hidden
+    if name == "Series":
+        return shape.layers * 2 * BOTTLENECK * linear["down_proj"][0]
+    if name == "Parallel":
+        return shape.layers * BOTTLENECK * (sum(linear["up_proj"]) + sum(linear["down_proj"]))
+    outputs = shape.layers * sum(out for out, _ in linear.values())
+    vera = shape.layers * len(SEVEN) * int(rank) + outputs  # the vectors d (rank) and b (out) of every layer
+    if name not in ("VeRA", "DVoRA"):
+        raise ValueError(f"method '{name}': no rule to count its parameters by; add one to experiments/parameters.py")
+    return vera + (outputs if name == "DVoRA" else 0)
+
+
+@cache
+def counted(shape: Shape, method: Method) -> dict[str, int]:
+    """`inject`'s own count, trainable and total, on a model without memory."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.key_value_heads, vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return inject(model, method, seed=0)
+
+
+def count() -> list[dict[str, Any]]:
+    """A row for every line of the paper's tables that prints a percentage for one of its language models."""
+    printed = verify.claims()
+    printed = printed[(printed["kind"] == "number") & printed["model"].isin(list(PAPER))]
+    printed = printed[printed["trainable_percent"].notna()]
+    keys = ["source", "model", "method", "setting", "rank", "trainable_percent"]
+    rows = []
+    for source, model, name, setting, rank, percent in printed[keys].drop_duplicates().itertuples(index=False):
+        method = method_of(source, name, setting, rank)
+        if method is None:
+            trainable = of_shapes(model, name, rank)
+            numbers = {"trainable": trainable, "total": PAPER[model][0].parameters() + trainable}
+        else:
+            numbers = counted(PAPER[model][0], method)
+        rows.append(
+            {"source": source, "model": model, "method": name, "setting": setting or None}
+            | {"rank": None if rank != rank else int(rank), **numbers}
+            | {"printed_percent": percent, "counted_by": ARITHMETIC if method is None else MODULES}
+        )
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Count everything anew and write it down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("results/local"), help="folder that gets bench/")
+    file = parser.parse_args(argv).results / "bench" / "parameters.jsonl"
+    about = {"code": provenance.code(), "packages": provenance.packages()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row | about, ensure_ascii=False) + "\n" for row in count()), encoding="utf-8")
+    print(file)
+
+
+if __name__ == "__main__":
+    main()
