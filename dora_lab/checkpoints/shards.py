@@ -145,7 +145,10 @@ class Shards:
             raise CheckpointError(f"{index}: not an index of shards ({error}); fetch it again") from None
         places: dict[str, Place] = {}
         for file in sorted(set(names.values())):
-            there = read_header(inside(self.folder, file, index))
+            try:
+                there = read_header(inside(self.folder, file, index))
+            except OSError as error:  # a name too long, say
+                raise CheckpointError(f"{index}: names a file that cannot be read: {error.strerror}") from None
             wanted = [name for name, where in names.items() if where == file]
             if lost := sorted(name for name in wanted if name not in there):
                 raise CheckpointError(f"{self.folder / file}: '{lost[0]}' should be in it and is not; fetch it again")
