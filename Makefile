@@ -7,7 +7,7 @@ RUN := $(BIN)/dora-lab
 export PYTHONHASHSEED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check format results notebooks mini-base bench bench-gpu torture parameters clean-local
+.PHONY: help setup test check format results notebooks mini-base bench bench-probe bench-gpu torture parameters clean-local
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -49,6 +49,11 @@ bench: setup  ## time of a step and its memory: our LoRA and DoRA, PEFT's, full 
 	$(BIN)/python -m experiments.speed --results $(RESULTS)
 	$(BIN)/python -m analysis.tables.speed --results $(RESULTS)
 	@cat $(RESULTS)/tables/speed.md
+
+bench-probe: setup  ## time and memory of the probe of saved models on LLaMA-7B's shapes (about 4 minutes, 2.5 GB of disk)
+	$(BIN)/python -m experiments.probe_speed --results $(RESULTS)
+	$(BIN)/python -m analysis.tables.probe_speed --results $(RESULTS)
+	@cat $(RESULTS)/tables/probe_speed.md
 
 bench-gpu: setup  ## the same on LLaMA-7B and 8B shapes in bfloat16; needs a GPU
 	$(BIN)/python -m experiments.speed --gpu --results $(RESULTS)

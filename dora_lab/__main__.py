@@ -225,8 +225,8 @@ def report(results: ResultsOption = RESULTS) -> None:
 
 @app.command()
 def probe(
-    base: Annotated[Path, typer.Argument(help="Folder of the base model (safetensors, sharded or not).")],
-    tuned: Annotated[list[Path], typer.Argument(help="Models, adapters, folders of checkpoint-N, or runs.")],
+    base: Annotated[str, typer.Argument(help="The base model: a folder (safetensors, sharded or not) or a hub id.")],
+    tuned: Annotated[list[str], typer.Argument(help="Models, adapters, folders of checkpoint-N, runs, or hub ids.")],
     axis: Annotated[
         str, typer.Option(help="One magnitude per output feature (out, DoRA's) or per input (in).")
     ] = "out",
@@ -234,21 +234,32 @@ def probe(
     out: Annotated[Path | None, typer.Option(help="Write the rows: .csv, .jsonl or .parquet.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the scatter of ΔD and ΔM: .png or .pdf.")] = None,
     dynamics: Annotated[bool, typer.Option(help="Also ranks, singular values, intruder directions (slow).")] = False,
-    allow_pickle: Annotated[bool, typer.Option(help="Read adapter_model.bin if there is no safetensors file.")] = False,
+    verify: Annotated[bool, typer.Option(help="Compare files with their SHA-256: manifests, the hub's cache.")] = False,
+    allow_pickle: Annotated[bool, typer.Option(help="Read .bin files where there is no safetensors file.")] = False,
 ) -> None:
     """ΔM and ΔD of tuned models or adapters against their base, from the files, in bounded memory."""
+    from tqdm import tqdm
+
     from dora_lab import measure
     from dora_lab.report import decomposition
 
     decomposition.refuse_endings(out, plot)
+    rows: list[dict[str, Any]] = []
     failures: list[str] = []
-    rows = list(
-        measure.probe(
-            base, tuned, axis=axis, kinds=[kind for kind in kinds.split(",") if kind], dynamics=dynamics,
-            allow_pickle=allow_pickle, failed=lambda error: failures.append(str(error)),
-            progress=lambda text: typer.echo(f"\r{text[-78:]:78}", err=True, nl=False) if sys.stderr.isatty() else None,
-        )
-    )  # fmt: skip
+    with tqdm(unit=" matrices", leave=False, disable=None if dynamics else not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int, text: str) -> None:
+            bar.total, bar.n = total, done
+            bar.set_description_str(text[-50:])
+
+        found = measure.probe(
+            base, tuned, axis=axis, kinds=[kind for kind in kinds.split(",") if kind], dynamics=dynamics, verify=verify,
+            allow_pickle=allow_pickle, failed=lambda error: failures.append(str(error)), progress=progress,
+        )  # fmt: skip
+        try:
+            rows.extend(found)  # what was known before an error of the base is kept
+        except measure.CheckpointError as error:
+            failures.append(str(error))
     if rows:
         typer.echo(decomposition.summary(rows))
         for path in (

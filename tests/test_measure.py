@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import pandas as pd
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,9 +24,12 @@ from typer.testing import CliRunner
 
 import dora_lab
 from dora_lab import __main__ as command
-from dora_lab.checkpoints import CheckpointError, pairs, save_adapter
+from dora_lab import measure
+from dora_lab.checkpoints import CheckpointError, save_adapter
+from dora_lab.checkpoints.pairs import Matrix, Replaced
+from dora_lab.checkpoints.shards import FLOATS, Shards
 from dora_lab.decompose import change
-from dora_lab.measure import probe
+from dora_lab.measure import changes, probe
 from dora_lab.spec import Method
 
 KINDS = ("q_proj", "v_proj", "down_proj")
@@ -46,35 +53,48 @@ def check(row: dict[str, Any], W0: Tensor, W: Tensor, axis: str = "out", rel: fl
         assert row[name] == pytest.approx(value, rel=rel), (row["module"], name)
 
 
-def one(W0: Tensor, E: Tensor, axis: str, size: int) -> dict[str, float]:
-    seen = change(lambda: iter([(W0[i : i + size], E[i : i + size]) for i in range(0, len(W0), size)]), axis=axis)
+def streamed(W0: Tensor, W: Tensor, axis: str, folder: Path) -> dict[str, float]:
+    """Through files, in blocks."""
+    for name, weight in (("base", W0), ("tuned", W)):
+        (folder / name).mkdir(exist_ok=True)
+        save_file({"a.weight": weight}, folder / name / "model.safetensors")
+    base, after = Shards(folder / "base"), Shards(folder / "tuned")
+    rows, width = W0.shape
+    seen = changes(base, Matrix("a.weight", (rows, width), False), [Replaced(after, "a.weight")], axis)[0]
+    assert not isinstance(seen, CheckpointError)
     return {"delta_m": seen.delta_m.abs().mean().item(), "delta_d": seen.delta_d.nanmean().item()}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     size=st.floats(1e-4, 1.0), along=st.sampled_from([0.0, 0.9, 1.0]), block=st.integers(1, 40),
     axis=st.sampled_from(["out", "in"]), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_small_changes_keep_their_digits(size: float, along: float, block: int, axis: str, seed: int) -> None:
+def test_small_changes_keep_their_digits(
+    size: float, along: float, block: int, axis: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Down to a relative change of 1e-4, across the weight or nearly along it, in float32 (a true ΔD of 5e-9)."""
+    monkeypatch.setattr(measure, "BLOCK", 200 * block)
     source = torch.Generator().manual_seed(seed)
     W0 = torch.randn(24, 200, generator=source)
     noise = torch.randn(24, 200, generator=source)
-    E = size * (along * W0 + (1 - along if along < 1 else 1e-3) * noise)
-    expected, seen = truth(W0, W0.double() + E.double(), axis), one(W0, E, axis, block)
+    W = W0 + size * (along * W0 + (1 - along if along < 1 else 1e-3) * noise)
+    expected, seen = truth(W0, W, axis), streamed(W0, W, axis, tmp_path)
     assert seen["delta_m"] == pytest.approx(expected["delta_m"], rel=1e-5)
     assert seen["delta_d"] == pytest.approx(expected["delta_d"], rel=1e-5, abs=1e-16)
+    found = change(W0, W, axis=axis)
+    assert seen["delta_m"] == pytest.approx(found.delta_m.abs().mean().item(), rel=1e-5)
+    assert seen["delta_d"] == pytest.approx(found.delta_d.mean().item(), rel=1e-5, abs=1e-16)
 
 
 def test_rows_without_a_direction_and_turned_ones() -> None:
     W0 = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0], [3.0, 4.0]])
     W = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [3.0, 4.0]])
-    seen = change(lambda: iter([(W0, W - W0)]))
+    seen = change(W0, W)
     assert seen.delta_d[[0, 3]].tolist() == [2.0, 0.0] and seen.delta_d[[1, 2]].isnan().all()
     assert seen.delta_m.tolist() == [0.0, 1.0, -1.0, 0.0]
     with pytest.raises(ValueError, match="axis = 'rows': must be 'out' or 'in'"):
-        change(lambda: iter([(W0, W)]), axis="rows")
+        change(W0, W, axis="rows")
 
 
 # --- saved models
@@ -106,7 +126,7 @@ def weights(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("axis", ["out", "in"])
 @pytest.mark.parametrize("shard", ["5MB", "8KB"])
 def test_two_whole_models(axis: str, shard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "BLOCK", 200)  # a few rows at a time
+    monkeypatch.setattr(measure, "BLOCK", 200)  # a few rows at a time
     llama().save_pretrained(tmp_path / "base", max_shard_size=shard)
     moved(llama(), 1e-3).save_pretrained(tmp_path / "tuned", max_shard_size=shard)
     rows = list(probe(tmp_path / "base", [tmp_path / "tuned"], axis=axis))
@@ -121,7 +141,7 @@ def test_two_whole_models(axis: str, shard: str, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_adapters_against_pefts_merge(make: Any, dora: bool, axis: str, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(pairs, "BLOCK", 300)
+    monkeypatch.setattr(measure, "BLOCK", 300)
     targets = list(KINDS) if make is llama else ["c_attn", "c_proj"]
     make().save_pretrained(tmp_path / "base")
     config = peft.LoraConfig(
@@ -157,7 +177,8 @@ def test_our_adapters_in_every_format_and_a_trajectory(tmp_path: Path) -> None:
         save_adapter(model, run / f"checkpoint-{step}")
     save_adapter(model, tmp_path / "authors", format="authors")
     rows = list(probe(tmp_path / "base", [run, tmp_path / "authors"], kinds=("q_proj",)))
-    assert [row["step"] for row in rows] == [20] * 3 + [200] * 3 + [None] * 3
+    assert [row["step"] for row in rows] == [20, 200, None] * 3, "matrix by matrix"
+    rows = rows[0::3] + rows[1::3] + rows[2::3]
     before = weights(llama())
     for mine, theirs in zip(rows[:3], rows[6:], strict=True):
         assert {**mine, "tuned": 0, "step": 0} == {**theirs, "tuned": 0, "step": 0}
@@ -167,7 +188,8 @@ def test_our_adapters_in_every_format_and_a_trajectory(tmp_path: Path) -> None:
     (tmp_path / "run" / "record.json").write_text("{}")
     shutil.copytree(run / "checkpoint-20", tmp_path / "run" / "adapter", dirs_exist_ok=True)
     again = list(probe(tmp_path / "base", [tmp_path / "run"], kinds=("q_proj",)))
-    assert [row["delta_d"] for row in again] == [row["delta_d"] for row in rows[:3]]
+    for one, other in zip(again, rows[:3], strict=True):  # with others in one product its last digits may differ
+        assert one["delta_d"] == pytest.approx(other["delta_d"], rel=1e-7)
 
 
 def test_dynamics(tmp_path: Path) -> None:
@@ -186,6 +208,209 @@ def test_dynamics(tmp_path: Path) -> None:
     assert row["intruders"] >= 1
     still = rows["model.layers.0.self_attn.q_proj"]
     assert (still["effective_rank"], still["intruders"], still["delta_d"], still["delta_m"]) == (0.0, 0, 0.0, 0.0)
+
+
+def test_what_is_saved_beside_an_adapter_and_a_magnitude_that_never_moved(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, modules_to_save=["lm_head"])
+    model = peft.get_peft_model(llama(), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "magnitude" not in name:
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+    model.save_pretrained(tmp_path / "tuned")
+    rows = list(probe(tmp_path / "base", [tmp_path / "tuned"]))
+    assert [row["kind"] for row in rows] == ["lm_head"] + ["q_proj"] * 3
+    assert [row["magnitude_still"] for row in rows] == [None, True, True, True]
+    merged = weights(model.merge_and_unload())
+    check(rows[0], weights(llama())["lm_head"], merged["lm_head"])
+
+
+def test_many_in_one_pass_are_what_each_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "BLOCK", 300)
+    llama().save_pretrained(tmp_path / "base")
+    folders = [tmp_path / name for name in ("full", "dora", "lora", "other")]
+    moved(llama(), 1e-3).save_pretrained(folders[0])
+    for seed, folder in enumerate(folders[1:]):
+        model = llama()
+        name = "dora" if folder.name == "dora" else "lora"
+        inject = Method(name=name, rank=2 + seed, alpha=8.0, target_modules=KINDS)
+        dora_lab.inject(model, inject, seed=seed)
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.mul_(1.01).add_(0.01)
+        save_adapter(model, folder)
+    reads: list[str] = []
+    fill = Shards.fill
+    monkeypatch.setattr(
+        Shards, "fill", lambda self, name, start, out: (reads.append(self.folder.name), fill(self, name, start, out))[1]
+    )
+    for axis in ("out", "in"):
+        together = {
+            (row["tuned"], row["module"]): row for row in probe(tmp_path / "base", folders, kinds=KINDS, axis=axis)
+        }
+        if axis == "out":
+            assert reads.count("base") == reads.count("full"), "the base is read once for all of them"
+        for folder in folders:
+            for alone in probe(tmp_path / "base", [folder], kinds=KINDS, axis=axis):
+                seen = together[str(folder), alone["module"]]
+                for key, value in alone.items():
+                    assert seen[key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), key
+
+
+def test_pickled_models_only_if_asked(tmp_path: Path) -> None:
+    before, after = llama(), moved(llama(), 1e-3)
+    for name, model in (("base", before), ("tuned", after)):
+        (tmp_path / name).mkdir()
+        torch.save(model.state_dict(), tmp_path / name / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"only pickled weights .* or allow it with --allow-pickle"):
+        list(probe(tmp_path / "base", [tmp_path / "tuned"]))
+    rows = list(probe(tmp_path / "base", [tmp_path / "tuned"], kinds=("q_proj",), allow_pickle=True))
+    for row in rows:
+        check(row, weights(before)[row["module"]], weights(after)[row["module"]])
+    (tmp_path / "tuned" / "pytorch_model.bin").write_bytes(pickle.dumps({"a.weight": print}))
+    with pytest.raises(CheckpointError, match="not a file of plain tensors"):
+        list(probe(tmp_path / "base", [tmp_path / "tuned"], allow_pickle=True))
+
+
+def test_tied_weights_are_counted_once(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    moved(llama(), 1e-3).save_pretrained(tmp_path / "tuned")
+    (row,) = probe(tmp_path / "base", [tmp_path / "tuned"], kinds=("embed_tokens",))
+    assert (row["module"], row["tied_with"]) == ("model.embed_tokens", "lm_head")
+    with pytest.raises(CheckpointError, match=r"'lm_head' is tied to 'model\.embed_tokens' and counted as that"):
+        list(probe(tmp_path / "base", [tmp_path / "tuned"], kinds=("lm_head",)))
+
+
+def hub(folder: Path, name: str, source: Path) -> Path:
+    """The hub's cache as it is after `source` was fetched: files are links to blobs that are named by their hash."""
+    place = folder / f"models--{name.replace('/', '--')}"
+    snapshot = place / "snapshots" / ("0" * 40)
+    for part in ("blobs", "refs"):
+        (place / part).mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    for file in source.iterdir():
+        blob = place / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.copy(file, blob)
+        (snapshot / file.name).symlink_to(blob)
+    return snapshot
+
+
+def test_hub_ids_and_changed_bytes(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub(tmp_path, "some/base", saved / "base")
+    snapshot = hub(tmp_path, "some/tuned", saved / "tuned")
+    rows = list(probe("some/base", ["some/tuned"], kinds=("q_proj",), verify=True))
+    assert [row["delta_d"] for row in rows] == [
+        row["delta_d"] for row in probe(saved / "base", [saved / "tuned"], kinds=("q_proj",))
+    ]
+    blob = next(iter(sorted(snapshot.glob("*.safetensors")))).resolve()
+    blob.write_bytes(blob.read_bytes()[:-40] + bytes(40))  # in the last numbers
+    with pytest.raises(CheckpointError, match="changed since it was saved"):
+        list(probe("some/base", ["some/tuned"], kinds=("q_proj",), verify=True))
+    with pytest.raises(CheckpointError, match="cannot be verified"):
+        list(probe("some/base", [saved / "tuned"], verify=True))
+    with pytest.raises(CheckpointError, match="model 'some/other' at revision main is not in the hub's cache"):
+        list(probe("some/other", ["some/tuned"]))
+
+
+def test_an_adapter_that_changed_since_its_manifest(saved: Path, tmp_path: Path) -> None:
+    model = llama()
+    dora_lab.inject(model, Method(name="lora", rank=2, alpha=4.0, target_modules=("q_proj",)), seed=0)
+    save_adapter(model, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\x40")  # one number, finite
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: missing or changed since"):
+        list(probe(saved / "base", [tmp_path]))
+
+
+LIMITED = """
+import resource, sys
+from dora_lab.measure import probe
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 24 * 2**20,) * 2)
+try:
+    bytearray(32 * 2**20)
+    sys.exit("there is no limit")
+except MemoryError:
+    pass
+print(len(list(probe(sys.argv[1], sys.argv[2:]))))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of address space as Linux has them")
+def test_a_model_larger_than_the_memory_limit(tmp_path: Path) -> None:
+    """48 MB twice, and an adapter, with 24 MB to be had: no file is held, mapped or read whole."""
+    source = torch.Generator().manual_seed(0)
+    names = [f"model.layers.{i}.q_proj" for i in range(24)]
+    base = {f"{name}.weight": torch.randn(1024, 1024, generator=source).bfloat16() for name in names}
+    for folder, scale in (("base", 1.0), ("tuned", 1.01)):
+        (tmp_path / folder).mkdir()
+        save_file({name: W * scale for name, W in base.items()}, tmp_path / folder / "model.safetensors")
+    environment = {"PYTHONPATH": str(Path(dora_lab.__file__).parents[1]), "OMP_NUM_THREADS": "1", "PATH": ""}
+    environment |= {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "base"), str(tmp_path / "tuned")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0 and done.stdout.split()[-1] == "24", done.stderr[-800:]
+
+
+FIELDS = st.sampled_from(["dtype", "shape", "data_offsets", "a"])
+HEADERS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(FIELDS, inner),
+)
+PLACES = st.sampled_from(["model.safetensors", "../x", "", ".", "no", "a\0b"])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    header=st.binary(max_size=80) | st.dictionaries(st.text(max_size=4), HEADERS, max_size=3)
+    | st.fixed_dictionaries({"a": st.fixed_dictionaries({
+        "dtype": st.sampled_from(["F32", "BF16", "I8", "Q9"]), "shape": st.lists(st.integers(-1, 5), max_size=3),
+        "data_offsets": st.tuples(st.integers(-1, 50), st.integers(-1, 50))})}),
+    length=st.none() | st.integers(0, 2**64 - 1), data=st.binary(max_size=40),
+)  # fmt: skip
+def test_headers_of_any_kind(header: Any, length: int | None, data: bytes, tmp_path: Path) -> None:
+    """A file is read as what the library reads, or refused in one line: never a traceback, never other numbers."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    try:
+        shards = Shards(tmp_path)
+    except CheckpointError as error:
+        assert str(file) in str(error) and "\n" not in str(error)
+        return
+    try:
+        expected = load_file(file)
+    except Exception:
+        assert all(shards.dtype(name) not in FLOATS for name in shards)  # types that this version does not know
+        return
+    assert set(shards) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(shards.tensor(name).view(torch.uint8), tensor.view(torch.uint8)) or not tensor.numel()
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    index=st.binary(max_size=40) | HEADERS | st.fixed_dictionaries(
+        {"weight_map": HEADERS | st.dictionaries(st.sampled_from(["a.weight", "b", ""]), PLACES | HEADERS)}
+    ),
+)  # fmt: skip
+def test_indices_of_any_kind(index: Any, tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    text = index if isinstance(index, bytes) else json.dumps(index).encode()
+    (tmp_path / "model.safetensors.index.json").write_bytes(text)
+    try:
+        assert set(Shards(tmp_path)) <= {"a.weight"}
+    except CheckpointError as error:
+        assert str(tmp_path) in str(error) and "\n" not in str(error)
 
 
 # --- what is refused, and what is not lost

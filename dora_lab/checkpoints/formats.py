@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dora_lab.checkpoints.shards import read_pickle
 from dora_lab.files import CheckpointError, header, inside, parse_json, refuse_what_is_no_weights
 from dora_lab.spec import did_you_mean
 
@@ -120,13 +121,7 @@ def read_tensors(file: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]
             raise CheckpointError(
                 f"{file}: a pickle can run code when it is read; convert it to safetensors, or allow_pickle"
             )
-        try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f"{file}: not a file of plain tensors: {str(error).splitlines()[0]}") from None
-        if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
-            raise CheckpointError(f"{file}: not a table of tensors")
-        return loaded
+        return read_pickle(file)
     header(file)
     try:
         return load_file(file)

@@ -1,43 +1,104 @@
-"""A base and what was tuned from it, as matrices (W0, W - W0) in blocks of rows: no model is loaded, nothing merged.
+"""What was tuned from a base, matrix by matrix: files are matched and checked here; no model is loaded, nothing merged.
 
 What is tuned may be a whole model, an adapter (see `formats`), a folder of ``checkpoint-N`` of either, or one of our
-run directories. Shape suffixes: O = out features, I = in features, R = rank, B = rows of a block.
+run directories. Shape suffixes: O = out features, I = in features, R = rank; rows and width are those of the stored
+tensor, (out, in) or, of GPT-2's Conv1D and of embeddings, (in, out).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dora_lab.checkpoints.formats import CONFIG, Factors, read_adapter
+from dora_lab.checkpoints.formats import CONFIG, Adapter, Factors, read_adapter
 from dora_lab.checkpoints.manifest import digest, read_manifest
-from dora_lab.checkpoints.shards import INDEX, SINGLE, Shards
+from dora_lab.checkpoints.shards import FLOATS, INDEX, PICKLES, SINGLE, Shards, refuse_changed
 from dora_lab.files import CheckpointError
 from dora_lab.spec import did_you_mean
 
-BLOCK = 2**20  # elements of a matrix at a time
 # no product of hidden states: looked up, or turned into words
-_WORDS = re.compile(r"(^|\.)(embed\w*|wte|wpe|lm_head|embeddings?(\..*)?)$")
+_LOOKED_UP = re.compile(r"(^|\.)(embed\w*|wte|wpe|embeddings?(\..*)?)$")
+_WORDS = re.compile(rf"{_LOOKED_UP.pattern}|(^|\.)lm_head$")
 _TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc", "q_attn")}  # model_type: modules with weights stored as (in, out)
-
-Blocks = Iterator[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One matrix before and after."""
+class Matrix:
+    """A weight of the base, seen as a matrix."""
 
-    module: str
+    name: str  # of the tensor
     shape: tuple[int, int]  # (out, in)
-    transposed: bool  # stored, and given in blocks, as (in, out)
-    blocks: Callable[[], Blocks]  # (W0_BI, E_BI) in order, of the stored layout
+    transposed: bool  # stored as (in, out)
+    tied_with: str | None = None  # module that uses the same weight, where the model's configuration says so
+
+    @property
+    def module(self) -> str:
+        """Name of the module that the weight is of."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """(rows, width) of the tensor."""
+        return (self.shape[1], self.shape[0]) if self.transposed else self.shape
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """The weight is another tensor, of a file."""
+
+    after: Shards
+    name: str
+
+    def difference(self, start: int, W0: Tensor, out: Tensor) -> Tensor:
+        """W - W0 of the rows from `start` on, as stored, in `out`."""
+        self.after.fill(self.name, start, out)
+        return out.sub_(W0)
+
+
+@dataclass(frozen=True)
+class Held:
+    """The weight is another tensor, at hand (``modules_to_save`` of an adapter)."""
+
+    tensor: Tensor
+
+    def difference(self, start: int, W0: Tensor, out: Tensor) -> Tensor:
+        """W - W0 of the rows from `start` on, as stored, in `out`."""
+        return out.copy_(self.tensor[start : start + len(W0)].flatten(1)).sub_(W0)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """LoRA: W = W0 + s B A; DoRA: that, scaled to a magnitude per output feature. The factors are as stored."""
+
+    left: Tensor  # (rows, R): B, or A^T where the weight is stored as (in, out)
+    right: Tensor  # (R, width): A, or B^T
+    scaling: float  # s
+    magnitude: Tensor | None  # (out,)
+
+    def difference(self, start: int, W0: Tensor, out: Tensor) -> Tensor:
+        """s B A of the rows from `start` on, as stored, in `out`: V - W0, without the magnitude."""
+        left = self.left[start : start + len(W0)].to(out.dtype)
+        return torch.mm(left, self.right.to(out.dtype), out=out).mul_(self.scaling)
+
+
+Update = Replaced | Held | LowRank
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One tuned model, opened and found to fit its base."""
+
+    path: str  # as it was asked for
+    step: int | None  # of a checkpoint-N
+    updates: dict[Matrix, Update]
 
 
 def steps_of(path: Path) -> list[tuple[int | None, Path]]:
@@ -45,7 +106,7 @@ def steps_of(path: Path) -> list[tuple[int | None, Path]]:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder")
-    if path.is_file() or any((path / name).is_file() for name in (CONFIG, INDEX, SINGLE)):
+    if path.is_file() or any((path / name).is_file() for name in (CONFIG, INDEX, SINGLE)) or any(path.glob(PICKLES)):
         return [(None, path)]
     found = sorted(
         (int(m[1]), folder) for folder in path.iterdir() if (m := re.fullmatch(r"checkpoint-(\d+)", folder.name))
@@ -59,124 +120,157 @@ def steps_of(path: Path) -> list[tuple[int | None, Path]]:
     )
 
 
-def pairs(base: Shards, tuned: Path, kinds: Sequence[str] = (), *, allow_pickle: bool = False) -> Iterator[Pair]:
-    """Every matrix of the base that was, or may have been, tuned; tied ones once.
+def open_tuned(
+    base: Shards, path: str, step: int | None, folder: Path, kinds: Sequence[str] = (), *,
+    allow_pickle: bool = False, verify: bool = False,
+) -> Tuned:  # fmt: skip
+    """What was tuned, for every matrix of the base that it changes or may have changed; tied ones once.
 
     kinds: leaf names of modules; () = all that an adapter has, or all matrices of a whole model but embeddings.
+    verify: compare files with the SHA-256 that a manifest, or the hub's cache, has of them.
 
     Raises CheckpointError, naming tensor and file, for what is missing or of another shape, or a kind of no matrix.
     """
-    if tuned.is_file() or (tuned / CONFIG).is_file():
-        modules = [name.removesuffix(".weight") for name in base]
-        adapter = read_adapter(tuned, modules, allow_pickle=allow_pickle)
-        made_for = (read_manifest(tuned) or {"base": {"tensors": {}}})["base"]["tensors"]
-        for name in _chosen(list(adapter.layers), kinds, tuned):
-            yield _adapted(base, tuned, name, adapter.layers[name], made_for.get(name))
-        return
-    after = Shards(tuned)
-    matrices = [name for name in base if name.endswith(".weight") and len(base.shape(name)) == 2]
-    modules = [name.removesuffix(".weight") for name in matrices]
-    plain = [name for name in modules if not _WORDS.search(name)]
+    known = matrices(base)
+    if folder.is_file() or (folder / CONFIG).is_file():
+        manifest = read_manifest(folder)  # its files are compared with it
+        for file in (
+            (folder.glob("adapter_model.*") if folder.is_dir() else [folder]) if verify and not manifest else ()
+        ):
+            refuse_changed(file)
+        adapter = read_adapter(folder, [matrix.module for matrix in known], allow_pickle=allow_pickle)
+        updates = _adapter_updates(base, known, folder, adapter, kinds)
+        _refuse_other_base(base, folder, manifest, list(updates))
+        return Tuned(path, step, updates)
+    after = Shards(folder, allow_pickle=allow_pickle)
+    if verify:
+        for file in after.files():
+            refuse_changed(file)
+    plain = [matrix for matrix in known if kinds or not _WORDS.search(matrix.module)]
     if not plain:
         raise CheckpointError(f"{base.folder}: no '*.weight' matrix in it: is it quantised, or no language model?")
-    for module in _chosen(modules if kinds else plain, kinds, tuned):
-        name = f"{module}.weight"
-        if name not in after:
-            raise CheckpointError(f"{tuned}: '{name}' of the base is missing: is it of the same model?")
-        if after.shape(name) != base.shape(name):
+    chosen = _chosen({matrix.module: matrix for matrix in plain}, kinds, folder, known)
+    for matrix in chosen.values():
+        _refuse_unlike(base, after, matrix.name)
+    return Tuned(path, step, {matrix: Replaced(after, matrix.name) for matrix in chosen.values()})
+
+
+def matrices(base: Shards) -> list[Matrix]:
+    """Every weight of the base that is a matrix (a convolution's as (out, rest)), in the model's order."""
+    config = _config(base)
+    stored_so = _TRANSPOSED.get(str(config.get("model_type")), ())
+    found = []
+    for name in base:
+        rows, width = (base.shape(name) or (0,))[0], math.prod(base.shape(name)[1:])
+        module = name.removesuffix(".weight")
+        if not name.endswith(".weight") or len(base.shape(name)) < 2 or not rows * width:
+            continue
+        transposed = module.rpartition(".")[2] in stored_so or bool(_LOOKED_UP.search(module))
+        found.append(Matrix(name, (width, rows) if transposed else (rows, width), transposed))
+    return _once(found) if config.get("tie_word_embeddings") else found
+
+
+def _once(found: list[Matrix]) -> list[Matrix]:
+    """The head is the embedding where the configuration says that they are tied, whether it is stored twice or not."""
+    words = next((m for m in found if re.search(r"(^|\.)(embed_tokens|wte|word_embeddings)$", m.module)), None)
+    if words is None:
+        return found
+    return [
+        replace(matrix, tied_with="lm_head") if matrix is words else matrix
+        for matrix in found
+        if matrix.module.rpartition(".")[2] != "lm_head"
+    ]
+
+
+def _refuse_unlike(base: Shards, after: Shards, name: str) -> None:
+    if name not in after:
+        raise CheckpointError(f"{after.folder}: '{name}' of the base is missing: is it of the same model?")
+    if after.shape(name) != base.shape(name):
+        raise CheckpointError(
+            f"{after.folder}: '{name}' is {after.shape(name)}, in the base {base.shape(name)}: another base?"
+        )
+    for shards in (base, after):
+        if shards.dtype(name) not in FLOATS:
             raise CheckpointError(
-                f"{tuned}: '{name}' is {after.shape(name)}, in the base {base.shape(name)}: another base?"
+                f"{shards.file(name)}: '{name}' is {shards.dtype(name)}, not floating point: quantised weights have "
+                "to be dequantised first (load the model and save it in a float type)"
             )
-        yield _pair(base, name, module, partial(_whole_blocks, base, after, name))
 
 
-def _chosen(modules: list[str], kinds: Sequence[str], where: Path) -> list[str]:
-    leaves = {name.rpartition(".")[2] for name in modules}
+def _chosen(named: dict[str, Any], kinds: Sequence[str], where: Path, known: Sequence[Matrix]) -> dict[str, Any]:
+    leaves = {name.rpartition(".")[2] for name in named}
     for kind in kinds:
-        if kind not in leaves:
-            raise CheckpointError(f"{where}: no matrix is named '{kind}'; {did_you_mean(kind, leaves)}")
-    return [name for name in modules if not kinds or name.rpartition(".")[2] in kinds]
+        if kind in leaves:
+            continue
+        if tied := next((m.module for m in known if m.tied_with == kind), None):
+            raise CheckpointError(f"{where}: '{kind}' is tied to '{tied}' and counted as that: ask for it")
+        raise CheckpointError(f"{where}: no matrix is named '{kind}'; {did_you_mean(kind, leaves)}")
+    return {name: value for name, value in named.items() if not kinds or name.rpartition(".")[2] in kinds}
 
 
-def _pair(base: Shards, name: str, module: str, blocks: Callable[[], Blocks]) -> Pair:
-    transposed = module.rpartition(".")[2] in _TRANSPOSED.get(_model_type(base), ())
-    rows, *columns = base.shape(name)
-    stored = (rows, int(torch.tensor(columns).prod()))
-    return Pair(module, (stored[1], stored[0]) if transposed else stored, transposed, blocks)
-
-
-def _model_type(base: Shards) -> str:
+def _config(base: Shards) -> dict[str, Any]:
     try:
-        return str(json.loads((base.folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
-    except (OSError, ValueError, AttributeError):
-        return ""
+        found = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
-def _slices(base: Shards, name: str) -> Iterator[slice]:
-    rows, *columns = base.shape(name)
-    size = max(1, BLOCK // max(1, int(torch.tensor(columns).prod())))
-    yield from (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+def _adapter_updates(
+    base: Shards, known: Sequence[Matrix], where: Path, adapter: Adapter, kinds: Sequence[str]
+) -> dict[Matrix, Update]:
+    by_name = {matrix.name: matrix for matrix in known}
+    by_name |= {f"{m.tied_with}.weight": m for m in known if m.tied_with}
+    saved = {key.removesuffix(".weight"): tensor for key, tensor in adapter.saved.items() if key.endswith(".weight")}
+    parts: dict[str, Any] = {**adapter.layers, **{name: t for name, t in saved.items() if t.dim() >= 2}}
+    found: dict[Matrix, Update] = {}
+    for module, part in _chosen(parts, kinds, where, known).items():
+        matrix = _of(by_name, base, where, module)
+        if base.dtype(matrix.name) not in FLOATS:
+            _refuse_unlike(base, base, matrix.name)
+        if isinstance(part, Factors):
+            if part.kind in ("conv1d", "embedding") and not matrix.transposed:
+                matrix = replace(matrix, shape=(matrix.shape[1], matrix.shape[0]), transposed=True)
+            found[matrix] = _low_rank(where, module, matrix, part)
+        elif tuple(part.shape) != base.shape(matrix.name):
+            raise CheckpointError(
+                f"{where}: '{module}.weight' is {tuple(part.shape)}, in the base {base.shape(matrix.name)}: another?"
+            )
+        else:
+            found[matrix] = Held(part)
+    return found
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.flatten(1) if tensor.dtype == torch.float64 else tensor.float().flatten(1)
-
-
-def _whole_blocks(base: Shards, after: Shards, name: str) -> Blocks:
-    for rows in _slices(base, name):
-        W0 = _wide(base.rows(name, rows))
-        yield W0, _wide(after.rows(name, rows)) - W0
-
-
-def _adapted(base: Shards, where: Path, module: str, factors: Factors, made_for: str | None) -> Pair:
+def _of(by_name: dict[str, Matrix], base: Shards, where: Path, module: str) -> Matrix:
     # a model saved without its head names its tensors without the first part
     names = [f"{module}.weight", f"{module.partition('.')[2]}.weight", f"model.{module}.weight"]
-    name = next((name for name in names if name in base), None)
+    name = next((name for name in names if name in by_name), None)
     if name is None:
-        near = did_you_mean(f"{module}.weight", [key for key in base if key.endswith(".weight")][:80])
+        near = did_you_mean(f"{module}.weight", list(by_name)[:80])
         raise CheckpointError(f"{where}: the base {base.folder} has no '{module}.weight': is it the right base? {near}")
-    pair = _pair(base, name, module, lambda: iter(()))
-    if factors.kind in ("conv1d", "embedding") and not pair.transposed:
-        pair = Pair(module, (pair.shape[1], pair.shape[0]), True, pair.blocks)
-    out, width = pair.shape
+    return by_name[name]
+
+
+def _low_rank(where: Path, module: str, matrix: Matrix, factors: Factors) -> LowRank:
+    out, width = matrix.shape
     sizes = {"A": (factors.A, 1, width), "B": (factors.B, 0, out), "magnitude": (factors.magnitude, 0, out)}
     for part, (tensor, side, wanted) in sizes.items():
         if tensor is not None and tensor.shape[side] != wanted:
             raise CheckpointError(
-                f"{where}: {part} of '{module}' is {tuple(tensor.shape)}, the base is {pair.shape} (out, in)"
+                f"{where}: {part} of '{module}' is {tuple(tensor.shape)}, the base is {matrix.shape} (out, in)"
             )
-    if made_for is not None and digest(base.shape(name), (base.rows(name, r) for r in _slices(base, name))) != made_for:
-        raise CheckpointError(f"{where}: '{module}' was made for another base than {base.folder}; give the one it was")
-    return Pair(module, pair.shape, pair.transposed, partial(_factor_blocks, base, name, factors, pair.transposed))
+    A_RI = torch.zeros(0, width) if factors.A is None else factors.A
+    B_OR = torch.zeros(out, 0) if factors.B is None else factors.B
+    left, right = (A_RI.t(), B_OR.t()) if matrix.transposed else (B_OR, A_RI)
+    return LowRank(left, right, factors.scaling, factors.magnitude)
 
 
-def _factor_blocks(base: Shards, name: str, factors: Factors, transposed: bool) -> Blocks:
-    """Blocks of W0 and of what LoRA or DoRA adds to it; the update itself is never whole in memory."""
-    norms_O = None
-    if transposed and factors.magnitude is not None:  # the norms go across the blocks
-        squares = (_moved(base, name, factors, rows, True)[2].double().square().sum(0) for rows in _slices(base, name))
-        norms_O = torch.stack(list(squares)).sum(0).sqrt()
-    for rows in _slices(base, name):
-        W0, E, V = _moved(base, name, factors, rows, transposed)
-        if factors.magnitude is not None:
-            m = factors.magnitude.double() if transposed else factors.magnitude[rows].double()
-            norm = torch.linalg.vector_norm(V, dim=1, dtype=torch.float64) if norms_O is None else norms_O
-            # m V / |V| - W0 = (m / |V| - 1) V + s B A: no difference of two nearly equal weights
-            grown = torch.where(norm > 0, m / norm.masked_fill(norm == 0, 1.0) - 1, 0.0).to(V.dtype)
-            E = torch.addcmul(E, V, grown if transposed else grown[:, None])
-        yield W0, E
-
-
-def _moved(base: Shards, name: str, factors: Factors, rows: slice, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(W0, s B A, their sum V) of a block of rows as stored."""
-    W0 = _wide(base.rows(name, rows))
-    E = _update(factors, rows, transposed, W0)
-    return W0, E, W0 + E
-
-
-def _update(factors: Factors, rows: slice, transposed: bool, like: Tensor) -> Tensor:
-    if factors.A is None or factors.B is None:
-        return torch.zeros_like(like)
-    A_RI, B_OR = factors.A.to(like.dtype), factors.B.to(like.dtype)
-    product = A_RI[:, rows].t() @ B_OR.t() if transposed else B_OR[rows] @ A_RI
-    return product.mul_(factors.scaling)
+def _refuse_other_base(base: Shards, where: Path, manifest: dict[str, Any] | None, found: Sequence[Matrix]) -> None:
+    """Compare the base with what the adapter's manifest says of it, matrix by matrix."""
+    made_for = (manifest or {"base": {"tensors": {}}})["base"]["tensors"]
+    for matrix in found:
+        wanted = made_for.get(matrix.module)
+        if wanted is not None and digest(base.shape(matrix.name), base.raw(matrix.name)) != wanted:
+            raise CheckpointError(
+                f"{where}: '{matrix.module}' was made for another base than {base.folder}; give the one it was"
+            )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_lab.load.data import ItemError, Items, data_identity, hash_data, items, tasks_in
-from dora_lab.load.hub import LoadError
+from dora_lab.load.hub import LoadError, saved_folder
 from dora_lab.load.models import (
     adapter_folder,
     adapter_identity,
@@ -31,6 +31,7 @@ __all__ = [
     "items",
     "model_and_tokenizer",
     "model_folder",
+    "saved_folder",
     "tasks_in",
     "token_policy",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 class LoadError(ValueError):
@@ -40,4 +41,34 @@ def snapshot(name: str, revision: str | None, kind: str, files: Sequence[str], p
             f"not be fetched ({type(error).__name__}: {reason}); where there is a network (and, for a gated one, after "
             f"`hf auth login`), `{fetch}`, then bring the folder {kind}s--{name.replace('/', '--')} of the cache here; "
             f"or {instead}"
+        ) from None
+
+
+def saved_folder(name: str) -> Path:
+    """The folder of a model or adapter that somebody names: one that is here, or a hub id ("org/name@revision").
+
+    Without a revision the hub's main branch is taken, as the cache has it. Raises LoadError for what is neither.
+    """
+    if Path(name).exists():
+        return Path(name)
+    place, _, revision = name.partition("@")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", place):
+        raise LoadError(f"{name}: no such folder, and no hub id (org/name)")
+    from huggingface_hub import constants, snapshot_download
+
+    wanted: dict[str, Any] = {
+        "revision": revision or None,
+        "allow_patterns": ["*.json", "*.safetensors", "adapter_model*"],
+    }
+    try:  # the cache first
+        return Path(snapshot_download(place, local_files_only=True, **wanted))
+    except Exception:
+        pass
+    try:
+        return Path(snapshot_download(place, **wanted))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        raise LoadError(
+            f"model '{place}' at revision {revision or 'main'} is not in the hub's cache, {constants.HF_HUB_CACHE}, "
+            f"and could not be fetched ({type(error).__name__}: {reason}); check the name, or give a folder"
         ) from None

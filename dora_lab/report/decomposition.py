@@ -24,7 +24,11 @@ def refuse_endings(out: Path | None, plot: Path | None) -> None:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """A line per tuned model, step and kind: means over layers, and Pearson's r of ΔD and ΔM over them."""
+    """A line per tuned model, step and kind: means over layers, and Pearson's r of ΔD and ΔM over them.
+
+    What a reader should not miss is said below: outputs without a direction, weights that are tied, magnitudes of DoRA
+    that never moved.
+    """
     lines = []
     groups: Any = pd.DataFrame(rows).groupby(["tuned", "step", "kind"], dropna=False)
     for (tuned, step, kind), part in groups:
@@ -38,7 +42,23 @@ def summary(rows: list[dict[str, Any]]) -> str:
             else f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
         )
         lines.append(line | numbers | {"r(ΔD, ΔM)": r})
-    return pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+    return "\n".join([pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True), *_remarks(rows)])
+
+
+def _remarks(rows: list[dict[str, Any]]) -> list[str]:
+    still = [row for row in rows if row["magnitude_still"]]
+    tied = {f"{row['module']} is {row['tied_with']} too (tied), counted once" for row in rows if row["tied_with"]}
+    zero = [row for row in rows if row["undirected"]]
+    remarks = sorted(tied)
+    if zero:
+        where = f"{zero[0]['module']} and {len(zero) - 1} others" if len(zero) > 1 else zero[0]["module"]
+        count = sum(row["undirected"] for row in zero)
+        remarks.append(f"{count} vectors are zero in W or W0, have no direction and are left out of ΔD: {where}")
+    if still:
+        names = sorted({Path(row["tuned"]).name for row in still})
+        remarks.append(f"warning: in {', '.join(names)} no magnitude of {len(still)} matrices has left its start: were "
+                       "they trained?")  # fmt: skip
+    return ["", *remarks] if remarks else []
 
 
 def save(rows: list[dict[str, Any]], path: Path) -> Path:
