@@ -84,7 +84,8 @@ def child(work: Callable[[], Any], errors: Path | None = None, **environment: st
         return pid
     code = 1
     try:
-        os.environ.update(environment)
+        # OpenMP's threads do not survive a fork; accelerate asks for more than one unless this says otherwise
+        os.environ.update({"OMP_NUM_THREADS": "1"} | environment)
         work()
         code = 0
     except BaseException:
