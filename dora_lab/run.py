@@ -55,7 +55,7 @@ def run_spec(
     checkpoint_steps: int | None = None,
     allow_pickle: bool = False,
 ) -> str:
-    """Run `spec` to its end in this process and return the status, "complete".
+    """Run `spec` to its end in this process; returns "complete", or "skipped" if it was complete already.
 
     An exception is recorded (status failed; interrupted for KeyboardInterrupt and its kind, a disk that is full, and
     inputs that have changed) and raised again. A failed run starts anew, an interrupted or killed one goes on from its
@@ -65,11 +65,11 @@ def run_spec(
     """
     ranks.start(gpu=spec.tier == "paper")
     if ranks.share(ranks.first() and is_complete(spec, paths)):
-        return "complete"
+        return "skipped"
     with _open(spec, paths) as run:
         if run.complete:
             if is_complete(spec, paths):  # another process finished it meanwhile
-                return "complete"
+                return "skipped"
             run.restart("it was complete, of inputs that have changed since")
         try:
             with _threads(spec):

@@ -82,7 +82,7 @@ def _together(specs: Sequence[Spec], paths: Paths) -> list[Outcome]:
     with _on_signals(stop.set):
         for spec in specs:
             since = time.monotonic()
-            if outcomes and outcomes[-1].status != "complete":
+            if outcomes and outcomes[-1].status not in ("complete", "skipped"):
                 outcomes.append(Outcome(spec, "interrupted", error="not begun"))
                 continue
             try:

@@ -100,7 +100,8 @@ def degenerate(folder: Path, rng: random.Random) -> str:
     count = rng.randrange(2, 12)
     rows = [
         {"tuned": "x", "step": 1, "kind": "q_proj", "layer": n, "module": f"{n}.q_proj", "delta_m": constant[0],
-         "delta_d": n / 10, "relative_change": 0.1, "grown": 0.5}
+         "delta_d": n / 10, "relative_change": 0.1, "grown": 0.5, "undirected": 0, "tied_with": None,
+         "magnitude_still": False}
         for n in range(count)
     ]  # fmt: skip
     text = summary(rows)
