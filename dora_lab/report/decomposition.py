@@ -99,6 +99,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> Path:
         Line2D([], [], color="0.3", marker=marker, linestyle="", label=Path(name).name)
         for marker, name in zip(MARKERS * len(names), names, strict=False)
     ]
-    figure.legend(handles=keys, loc="outside lower center", ncols=min(4, len(keys)), frameon=False, fontsize=8)
+    title = "layers from the first, dark, to the last, light" if frame["layer"].notna().any() else None
+    figure.legend(
+        handles=keys, loc="outside lower center", ncols=min(4, len(keys)), frameon=False, fontsize=8,
+        title=title, title_fontsize=8,
+    )  # fmt: skip
     figure.savefig(path, dpi=200)
     return path
