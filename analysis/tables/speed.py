@@ -118,8 +118,9 @@ def _targets(rows: list[dict[str, Any]]) -> Block:
     for target in TARGETS:
         found = [row for row in rows if all(row[key] == value for key, value in target.where.items())]
         if not found:
-            lines.append({"Ratio": f"{target.over} / {target.under}", "Cell": _words({"hidden": "any"} | target.where)})
-            lines[-1] |= {"Measured": MISSING, "Target": f"≤ {target.limit:.2f}"}
+            what = f"{target.over} / {target.under}" + (", memory" if target.where["measure"] != "seconds" else "")
+            line = {"Ratio": what, "Cell": _words({"hidden": "any"} | target.where)}
+            lines.append(line | {"Measured": MISSING, "Target": f"≤ {target.limit:.2f}"})
         for row in found:
             seen = _ratio(row, target.over, target.under)
             what = f"{target.over} / {target.under}" + (", memory" if row["measure"] != "seconds" else "")
