@@ -17,12 +17,16 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import tqdm.auto
+import tqdm.std
 
 from dora_lab import snapshots, train, workers
 from dora_lab.run import Paths, run_spec
@@ -86,6 +90,8 @@ def child(work: Callable[[], Any], errors: Path | None = None, **environment: st
     try:
         # OpenMP's threads do not survive a fork; accelerate asks for more than one unless this says otherwise
         os.environ.update({"OMP_NUM_THREADS": "1"} | environment)
+        for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):  # its lock is one for all forks: a killed one may hold it for ever
+            bar.set_lock(threading.RLock())
         work()
         code = 0
     except BaseException:
