@@ -213,6 +213,7 @@ class _Trainer(Trainer):
     ) -> None:
         self.spec, self.run, self.batches, self.held, self.progress = spec, run, batches, held, progress
         self.network, self.snapshots = model, snapshots
+        self._evaluated = (-1, math.nan)  # step of the last validation, and its loss
         self.tokens, self._since = 0, time.monotonic()
         super().__init__(
             model=model,
@@ -319,6 +320,9 @@ class _Trainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss per labelled token of the validation items, in nats; the best weights so far are kept aside."""
+        step, loss = self._evaluated
+        if step == self.state.global_step:  # the Trainer asks again at its end, after the last checkpoint
+            return {"eval_loss": loss}
         was_training = self.network.training
         self.network.eval()
         micro = cast(Optim, self.spec.optim).micro_batch_size
@@ -339,6 +343,7 @@ class _Trainer(Trainer):
         best = cast(Optim, self.spec.optim).keep == "best_loss" and ranks.first()
         if best and self._best_step() == self.state.global_step:
             self._write_weights(self._best_file(self.state.global_step))
+        self._evaluated = (self.state.global_step, loss)
         return {"eval_loss": loss}
 
     def keep(self, optim: Optim) -> int:
