@@ -219,13 +219,11 @@ class Blocked(torch.autograd.Function):
         take_m = needs[5] or ctx.through_norm
         from_output = take_m and not second and kept_TO is not None and bool(m_O.all())
         # what dy is multiplied by, summed over tokens, for the gradient of m: y, z, or z without its last term
-        of_m_TO = (
-            cast(Tensor, kept_TO).view(G_TO.shape)
-            if second or from_output
-            else x_TI @ weight_OI.t()
-            if take_m
-            else G_TO
-        )
+        of_m_TO = G_TO
+        if second or from_output:
+            of_m_TO = cast(Tensor, kept_TO).view(G_TO.shape)
+        elif take_m:
+            of_m_TO = x_TI @ weight_OI.t()
         fused = kernels(G_TO) if from_output and moved_TO is not None else None
         if fused is not None:
             sum_O = fused.back(G_TO, of_m_TO, g_O, bias_O, moved_TO)
