@@ -5,6 +5,7 @@ Torch is imported only where there is more than one process.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,14 @@ def start(gpu: bool) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if gpu and torch.cuda.is_available() else "gloo", timeout=WAIT)
+        atexit.register(_leave)  # a process that ends with the group's threads running is now and then aborted
+
+
+def _leave() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
