@@ -50,6 +50,9 @@ def run(
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Of the cost: tokens per text; default: the cutoff.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core (paper: one).")] = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Under torchrun: weights cut over the processes while training (FSDP2).")
+    ] = False,
     results: ResultsOption = LOCAL,
     data_dir: Annotated[
         Path | None, typer.Option(help="Real data: a clone of LLM-Adapters, or <task>/test.json.")
@@ -62,7 +65,7 @@ def run(
     if dry_run:
         _print_specs(specs, getattr(module, "ITEMS", {}), model_dir, gpu, tokens)
         return
-    outcomes = run_many(specs, Paths(results, data_dir, model_dir), jobs)
+    outcomes = run_many(specs, Paths(results, data_dir, model_dir), jobs, shard=shard)
     if ranks.first():
         typer.echo(summary(outcomes, results))
     if any(outcome.status == "failed" for outcome in outcomes):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dora_lab import ranks
 from dora_lab.adapters import AdaptedLinear
 from dora_lab.adapters._layers import Opaque, kind_of
 from dora_lab.adapters.dora import DoraLinear, MagnitudeLinear
@@ -100,7 +101,7 @@ class DecompositionCallback(TrainerCallback):
         """
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         layers = _watched(model, self.kinds)
-        if not first and not any(isinstance(p, _sharded()) for p in model.parameters()):
+        if not first and not _is_sharded(model, recurse=True):
             return []
         rows = []
         for layer in layers:
@@ -240,17 +241,8 @@ def _peft(name: str, layer: Any) -> Layer:
 
 def _whole(tensor: Tensor) -> Tensor:
     """The tensor, gathered if it is sharded: then every process has to come by here."""
-    gathered: Any = tensor
-    return gathered.full_tensor().detach() if isinstance(tensor, _sharded()) else tensor.detach()
+    return ranks.whole(tensor).detach()
 
 
-def _is_sharded(module: nn.Module) -> bool:
-    return any(isinstance(parameter, _sharded()) for parameter in module.parameters(recurse=False))
-
-
-def _sharded() -> tuple[type, ...]:
-    if not torch.distributed.is_available():
-        return ()
-    from torch.distributed.tensor import DTensor
-
-    return (DTensor,)
+def _is_sharded(module: nn.Module, recurse: bool = False) -> bool:
+    return any(hasattr(parameter, "full_tensor") for parameter in module.parameters(recurse))

@@ -1,6 +1,7 @@
 """The processes of one distributed run, as `torchrun` starts them; alone, a process is the first of one.
 
-Torch is imported only where there is more than one process.
+Each holds the whole model (DDP), or a share of every weight (`shard`: FSDP2). Torch is imported only where there is
+more than one process.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Value = TypeVar("Value")
 WAIT = timedelta(days=7)  # the others wait while the first evaluates; the end of a process is noticed at once
@@ -37,6 +41,8 @@ def first() -> bool:
 
 def start(gpu: bool) -> None:
     """Join the others, over NCCL where each has a GPU of its own, else over gloo; nothing for a process alone."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+        raise ValueError("FSDP by way of accelerate's settings is not understood; switch it off and give --shard")
     if size() == 1:
         return
     import torch
@@ -64,6 +70,30 @@ def connected() -> Iterator[None]:
         if size() > 1 and any(word in str(error) for word in ("gloo", "NCCL", "Connection", "Broken pipe")):
             raise LostError(f"another process of the run has ended: {str(error).partition('. ')[0]}") from error
         raise
+
+
+def shard(model: nn.Module, device: str) -> None:
+    """Cut every weight of a transformers model, in place, into one share per process on `device` ("cuda", "cpu").
+
+    A decoder layer is whole only while it computes (FSDP2, `fully_shard`), so weights, gradients and AdamW's moments
+    take 1 / size() of their memory. The model may lie on the processor before: it never is on the device as a whole.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device, (size(),))
+    layers = set(getattr(model, "_no_split_modules", None) or ())
+    for module in model.modules():
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh)
+    # without the last word, what no layer holds (embeddings, head) stays whole after a forward pass without a backward
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, gathered where it is a share: then every process has to come by here."""
+    gathered: Any = tensor
+    return gathered.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def barrier() -> None:

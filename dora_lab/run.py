@@ -54,15 +54,19 @@ def run_spec(
     progress: Progress | None = None,
     checkpoint_steps: int | None = None,
     allow_pickle: bool = False,
+    shard: bool = False,
 ) -> str:
     """Run `spec` to its end in this process; returns "complete", or "skipped" if it was complete already.
 
     An exception is recorded (status failed; interrupted for KeyboardInterrupt and its kind, a disk that is full, and
     inputs that have changed) and raised again. A failed run starts anew, an interrupted or killed one goes on from its
     last checkpoint, and a complete one of other inputs (the embedded world or base has changed since) is replaced.
+    shard: while training, each process holds a share of every weight (FSDP2) instead of all (DDP).
     allow_pickle: read the adapter that `model.adapter` names from a pickled file (tensors only) if it has no other.
-    Raises LockedError, naming the holder, if another process is at it.
+    Raises LockedError, naming the holder, if another process is at it, ValueError for shares of one process.
     """
+    if shard and ranks.size() == 1:
+        raise ValueError("a single process has nothing to share the weights with; start several with torchrun")
     ranks.start(gpu=spec.tier == "paper")
     if ranks.share(ranks.first() and is_complete(spec, paths)):
         return "skipped"
@@ -73,7 +77,7 @@ def run_spec(
             run.restart("it was complete, of inputs that have changed since")
         try:
             with _threads(spec):
-                _fill(spec, paths, run, stop, progress or (lambda *_: None), checkpoint_steps, allow_pickle)
+                _fill(spec, paths, run, stop, progress or (lambda *_: None), checkpoint_steps, allow_pickle, shard)
         except Exception:
             if ranks.first():
                 with contextlib.suppress(OSError):
@@ -109,10 +113,11 @@ def _fill(
     progress: Progress,
     checkpoint_steps: int | None,
     allow_pickle: bool,
+    shard: bool,
 ) -> None:
     import torch
 
-    from dora_lab.adapters import merge
+    from dora_lab.adapters import inject, merge
     from dora_lab.evaluate import evaluate
 
     provenance.reset_peak_memory()
@@ -125,7 +130,9 @@ def _fill(
             items = load.items(spec, paths.data_dir)
             model, tokenizer = load.model_and_tokenizer(spec, paths.model_dir)
         # the small tier runs on the processor everywhere, so that its numbers can be compared
-        model.to("cuda" if spec.tier == "paper" and torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+        device = "cuda" if spec.tier == "paper" and torch.cuda.is_available() else "cpu"
+        if not shard:
+            model.to(device)  # type: ignore[arg-type]
         base = load.model_folder(spec.model, paths.model_dir)
         run.record(
             inputs={
@@ -136,11 +143,14 @@ def _fill(
                 "tokens": load.token_policy(tokenizer),
             },
             params=_adapt(model, spec, paths, allow_pickle),
-            device=torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
+            device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
             processes=ranks.size(),
+            sharded=shard,
         )
+        if shard:
+            ranks.shard(model, device)
     if spec.optim is not None:
-        from dora_lab.train import train
+        from dora_lab.train import fill_trained, train, trained_weights
 
         with _probes(spec, run, base) as callbacks, clock("train"):
             summary = train(
@@ -154,6 +164,14 @@ def _fill(
                 callbacks,
                 checkpoint_steps,
             )
+            if shard:  # what was trained, on a base of its own in one piece
+                trained = trained_weights(model)
+                del model
+                if ranks.first():
+                    model, _ = load.model_and_tokenizer(spec, paths.model_dir)
+                    model.to(device)  # type: ignore[arg-type]
+                    inject(model, spec.method, spec.seed)
+                    fill_trained(model, trained, "the run")
             if ranks.first():
                 _save_adapter(model, spec, run)
         run.record(training=summary)

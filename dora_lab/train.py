@@ -6,7 +6,8 @@ Differences from the Trainer's own ways, each for a reason:
 - the loss is the mean over all answer tokens of an optimiser step, however it is cut into micro-batches and processes;
 - checkpoints hold the trainable weights only, and are whole, ours and unchanged or not resumed: see `snapshots`.
 
-Under `torchrun` the processes share the micro-batches of every step (DDP); the first one writes.
+Under `torchrun` the processes share the micro-batches of every step (DDP, or FSDP2 for a model that `ranks.shard` has
+cut); the first one writes.
 
 Shape suffixes: B items, K last positions, V vocabulary.
 """
@@ -19,7 +20,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,8 +28,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from dora_lab import ranks
@@ -44,6 +52,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, float], None]  # step, steps in all, loss
 CHECKPOINT_STEPS = 500  # at most so many optimiser steps are lost by a crash; short runs have four checkpoints
 WEIGHTS = "model.safetensors"  # the Trainer looks for a file of this name before it resumes
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of an optimiser whose state is sharded
 TRAINED_STREAMS = ("metrics", "probe", "timing")
 
 
@@ -117,6 +126,7 @@ def _made_of(spec: Spec, run: RunDir, batches: MicroBatches) -> dict[str, Any]:
         "items_sha256": batches.sha256(),
         "steps": batches.steps,
         "processes": ranks.size(),
+        "sharded": read_record(run.path).get("sharded", False),
     }
 
 
@@ -131,11 +141,35 @@ def _resume(run: RunDir, snapshots: Snapshots, steps: int) -> Path | None:
     return checkpoint
 
 
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are trained, by name, detached and contiguous on the CPU."""
-    return {
-        name: weight.detach().cpu().contiguous() for name, weight in model.named_parameters() if weight.requires_grad
-    }
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, by name, whole and contiguous on the CPU: in the first process, for all."""
+    found = {}
+    for name, weight in _trained(model).items():
+        gathered = ranks.whole(weight.detach())
+        if ranks.first():
+            found[name] = gathered.cpu().contiguous()
+    return found
+
+
+def fill_trained(model: nn.Module, values: Mapping[str, Tensor], source: str) -> None:
+    """Put `values` into the parameters that are trained; raises ValueError, naming `source`, where names differ."""
+    parameters = _trained(model)
+    if values.keys() != parameters.keys():
+        raise ValueError(f"{source} holds other weights than are trained: {sorted(values.keys() ^ parameters.keys())}")
+    with torch.no_grad():
+        for name, weight in parameters.items():
+            weight.copy_(_as_shared(values[name], weight))
+
+
+def _as_shared(value: Tensor, like: nn.Parameter) -> Tensor:
+    """`value`, cut as `like` is."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def _arguments(
@@ -222,6 +256,8 @@ class _Trainer(Trainer):
             eval_dataset=cast(Any, held) or None,
             data_collator=lambda entries: entries[0],
         )
+        self.sharded = any(isinstance(weight, DTensor) for weight in model.parameters())
+        self.is_distributed_loading_by_transformers = self.sharded  # cut already: the Trainer is not to wrap it
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
         if ranks.size() > 1:  # the processes draw dropout for items of their own
@@ -246,6 +282,9 @@ class _Trainer(Trainer):
             labelled = labelled / ranks.size()
         self.tokens += read
         return labelled
+
+    def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()  # shared out after every micro-batch: whole gradients would not fit either
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # not recorded, and counting parameters takes longer than a small step
@@ -276,17 +315,19 @@ class _Trainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
+        norm = ranks.whole(torch.as_tensor(norm))
         if not self.args.fp16:  # with float16 the scaler meets infinite gradients by skipping the step
-            self._refuse(torch.as_tensor(norm), "gradient norm")
+            self._refuse(norm, "gradient norm")
         return norm
 
     def refuse_weights(self) -> None:
         """Raise NonFiniteError, naming them, if the step has made trained weights NaN or infinite."""
-        weights = {name: weight for name, weight in self.network.named_parameters() if weight.requires_grad}
-        if torch.isfinite(nn.utils.get_total_norm(list(weights.values()))):
+        weights = _trained(self.network)
+        if torch.isfinite(ranks.whole(nn.utils.get_total_norm(list(weights.values())))):
             return
         for name, weight in weights.items():  # the norm of large weights may overflow, so each is looked at
-            for value in weight.detach()[~torch.isfinite(weight)][:1]:
+            found = ranks.whole(weight.detach())
+            for value in found[~torch.isfinite(found)][:1]:
                 self._refuse(value, f"weight '{name}'")
 
     def _refuse(self, value: Tensor, what: str) -> None:
@@ -340,8 +381,8 @@ class _Trainer(Trainer):
         loss = total / count
         self._refuse(torch.tensor(loss), "validation loss")
         self.run.append("metrics", {"step": self.state.global_step, "eval_loss": loss})
-        best = cast(Optim, self.spec.optim).keep == "best_loss" and ranks.first()
-        if best and self._best_step() == self.state.global_step:
+        best = cast(Optim, self.spec.optim).keep == "best_loss"
+        if best and ranks.share(ranks.first() and self._best_step() == self.state.global_step):
             self._write_weights(self._best_file(self.state.global_step))
         self._evaluated = (self.state.global_step, loss)
         return {"eval_loss": loss}
@@ -365,36 +406,51 @@ class _Trainer(Trainer):
         return self.run.checkpoints / f"best-{step}.safetensors"
 
     def _write_weights(self, file: Path) -> None:
+        weights = trained_weights(self.network)
+        if not ranks.first():
+            return
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.tmp")
-        save_file(trainable(self.network), partial)
+        save_file(weights, partial)
         fsync(partial)
         os.replace(partial, file)
 
     def load_trainable(self, file: Path) -> None:
         """Read trainable weights back; raises ValueError where names differ from what is trained now."""
-        values = load_file(file)
-        parameters = {name: weight for name, weight in self.network.named_parameters() if weight.requires_grad}
-        if values.keys() != parameters.keys():
-            differing = sorted(values.keys() ^ parameters.keys())
-            raise ValueError(f"{file} holds other weights than are trained: {differing}")
-        with torch.no_grad():
-            for name, weight in parameters.items():
-                weight.copy_(values[name])
+        fill_trained(self.network, load_file(file), str(file))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.load_trainable(Path(resume_from_checkpoint) / WEIGHTS)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self._write_weights(Path(cast(str, output_dir)) / WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = get_optimizer_state_dict(self.network, self._adamw(), options=WHOLE)  # of the first process
         if ranks.first():
-            self._write_weights(Path(cast(str, output_dir)) / WEIGHTS)
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)
+        set_optimizer_state_dict(self.network, self._adamw(), state, options=WHOLE)
+        cast(Any, self.lr_scheduler).load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _adamw(self) -> torch.optim.Optimizer:
+        return cast(Any, self.optimizer).optimizer  # inside accelerate's wrapper
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.snapshots.partial)  # from where it is moved when it is whole
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
-        size = sum(weight.numel() * weight.element_size() for weight in trainable(self.network).values())
+        size = sum(weight.numel() * weight.element_size() for weight in _trained(self.network).values())
         # weights and AdamW's two moments, in float32 where that is wider, and the rest
         room = 3 * 4 * max(1, size // 4) + (2 << 20)
         best = self._best_step() if cast(Optim, self.spec.optim).keep == "best_loss" else None

@@ -46,18 +46,24 @@ class Outcome:
     error: str | None = None
 
 
-def run_many(specs: Sequence[Spec], paths: Paths, jobs: int | None = None, quiet: bool | None = None) -> list[Outcome]:
+def run_many(
+    specs: Sequence[Spec],
+    paths: Paths,
+    jobs: int | None = None,
+    quiet: bool | None = None,
+    shard: bool = False,
+) -> list[Outcome]:
     """Run all `specs`, `jobs` at a time (None: one per core, one in all for the paper tier), and say how each ended.
 
     Complete runs are skipped; a failed one does not stop the others. Ctrl-C or SIGTERM interrupts those that run (the
     next call resumes them) and raises nothing: their outcome is "interrupted", as is that of those not begun. A run
     that another process is at is waited for at the end and "skipped" once that one has done it. `quiet` None shows
-    progress bars on a terminal, else one line for each run that ends.
+    progress bars on a terminal, else one line for each run that ends. `shard`: see `run_spec`.
     """
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs = {jobs} must be at least 1")
-    if ranks.size() > 1:
-        return _together(specs, paths)
+    if ranks.size() > 1 or shard:
+        return _together(specs, paths, shard)
     outcomes = {spec_id(spec): Outcome(spec, "skipped") for spec in specs if is_complete(spec, paths)}
     todo = [spec for spec in specs if spec_id(spec) not in outcomes]
     if todo:
@@ -75,7 +81,7 @@ def describe(spec: Spec) -> str:
     return f"{spec.method.name}{rank}{model} seed {spec.seed}"
 
 
-def _together(specs: Sequence[Spec], paths: Paths) -> list[Outcome]:
+def _together(specs: Sequence[Spec], paths: Paths, shard: bool) -> list[Outcome]:
     """The specs one after the other in this process and its fellows; after one that does not end well, no more."""
     stop = threading.Event()
     outcomes: list[Outcome] = []
@@ -86,7 +92,7 @@ def _together(specs: Sequence[Spec], paths: Paths) -> list[Outcome]:
                 outcomes.append(Outcome(spec, "interrupted", error="not begun"))
                 continue
             try:
-                status, error = run_spec(spec, paths, stop=stop), None
+                status, error = run_spec(spec, paths, stop=stop, shard=shard), None
             except BaseException as reason:
                 status = "interrupted" if isinstance(reason, OUTSIDE) else "failed"
                 error = f"{type(reason).__name__}: {reason}"

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dora_lab import snapshots
 from dora_lab.run import run_spec
@@ -54,12 +55,13 @@ def test_killed_again_and_again_it_ends_the_same(name: str, tmp_path: Path) -> N
     assert steps == list(range(1, crash.STEPS + 1))
 
 
-def test_two_processes_killed_again_and_again_end_the_same(tmp_path: Path) -> None:
-    kills = crash.kill_again_and_again(tmp_path, CASES["dora"], random.Random(3), longest=1.5, processes=2)
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_killed_again_and_again_end_the_same(tmp_path: Path, shard: bool) -> None:
+    kills = crash.kill_again_and_again(tmp_path, CASES["dora"], random.Random(3), longest=1.5, processes=2, shard=shard)
     assert kills > 0
-    crash.same_as_whole(tmp_path, CASES["dora"], processes=2)
+    crash.same_as_whole(tmp_path, CASES["dora"], processes=2, shard=shard)
     record = read_record(run_path(tmp_path, CASES["dora"]))
-    assert record["processes"] == 2 and record["status"] == "complete"
+    assert (record["processes"], record["sharded"], record["status"]) == (2, shard, "complete")
 
 
 @pytest.mark.parametrize("window", ["save", "finish"])
@@ -92,17 +94,33 @@ def test_the_harness_sees_a_save_that_is_not_safe(tmp_path: Path, monkeypatch: p
         crash.same_as_whole(tmp_path, spec)
 
 
-def test_two_processes_have_the_loss_curve_of_one(tmp_path: Path) -> None:
-    spec = crash.small_spec("dora", method__dropout=0.0, optim__micro_batch_size=2)
+@pytest.mark.parametrize(("method", "shard"), [("dora", False), ("dora", True), ("lora", True), ("ft", True)])
+def test_two_processes_have_the_loss_curve_of_one(tmp_path: Path, method: str, shard: bool) -> None:
+    best = {"data__validation_items": 4, "optim__eval_steps": 1, "optim__keep": "best_loss"}
+    spec = crash.small_spec(method, method__dropout=0.0, optim__micro_batch_size=2, **best)
     crash.finish(tmp_path / "one", spec)
-    crash.finish(tmp_path / "two", spec, processes=2)
-    one, two = (read_stream(run_path(tmp_path / name, spec), "metrics") for name in ("one", "two"))
-    assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
-    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], rel=1e-4)
-    assert [row["grad_norm"] for row in one] == pytest.approx([row["grad_norm"] for row in two], rel=1e-3)
+    crash.finish(tmp_path / "two", spec, processes=2, shard=shard)
+    places = [run_path(tmp_path / name, spec) for name in ("one", "two")]
+    one, two = (read_stream(place, "metrics") for place in places)
+    assert [row.keys() for row in one] == [row.keys() for row in two]
+    for name, near in (("tokens", 0.0), ("loss", 1e-4), ("eval_loss", 1e-4), ("grad_norm", 1e-3)):
+        values = [[row[name] for row in rows if name in row] for rows in (one, two)]
+        assert values[0] and values[0] == pytest.approx(values[1], rel=near)
     for stream in ("probe", "eval"):
-        lengths = {len(read_stream(run_path(tmp_path / name, spec), stream)) for name in ("one", "two")}
-        assert len(lengths) == 1 and lengths != {0}
+        rows = [read_stream(place, stream) for place in places]
+        assert len(rows[0]) == len(rows[1]) > 0
+    measured = [[row["delta_d"] for row in read_stream(place, "probe")] for place in places]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-3)
+    saved = [load_file(next((place / "adapter").glob("*.safetensors"))) for place in places]
+    assert saved[0].keys() == saved[1].keys()
+    for name, weight in saved[0].items():
+        torch.testing.assert_close(saved[1][name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_shares_of_one_process_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="start several with torchrun"):
+        run_spec(CASES["dora"], crash.paths(tmp_path), shard=True)
+    assert not any(tmp_path.rglob("record.json"))
 
 
 def test_micro_batches_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ HOUSE = Path(__file__).resolve().parents[1]
 REAL = HOUSE.parent / "shared" / "data" / "llm_adapters"
 MODEL = "yahma/llama-7b-hf"
 COMMIT = load_experiment("commonsense").PAPER[MODEL][0]
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+STREAMS = ("metrics", "probe", "eval")
 SMALL = {  # what a processor and a model of a few thousand parameters need; everything else is the paper tier's
     "model.dtype": "float32",
     "data.train_items": 64,
@@ -51,18 +54,20 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def dora_lab(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "dora_lab", *arguments], capture_output=True, text=True, check=False, cwd=HOUSE,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment,
-    )  # fmt: skip
-
-
-def paper(results: Path, *arguments: str, small: dict[str, Any] | None = None, **environment: str) -> Any:
+def paper(
+    results: Path,
+    *arguments: str,
+    small: dict[str, Any] | None = None,
+    launch: Sequence[str] = (),
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    """The command that a user types, made small; `launch`: what starts its processes."""
     changes = [text for name, value in (SMALL | (small or {})).items() for text in ("--with", f"{name}={value}")]
-    return dora_lab(
-        "run", "commonsense", "--tier", "paper", "--results", str(results), *arguments, *changes, **environment
-    )
+    command = [sys.executable, *launch, "-m", "dora_lab", "run", "commonsense", "--tier", "paper"]
+    return subprocess.run(
+        [*command, "--results", str(results), *arguments, *changes], capture_output=True, text=True, check=False,
+        cwd=HOUSE, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment, timeout=400,
+    )  # fmt: skip
 
 
 def test_from_folders_whole(clone: Path, model_dir: Path, tmp_path: Path) -> None:
@@ -91,6 +96,33 @@ def test_from_folders_whole(clone: Path, model_dir: Path, tmp_path: Path) -> Non
         assert {row["task"]: row["n"] for row in read_stream(path, "eval")} == {"boolq": 3, "ARC-Easy": 3}
 
 
+def test_over_two_processes_as_over_one(clone: Path, model_dir: Path, tmp_path: Path) -> None:
+    """torchrun with whole weights, and with shares of them: the same losses and answers; everything is written once."""
+    chosen = ["--data-dir", str(clone), "--model-dir", str(model_dir), "--only", f"model={MODEL}", "--only", "seed=0"]
+    small = {"optim.micro_batch_size": 8, "method.dropout": 0.0}
+    for name, launch, more in (("one", (), []), ("two", TWO, []), ("shares", TWO, ["--shard"])):
+        done = paper(tmp_path / name, *chosen, "--only", "rank=16", *more, small=small, launch=launch)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("1 runs: 1 complete") == 1
+    runs = {name: next(iter_runs(tmp_path / name)) for name in ("one", "two", "shares")}
+    told = {name: (record["processes"], record["sharded"]) for name, (_, record) in runs.items()}
+    assert told == {"one": (1, False), "two": (2, False), "shares": (2, True)}
+    assert len({record["spec_id"] for _, record in runs.values()}) == 1
+    rows = {name: {stream: read_stream(path, stream) for stream in STREAMS} for name, (path, _) in runs.items()}
+    for name in ("two", "shares"):
+        for stream in STREAMS:
+            assert len(rows[name][stream]) == len(rows["one"][stream]) > 0, stream
+        for column in ("loss", "eval_loss"):
+            one, other = ([row[column] for row in rows[n]["metrics"] if column in row] for n in ("one", name))
+            assert one == pytest.approx(other, rel=1e-3)
+        assert [row["prompt_sha256"] for row in rows[name]["eval"]] == [
+            row["prompt_sha256"] for row in rows["one"]["eval"]
+        ]
+        assert sorted(file.name for file in (runs[name][0] / "adapter").iterdir()) == sorted(
+            file.name for file in (runs["one"][0] / "adapter").iterdir()
+        )
+
+
 def test_from_the_hubs_cache(clone: Path, model_dir: Path, tmp_path: Path) -> None:
     """The same command with the model and the training mix where the hub's client keeps them, at their commits."""
     cache = tmp_path / "cache"
@@ -111,14 +143,17 @@ def test_from_the_hubs_cache(clone: Path, model_dir: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"real LLM-Adapters files are not at {REAL}")
-def test_with_real_files(model_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_with_real_files(model_dir: Path, tmp_path: Path, processes: int) -> None:
     done = paper(
         tmp_path, "--data-dir", str(REAL), "--model-dir", str(model_dir), "--only", f"model={MODEL}",
         "--only", "seed=0", "--only", "rank=16",
-        small={"data.name": "llm_adapters", "data.eval_name": "none", "data.cutoff": 512},
+        small={"data.name": "llm_adapters", "data.eval_name": "none", "data.cutoff": 512, "optim.micro_batch_size": 8},
+        launch=TWO if processes == 2 else (),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ((_, record),) = iter_runs(tmp_path)
+    assert record["processes"] == processes
     sources = {(source["task"], source["split"]): source for source in record["inputs"]["sources"]}
     assert {pair: (source["items"], source["agrees"]) for pair, source in sources.items()} == {
         ("boolq", "test"): (3270, True),

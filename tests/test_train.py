@@ -20,7 +20,7 @@ from dora_lab.probe import DecompositionCallback
 from dora_lab.spec import Spec
 from dora_lab.store import RunDir, read_stream
 from dora_lab.tasks import ItemError
-from dora_lab.train import Interrupted, NonFiniteError, train, trainable
+from dora_lab.train import Interrupted, NonFiniteError, train, trained_weights
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def go(spec: Spec, root: Path, model_dir: Path, data_dir: Path, **options: Any) 
                 )
             )
         train(spec, model, tokenizer, load.items(spec, data_dir), run, callbacks=callbacks, **options)
-        return trainable(model)
+        return trained_weights(model)
 
 
 def load_file(model_dir: Path) -> dict[str, Tensor]:

@@ -107,16 +107,16 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def finish(root: Path, spec: Spec, processes: int = 1) -> None:
+def finish(root: Path, spec: Spec, processes: int = 1, shard: bool = False) -> None:
     """Let the run end in a fresh child (or several, as torchrun starts them); AssertionError if it does not."""
     errors = root / "errors.txt"
     root.mkdir(parents=True, exist_ok=True)
-    codes = [ended(pid) for pid in start(root, spec, processes, errors)]
+    codes = [ended(pid) for pid in start(root, spec, processes, errors, shard)]
     told = [file.read_text() for file in root.glob("errors*.txt")]
     assert codes == [0] * processes, "\n".join(told) or codes
 
 
-def start(root: Path, spec: Spec, processes: int = 1, errors: Path | None = None) -> list[int]:
+def start(root: Path, spec: Spec, processes: int = 1, errors: Path | None = None, shard: bool = False) -> list[int]:
     """Begin the run in one child or in several that make up one distributed run; returns their ids."""
     if processes == 1:
         return [child(lambda: run(root, spec), errors)]
@@ -126,7 +126,7 @@ def start(root: Path, spec: Spec, processes: int = 1, errors: Path | None = None
     shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         child(
-            lambda: run(root, spec),
+            lambda: run(root, spec, shard=shard),
             errors and errors.with_name(f"errors{rank}.txt"),
             RANK=str(rank),
             LOCAL_RANK=str(rank),
@@ -149,17 +149,17 @@ def result(root: Path, spec: Spec) -> dict[str, str]:
 
 
 @functools.cache
-def reference(spec: Spec, processes: int = 1) -> dict[str, str]:
+def reference(spec: Spec, processes: int = 1, shard: bool = False) -> dict[str, str]:
     """What the run comes to when nothing happens to it."""
     root = Path(tempfile.mkdtemp(prefix="dora-lab-whole-"))
-    finish(root, spec, processes)
+    finish(root, spec, processes, shard)
     return result(root, spec)
 
 
-def same_as_whole(root: Path, spec: Spec, processes: int = 1) -> None:
+def same_as_whole(root: Path, spec: Spec, processes: int = 1, shard: bool = False) -> None:
     """Finish the run and compare it, byte for byte, with one that nothing happened to."""
-    finish(root, spec, processes)
-    found, wanted = result(root, spec), reference(spec, processes)
+    finish(root, spec, processes, shard)
+    found, wanted = result(root, spec), reference(spec, processes, shard)
     assert found == wanted, sorted(name for name in wanted if found.get(name) != wanted[name])
 
 
@@ -255,11 +255,13 @@ def _window(killer: Killer, window: str) -> Iterator[None]:
     yield
 
 
-def kill_again_and_again(root: Path, spec: Spec, rng: random.Random, longest: float, processes: int = 1) -> int:
+def kill_again_and_again(
+    root: Path, spec: Spec, rng: random.Random, longest: float, processes: int = 1, shard: bool = False
+) -> int:
     """SIGKILL the run at random moments until it is through once; returns how often it was killed."""
     kills = 0
     while kills < 25:
-        pids = start(root, spec, processes)
+        pids = start(root, spec, processes, shard=shard)
         deadline = time.monotonic() + rng.uniform(0.02, longest)
         codes: dict[int, int] = {}
         while len(codes) < processes and time.monotonic() < deadline:
