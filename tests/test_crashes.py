@@ -199,8 +199,8 @@ def test_torchrun_runs_the_command_line_over_two_processes(tmp_path: Path) -> No
     (tmp_path / "small.py").write_text(EXPERIMENT.format(house=str(HOUSE)))
     places = crash.paths(tmp_path / "results")
     code = (
-        "import sys; from pathlib import Path; from dora_lab import __main__ as command; "
-        f"command.EXPERIMENTS = Path({str(tmp_path)!r}); command.main()"
+        "import sys; from pathlib import Path; from dora_lab import __main__ as command, selection; "
+        f"selection.EXPERIMENTS = Path({str(tmp_path)!r}); command.main()"
     )
     (tmp_path / "go.py").write_text(code)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -15,10 +15,10 @@ from spaces import llama_like
 from tiny import boolq_items, make_spec, save_data, save_model
 
 from dora_lab import load
-from dora_lab.__main__ import load_experiment
 from dora_lab.adapters import adapted, inject, merge
 from dora_lab.batches import IGNORED, MicroBatches, collate, encode
 from dora_lab.evaluate import evaluate
+from dora_lab.selection import load_experiment
 from dora_lab.spec import Method, Spec
 from dora_lab.store import RunDir, read_stream
 from dora_lab.tasks import ItemError, prompt, train_text
