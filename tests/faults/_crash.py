@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,17 @@ def child(work: Callable[[], Any], errors: Path | None = None, **environment: st
 def ended(pid: int) -> int:
     """Exit code of a child, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def wait_for(ready: Callable[[], bool], pids: Sequence[int], errors: Path) -> None:
+    """Wait for what children are to do; AssertionError, with what they left in `errors`, if one ends before."""
+    end = time.monotonic() + 120
+    while not ready():
+        gone = [pid for pid in pids if os.waitpid(pid, os.WNOHANG)[0]]
+        told = "\n".join(file.read_text() for file in errors.parent.glob(f"{errors.stem}*.txt"))
+        assert not gone, f"child {gone} ended before: {told}"
+        assert time.monotonic() < end, f"nothing in two minutes: {told}"
+        time.sleep(0.005)
 
 
 def finish(root: Path, spec: Spec, processes: int = 1, shard: bool = False) -> None:
@@ -286,7 +297,7 @@ def together(root: Path, spec: Spec, errors: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    (outcome,) = workers._together([spec], paths(root))
+    (outcome,) = workers._together([spec], paths(root), shard=False)
     errors.write_text(f"{outcome.status}: {outcome.error}")
 
 

@@ -97,8 +97,7 @@ def killed_together(folder: Path, rng: random.Random) -> str:
 def one_of_two_killed(folder: Path, rng: random.Random) -> str:
     spec = derive(any_spec(rng), {"optim.epochs": 8.0})
     pids = crash.start(folder, spec, 2, folder / "errors.txt")
-    while len(read_stream(run_path(folder, spec), "metrics")) < 3:
-        time.sleep(0.01)
+    crash.wait_for(lambda: len(read_stream(run_path(folder, spec), "metrics")) >= 3, pids, folder / "errors.txt")
     time.sleep(rng.random() / 5)
     killed = rng.randrange(2)
     os.kill(pids[killed], signal.SIGKILL)
@@ -245,10 +244,9 @@ def stopped_by_numbers(folder: Path, spec: Spec, poison: Callable[[], None]) -> 
 @fault(18, "two processes at one run")
 def two_writers(folder: Path, rng: random.Random) -> str:
     spec = any_spec(rng)
-    first = crash.child(lambda: crash.run(folder, spec))
+    first = crash.child(lambda: crash.run(folder, spec), folder / "errors.txt")
     lock = run_path(folder, spec) / "lock"
-    while not (lock.exists() and lock.read_text().endswith("}")):
-        time.sleep(0.01)
+    crash.wait_for(lambda: lock.exists() and lock.read_text().endswith("}"), [first], folder / "errors.txt")
     os.kill(first, signal.SIGSTOP)
     try:
         run_spec(spec, crash.paths(folder))
@@ -349,8 +347,7 @@ def sigterm(folder: Path, rng: random.Random) -> str:
     spec = derive(any_spec(rng), {"optim.epochs": 100.0})
     pid = crash.child(lambda: crash.together(folder, spec, folder / "told.txt"), folder / "errors.txt")
     steps = rng.randint(1, 20)
-    while len(read_stream(run_path(folder, spec), "metrics")) < steps:
-        time.sleep(0.005)
+    crash.wait_for(lambda: len(read_stream(run_path(folder, spec), "metrics")) >= steps, [pid], folder / "errors.txt")
     os.kill(pid, signal.SIGTERM)
     assert crash.ended(pid) == 0
     told = (folder / "told.txt").read_text()
