@@ -21,10 +21,7 @@ setup: .venv/installed  ## create .venv and install from constraints.txt (does n
 	@touch $@
 
 reproduce-%: setup  ## e.g. reproduce-commonsense: run that experiment (mini tier), print its table, compare with ours
-	@$(RUN) run $* --results $(RESULTS)
-	@$(RUN) report --results $(RESULTS) >/dev/null
-	@test ! -f $(RESULTS)/tables/$*.md || cat $(RESULTS)/tables/$*.md
-	@$(RUN) compare --results $(RESULTS) --experiment $* || true
+	@$(RUN) reproduce $* --results $(RESULTS)
 
 test: setup  ## run the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile

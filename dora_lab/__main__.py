@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any
 
 import typer
 
-from dora_lab import load, ranks, shapes
+from dora_lab import load, ranks
 from dora_lab.run import Paths
-from dora_lab.spec import Spec, SpecError, derive, did_you_mean, from_dict, spec_id, to_dict, validate
+from dora_lab.selection import chosen, experiment_names, load_experiment, pair, published_specs
+from dora_lab.spec import SpecError, derive, from_dict, spec_id
 from dora_lab.store import read_record, read_stream, run_path
 from dora_lab.workers import Outcome, describe, run_many
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 HOUSE = Path(__file__).resolve().parents[1]
-EXPERIMENTS = HOUSE / "experiments"
 RESULTS = HOUSE / "results"
 README = HOUSE / "README.md"
 LOCAL = RESULTS / "local"  # a user's own runs, beside the committed ones without touching them
@@ -63,7 +61,10 @@ def run(
     module = load_experiment(experiment)
     specs = chosen(module, tier, only or (), with_ or (), data_dir, model_dir)
     if dry_run:
-        _print_specs(specs, getattr(module, "ITEMS", {}), model_dir, gpu, tokens)
+        from dora_lab import dry_run as planning
+
+        for line in planning.lines(specs, getattr(module, "ITEMS", {}), model_dir, gpu, tokens):
+            typer.echo(line)
         return
     outcomes = run_many(specs, Paths(results, data_dir, model_dir), jobs, shard=shard)
     if ranks.first():
@@ -100,7 +101,7 @@ def submit(
     specs = chosen(load_experiment(experiment), tier, only or (), with_ or (), data_dir, model_dir)
     resources = cluster.Resources(
         partition=partition, hours=hours, gpus=gpus, cpus=cpus, memory_gb=memory, at_once=at_once,
-        more=dict(_pair(option, "--slurm") for option in slurm or ()),
+        more=dict(pair(option, "--slurm") for option in slurm or ()),
     )  # fmt: skip
     jobs = cluster.submit(specs, Paths(results, data_dir, model_dir), resources, local=local)
     for spec, job in jobs:
@@ -186,7 +187,7 @@ def verify_published(
         adapter_revision=load.hash_adapter(adapter_dir)[:12] if adapter_dir else revision,
     )
     spec = published.spec_of(protocol, model, tuple(load.tasks_in(data_dir)), load.hash_data(data_dir))
-    spec = derive(spec, dict(_pair(change, "--with") for change in with_ or ()))
+    spec = derive(spec, dict(pair(change, "--with") for change in with_ or ()))
     found, run = published.evaluate(spec, Paths(results, data_dir, base_dir, adapter_dir), allow_pickle)
     rows = published.compare(run, found, paper_model or shapes.printed_name(base))
     typer.echo(
@@ -345,18 +346,6 @@ def rebuild(results: Path) -> list[Path]:
     return written
 
 
-def experiment_names() -> list[str]:
-    """Names of the files in experiments/ that have runs; one that only measures (speed.py) has no `specs`."""
-    files = EXPERIMENTS.glob("[!_]*.py")
-    return sorted(file.stem for file in files if "\ndef specs(" in file.read_text(encoding="utf-8"))
-
-
-def published_specs() -> list[Spec]:
-    """The specs of tier paper of all experiments: the published protocol, any seed."""
-    modules = [load_experiment(name) for name in experiment_names()]
-    return [spec for module in modules if "paper" in module.TIERS for spec in module.specs("paper")]
-
-
 def find_run(text: str, results: Path) -> Path:
     """A run directory: a path, or the beginning of an id under `results` or the committed results.
 
@@ -369,54 +358,6 @@ def find_run(text: str, results: Path) -> Path:
         return next(iter(found.values()))
     there = f"{', '.join(sorted(found))}: give more digits" if found else f"none in {results} or {RESULTS}"
     raise SpecError(f"run '{text}': give a run's folder or the beginning of its id; {there}")
-
-
-def load_experiment(name: str) -> ModuleType:
-    """The experiment's module; raises SpecError listing the names there are."""
-    if name not in experiment_names():
-        raise SpecError(f"unknown experiment '{name}'; {did_you_mean(name, experiment_names())}")
-    found = importlib.util.spec_from_file_location(f"experiments.{name}", EXPERIMENTS / f"{name}.py")
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
-
-
-def chosen(
-    module: ModuleType,
-    tier: str,
-    only: Sequence[str] = (),
-    changes: Sequence[str] = (),
-    data_dir: Path | None = None,
-    model_dir: Path | None = None,
-) -> list[Spec]:
-    """The specs of an experiment after --only, --data-dir, --model-dir and --with; each valid, no two the same.
-
-    Raises SpecError for an unknown tier or field, a selection that matches nothing, or two specs that became one.
-    """
-    if tier not in module.TIERS:
-        raise SpecError(f"unknown tier '{tier}'; {did_you_mean(tier, module.TIERS)}")
-    specs: list[Spec] = module.specs(tier)
-    # selected by what the experiment says, before folders take the place of its models: four models become one
-    for field, text in (_pair(selection, "--only") for selection in only):
-        wanted = text.split(",")
-        kept = [spec for spec in specs if _value(to_dict(spec), field) in wanted]
-        if not kept:
-            there = sorted({str(_value(to_dict(spec), field)) for spec in specs})
-            raise SpecError(f"--only {field}={text} matches no spec; values there: {', '.join(there)}")
-        specs = kept
-    if data_dir is not None:
-        specs = [_with_data(spec, data_dir) for spec in specs]
-    if model_dir is not None:
-        model = {"model.name": Path(model_dir).resolve().name, "model.revision": load.hash_model(model_dir)[:12]}
-        specs = [derive(spec, model) for spec in specs]
-    values = dict(_pair(change, "--with") for change in changes)
-    specs = [derive(spec, {path: text for path, text in values.items() if _has(spec, path)}) for spec in specs]
-    for spec in specs:
-        validate(spec)
-    if len({spec_id(spec) for spec in specs}) < len(specs):
-        raise SpecError("some specs became the same run; select one of them with --only")
-    return specs
 
 
 def summary(outcomes: Sequence[Outcome], results: Path) -> str:
@@ -436,118 +377,6 @@ def summary(outcomes: Sequence[Outcome], results: Path) -> str:
     ends = [outcome.status for outcome in outcomes]
     counts = ", ".join(f"{ends.count(status)} {status}" for status in dict.fromkeys(ends))
     return "\n".join([*lines, f"{len(ends)} runs: {counts}; records in {results / 'runs'}"])
-
-
-def _with_data(spec: Spec, data_dir: Path) -> Spec:
-    """The spec on a folder of real data: its tasks are those that have a test file, all their items are taken."""
-    names = load.tasks_in(data_dir)
-    if not names:
-        load.hash_data(data_dir)  # says what a folder of data looks like
-        raise SpecError(f"{data_dir}: no <task>/test.json to evaluate on")
-    # a training mix from elsewhere stays; only its evaluation comes from the folder
-    elsewhere = spec.data.name not in ("mini", "llm_adapters")
-    data = replace(
-        spec.data,
-        name=spec.data.name if elsewhere else "llm_adapters",
-        eval_name="llm_adapters" if elsewhere else None,
-        tasks=tuple(names),
-        sha256=load.hash_data(data_dir),
-        train_items=spec.data.train_items if elsewhere else None,
-        test_items=None,
-    )
-    return replace(spec, data=data)
-
-
-def _has(spec: Spec, path: str) -> bool:
-    """Whether the spec has the section of a dotted path: a base model has no optim, so nothing of it can be changed."""
-    return getattr(spec, path.partition(".")[0], spec) is not None
-
-
-def _pair(text: str, option: str) -> tuple[str, str]:
-    field, equals, value = text.partition("=")
-    if not equals:
-        raise SpecError(f"{option} {text}: expected FIELD=VALUE, for example optim.learning_rate=0.001")
-    return field, value
-
-
-def _value(tree: Mapping[str, Any], field: str) -> str:
-    """The value at a dotted path as text; a section stands for its name, a bare field for the one place it has."""
-    flat = _flat(tree)
-    found = [path for path in flat if path in (field, f"{field}.name") or path.endswith(f".{field}")]
-    exact = [path for path in found if path in (field, f"{field}.name")]
-    if len(exact or found) > 1:
-        raise SpecError(f"--only {field} is ambiguous: {', '.join(found)}")
-    if not found:
-        if tree.get(field.partition(".")[0], "") is None:
-            return "none"
-        raise SpecError(f"--only {field}: no such field; {did_you_mean(field, flat)}")
-    value = flat[(exact or found)[0]]
-    return "none" if value is None else str(value)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _print_specs(
-    specs: Sequence[Spec], known: Mapping[str, int], model_dir: Path | None, gpu: str | None, tokens: int | None
-) -> None:
-    """A line per spec with its steps and cost; `known` has the sizes of data that a spec takes whole."""
-    from dora_lab import cost
-    from dora_lab import verify as verifying
-
-    gpu = gpu or ("A100-80GB" if all(spec.tier == "paper" for spec in specs) else None)
-    card = None if gpu is None else cost.gpu(gpu)
-    sizes = verifying.claims().query("metric == 'test_items'").set_index("subject")["value"].to_dict()
-    found: list[cost.Cost] = []
-    for spec in specs:
-        rank = "-" if spec.method.rank is None else spec.method.rank
-        typer.echo(
-            f"{spec_id(spec)}  {spec.tier:5}  {spec.model.name:26} {spec.method.name:5} rank {rank:<3} "
-            f"seed {spec.seed:<3} {_steps(spec, known)}"
-        )
-        shape, items = _shape(spec, model_dir), _train_items(spec, known)
-        if shape is not None and items is not None:
-            found.append(cost.estimate(spec, shape, items, cost.test_items(spec, sizes), card, tokens))
-            typer.echo(f"{'':14}{cost.words(found[-1], card)}")
-    typer.echo(f"{len(specs)} specs")
-    if found:
-        typer.echo(cost.total(found, gpu, tokens))
-    if len(found) < len(specs):
-        typer.echo(f"{len(specs) - len(found)} of them have no estimate: their model or data is not known here")
-
-
-def _shape(spec: Spec, model_dir: Path | None) -> shapes.Shape | None:
-    if model_dir is not None or spec.model.name == "mini":
-        return shapes.of_folder(load.model_folder(spec.model, model_dir))
-    name = shapes.printed_name(spec.model.name)
-    return None if name is None else shapes.PAPER[name][0]
-
-
-def _train_items(spec: Spec, known: Mapping[str, int]) -> int | None:
-    """How many items are trained on, None if that is only known once the data is there."""
-    if spec.optim is None:
-        return 0
-    if spec.data.train_items is None and spec.data.name in known:
-        return known[spec.data.name] - spec.data.validation_items
-    return spec.data.train_items
-
-
-def _steps(spec: Spec, known: Mapping[str, int]) -> str:
-    """Optimiser steps and how they are made."""
-    from dora_lab import cost
-
-    if spec.optim is None:
-        return "no training"
-    how = f"learning rate {spec.optim.learning_rate:g}, batch {spec.optim.batch_size}"
-    items = _train_items(spec, known)
-    if items is None:
-        return f"{spec.optim.epochs:g} epochs of all items, {how}"
-    about = "about " if spec.data.train_items is None else ""
-    return f"{about}{cost.total_steps(items, spec)} steps, {how}"
 
 
 def main() -> None:

@@ -314,6 +314,13 @@ def _scores(evals: list[dict[str, Any]]) -> str | None:
         unparsed = "–" if row.get("n_unparsed") is None else row["n_unparsed"]
         prompts = (row.get("prompt_sha256") or "–")[:12]
         lines.append(f"| {row['task']} | {row['protocol']} | {value} | {row['n']} | {unparsed} | {prompts} |")
+    sources = [
+        f"- builtin {row['task']}: lm-eval's task {row['lm_eval_task']}, version {row['lm_eval_version']}, on "
+        f"{row['dataset']} at {row['dataset_revision'] or 'an unknown commit'}"
+        for row in evals
+        if row["protocol"] == "builtin"
+    ]
+    lines += ["", *sources] if sources else []
     return "\n".join(lines)
 
 

@@ -31,6 +31,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import GenerationConfig
 
+from dora_lab import builtin
+from dora_lab.builtin import Question
 from dora_lab.spec import Spec
 from dora_lab.store import RunDir, read_stream, write_text
 from dora_lab.tasks import ItemError, load_task, prompt
@@ -59,60 +61,69 @@ def evaluate(
 ) -> dict[str, float]:
     """Score `model` on `items` (task name to items) by every protocol of the spec; returns protocol to mean accuracy.
 
+    Protocol builtin brings items of its own (the first `data.test_items` of a task).
+
     Appends to the stream eval of `run` one row per task and protocol: accuracy (a fraction of n), its standard error
-    (binomial, n - 1), n, n_unparsed (None for loglikelihood), chance, majority (share of the most frequent answer),
+    (binomial, n - 1), n, n_unparsed (None if not generated), chance, majority (share of the most frequent answer),
     the hash of all prompts, and `correct`, one character 0 or 1 per item in order; writes samples for re-grading.
     The mean is the paper's: over tasks, each with the same weight. Raises ItemError for a prompt that is too long.
     Rows that are there already, of the same questions, are kept: a task is evaluated by itself, so that its numbers do
     not depend on which others were done in one go.
     """
-    asked = _questions(spec, items)
-    for protocol in spec.evaluation.protocols:
-        _refuse_too_long(spec, model, tokenizer, asked, protocol)
-    todo = [(protocol, task) for protocol in spec.evaluation.protocols for task in asked]
-    rows = _kept(run, todo, asked)
-    batches = [_batches(spec, protocol, asked[task]) for protocol, task in todo]
-    for place, (protocol, task) in enumerate(todo[len(rows) :], start=len(rows)):
+    ours = _questions(spec, items)
+    tasks = ours or spec.data.tasks  # with protocol builtin alone, there are no items of ours
+    asked = {
+        (protocol, task): builtin.questions(task, spec.data.test_items) if protocol == "builtin" else ours[task]
+        for protocol in spec.evaluation.protocols
+        for task in tasks
+    }
+    for (protocol, task), questions in asked.items():
+        _refuse_too_long(spec, model, tokenizer, task, questions, protocol)
+    rows = _kept(run, asked)
+    batches = [_batches(spec, protocol, questions) for (protocol, _), questions in asked.items()]
+    for place, ((protocol, task), questions) in enumerate(asked.items()):
+        if place < len(rows):
+            continue
 
         def tell(done: int, before: int = sum(batches[:place])) -> None:
             if progress:
                 progress(before + done, sum(batches))
 
         with _undisturbed(model, tokenizer), _quiet():
-            samples = _run(spec, model, tokenizer, task, asked[task], protocol, stop, tell)
-        row = _row(task, protocol, samples, asked[task])
+            samples = _run(spec, model, tokenizer, task, questions, protocol, stop, tell)
+        row = _row(task, protocol, samples, questions)
         _write_samples(run, row, samples)
         run.append("eval", row)
         rows.append(row)
     return {
-        protocol: sum(row["value"] for row in rows if row["protocol"] == protocol) / len(asked)
+        protocol: sum(row["value"] for row in rows if row["protocol"] == protocol) / len(tasks)
         for protocol in spec.evaluation.protocols
     }
 
 
-def _kept(run: RunDir, todo: list[tuple[str, str]], asked: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Rows of an evaluation that was cut short: those of the first of `todo`; none if any is of other questions."""
+def _kept(run: RunDir, asked: dict[tuple[str, str], list[Question]]) -> list[dict[str, Any]]:
+    """Rows of an evaluation that was cut short: those of the first of `asked`; none if any is of other questions."""
     rows = read_stream(run.path, "eval")
-    fits = len(rows) <= len(todo) and all(
+    fits = len(rows) <= len(asked) and all(
         (row["protocol"], row["task"]) == pair
-        and (row["n"], row["prompt_sha256"]) == (len(asked[row["task"]]), _prompt_hash(asked[row["task"]]))
-        for row, pair in zip(rows, todo, strict=False)
+        and (row["n"], row["prompt_sha256"]) == (len(questions), _prompt_hash(questions))
+        for row, (pair, questions) in zip(rows, asked.items(), strict=False)
     )
     if not fits:
         run.cut("eval")
     return rows if fits else []
 
 
-def _prompt_hash(questions: list[dict[str, Any]]) -> str:
+def _prompt_hash(questions: list[Question]) -> str:
     return hashlib.sha256("\0".join(question["prompt"] for question in questions).encode()).hexdigest()
 
 
-def _batches(spec: Spec, protocol: str, questions: list[dict[str, Any]]) -> int:
+def _batches(spec: Spec, protocol: str, questions: list[Question]) -> int:
     requests = len(questions) if protocol == "generate" else sum(len(question["options"]) for question in questions)
     return math.ceil(requests / spec.evaluation.batch_size)
 
 
-def _questions(spec: Spec, items: dict[str, list[Item]]) -> dict[str, list[dict[str, Any]]]:
+def _questions(spec: Spec, items: dict[str, list[Item]]) -> dict[str, list[Question]]:
     """Per task, what lm-eval is given: index, prompt, the answers offered and which of them is right."""
     asked = {}
     for name, pool in items.items():
@@ -135,22 +146,25 @@ def _refuse_too_long(
     spec: Spec,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    asked: dict[str, list[dict[str, Any]]],
+    task: str,
+    questions: list[Question],
     protocol: str,
 ) -> None:
     """lm-eval would cut the head off a long prompt and go on."""
     limit = _max_length(model)
-    for task, questions in asked.items():
-        answers = [ANSWER.format(label=label) for label in load_task(task).labels]
-        room = max(len(ids) for ids in tokenizer(answers)["input_ids"])
-        room = spec.evaluation.max_new_tokens if protocol == "generate" else room
-        prompts = tokenizer([question["prompt"] for question in questions])["input_ids"]
-        longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
-        if len(prompts[longest]) + room > limit:
-            raise ItemError(
-                f"task {task}, item {longest}: a prompt of {len(prompts[longest])} tokens and {room} for the answer "
-                f"exceed the model's {limit} positions; leave the item out or use a model with more"
-            )
+    if protocol == "builtin":
+        builtin.refuse_too_long(task, questions, tokenizer, limit)
+        return
+    answers = [ANSWER.format(label=label) for label in load_task(task).labels]
+    room = max(len(ids) for ids in tokenizer(answers)["input_ids"])
+    room = spec.evaluation.max_new_tokens if protocol == "generate" else room
+    prompts = tokenizer([question["prompt"] for question in questions])["input_ids"]
+    longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
+    if len(prompts[longest]) + room > limit:
+        raise ItemError(
+            f"task {task}, item {longest}: a prompt of {len(prompts[longest])} tokens and {room} for the answer "
+            f"exceed the model's {limit} positions; leave the item out or use a model with more"
+        )
 
 
 def _max_length(model: PreTrainedModel) -> int:
@@ -165,25 +179,33 @@ def _run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: str,
-    questions: list[dict[str, Any]],
+    questions: list[Question],
     protocol: str,
     stop: threading.Event | None,
     tell: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     """Samples: index, prompt, output, parsed, gold, correct."""
-    configuration = _configuration(spec, task, questions, protocol, tokenizer)
-    manager = TaskManager(include_defaults=False)
+    if protocol == "builtin":
+        name, task_object = builtin.load_builtin(task)
+        wanted: Any = {"tasks": {name: task_object}, "groups": {}, "group_map": {}}
+    else:
+        name, configuration = task, _configuration(spec, task, questions, protocol, tokenizer)
+        wanted = TaskManager(include_defaults=False).load(cast(Any, [configuration]))
     lm = _Model(model, tokenizer, spec.evaluation.batch_size, _batches(spec, protocol, questions), stop, tell)
     # `evaluate`, not `simple_evaluate`: the latter reseeds every generator and collects the machine's environment
     result = evaluator.evaluate(
-        lm=lm, task_dict=cast(Any, manager.load(cast(Any, [configuration]))), bootstrap_iters=0, log_samples=True
+        lm=lm,
+        task_dict=wanted,
+        limit=len(questions) if protocol == "builtin" else None,
+        bootstrap_iters=0,
+        log_samples=True,
     )
-    logged = cast("dict[str, list[dict[str, Any]]]", cast(Any, result)["samples"])
-    return [_sample(task, entry, protocol) for entry in logged[task]]
+    logged = sorted(cast(Any, result)["samples"][name], key=lambda entry: entry["doc_id"])
+    return [_sample(task, entry, question, protocol) for entry, question in zip(logged, questions, strict=True)]
 
 
 def _configuration(
-    spec: Spec, task: str, questions: list[dict[str, Any]], protocol: str, tokenizer: PreTrainedTokenizerBase
+    spec: Spec, task: str, questions: list[Question], protocol: str, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     def dataset(**_: Any) -> dict[str, datasets.Dataset]:
         return {"test": datasets.Dataset.from_list(questions)}
@@ -221,29 +243,33 @@ def _configuration(
     }
 
 
-def _sample(task: str, entry: dict[str, Any], protocol: str) -> dict[str, Any]:
-    question = entry["doc"]
-    if protocol == "generate":
-        output: Any = entry["filtered_resps"][0]
-        parsed = load_task(task).parse(output)
+def _sample(task: str, entry: dict[str, Any], question: Question, protocol: str) -> dict[str, Any]:
+    if protocol == "builtin":
+        found = builtin.sample(entry, question)
     else:
-        found = zip(question["options"], entry["filtered_resps"], strict=True)
-        output = {label: float(response[0]) for label, response in found}
-        parsed = max(question["options"], key=lambda label: output[label])
-    correct = parsed == question["gold"]
-    if correct != bool(entry["acc"]):
-        raise RuntimeError(f"task {task}, item {question['index']}: lm-eval scores {entry['acc']}, we {correct}")
-    return {
-        "index": question["index"],
-        "prompt": question["prompt"],
-        "output": output,
-        "parsed": parsed,
-        "gold": question["gold"],
-        "correct": correct,
-    }
+        if protocol == "generate":
+            output: Any = entry["filtered_resps"][0]
+            parsed = load_task(task).parse(output)
+        else:
+            pairs = zip(question["options"], entry["filtered_resps"], strict=True)
+            output = {label: float(response[0]) for label, response in pairs}
+            parsed = max(question["options"], key=lambda label: output[label])
+        found = {
+            "index": question["index"],
+            "prompt": question["prompt"],
+            "output": output,
+            "parsed": parsed,
+            "gold": question["gold"],
+            "correct": parsed == question["gold"],
+        }
+    if found["correct"] != bool(entry["acc"]):
+        raise RuntimeError(
+            f"task {task}, item {question['index']}: lm-eval scores {entry['acc']}, we {found['correct']}"
+        )
+    return found
 
 
-def _row(task: str, protocol: str, samples: list[dict[str, Any]], asked: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(task: str, protocol: str, samples: list[dict[str, Any]], asked: list[Question]) -> dict[str, Any]:
     n = len(samples)
     accuracy = sum(sample["correct"] for sample in samples) / n
     golds = [sample["gold"] for sample in samples]
@@ -259,7 +285,7 @@ def _row(task: str, protocol: str, samples: list[dict[str, Any]], asked: list[di
         "majority": max(golds.count(gold) for gold in set(golds)) / n,
         "prompt_sha256": _prompt_hash(samples),
         "correct": "".join(str(int(sample["correct"])) for sample in samples),
-    }
+    } | (builtin.about(task, samples) if protocol == "builtin" else {})
 
 
 def _write_samples(run: RunDir, row: dict[str, Any], samples: list[dict[str, Any]]) -> None:

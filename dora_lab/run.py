@@ -118,6 +118,7 @@ def _fill(
     import torch
 
     from dora_lab.adapters import inject, merge
+    from dora_lab.builtin import load_builtin
     from dora_lab.evaluate import evaluate
 
     provenance.reset_peak_memory()
@@ -128,6 +129,9 @@ def _fill(
             inputs = load.fingerprints(spec, paths.data_dir, paths.model_dir, paths.adapter_dir)
             _compare(run, inputs)
             items = load.items(spec, paths.data_dir)
+            if "builtin" in spec.evaluation.protocols:  # now, not after days of training
+                for task in spec.data.tasks:
+                    load_builtin(task)
             model, tokenizer = load.model_and_tokenizer(spec, paths.model_dir)
         # the small tier runs on the processor everywhere, so that its numbers can be compared
         device = "cuda" if spec.tier == "paper" and torch.cuda.is_available() else "cpu"

@@ -118,7 +118,9 @@ class Probe(_Checked):
 class Evaluation(_Checked):
     """How answers are scored."""
 
-    protocols: tuple[str, ...] = ("generate",)  # "generate" (the paper's), "loglikelihood"
+    protocols: tuple[str, ...] = (
+        "generate",
+    )  # "generate" (the paper's), "loglikelihood", "builtin" (lm-eval's own tasks)
     split: Literal["test", "validation"] = "test"  # which items
     num_beams: int = 1  # beams of "generate"; 1 = greedy
     max_new_tokens: int = 32  # tokens of "generate"
@@ -206,7 +208,7 @@ def validate(spec: Spec) -> None:
 
 
 Rule = tuple[str, object, bool, str]  # dotted path, value, whether it is right, what is allowed
-PROTOCOLS = ("generate", "loglikelihood")
+PROTOCOLS = ("generate", "loglikelihood", "builtin")
 NUMBER = r"(?=.*[1-9])\d+(\.\d+)?"  # above zero, as text
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -230,6 +232,12 @@ def _value_rules(spec: Spec) -> list[Rule]:
         ("data.cutoff", data.cutoff, data.cutoff >= 1, "at least 1"),
         ("data.validation_items", data.validation_items, data.validation_items >= 0, "at least 0"),
         ("evaluation.protocols", evaluation.protocols, known and once, "distinct ones of " + ", ".join(PROTOCOLS)),
+        (
+            "evaluation.split",
+            evaluation.split,
+            evaluation.split == "test" or "builtin" not in evaluation.protocols,
+            "test with protocol builtin, whose items are lm-eval's",
+        ),
     ]
     counts = {
         "data.pad_to_multiple_of": data.pad_to_multiple_of,

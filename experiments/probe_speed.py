@@ -42,6 +42,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_lab import measure, provenance
 from dora_lab.checkpoints.shards import Shards
+from dora_lab.store import write_text
 
 ROUNDS = 7
 HIDDEN, INNER, RANK, BLOCKS = 4096, 11008, 16, 32
@@ -270,9 +271,7 @@ def main(argv: list[str] | None = None) -> None:
                 "code": provenance.code(),
             }  # fmt: skip
             file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(".part")
-            part.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in known.values()))
-            part.replace(file)
+            write_text(file, "".join(json.dumps(row, sort_keys=True) + "\n" for row in known.values()))
 
 
 if __name__ == "__main__":

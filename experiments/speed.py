@@ -32,7 +32,7 @@ import torch
 from dora_lab import provenance
 from dora_lab.adapters import _products, inject
 from dora_lab.spec import Method
-from dora_lab.store import StoreError
+from dora_lab.store import StoreError, write_text
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL = ("ours/lora", "ours/dora", "peft/lora", "peft/dora")
@@ -248,9 +248,7 @@ def main(argv: list[str] | None = None) -> None:
         row = {"cell": cell.name(), **asdict(cell), "taken": taken, "machine": machine, "threads": 1}
         known[cell.name()] = row | {"packages": packages, "code": provenance.code()}
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".part")
-        temporary.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in known.values()))
-        temporary.replace(file)
+        write_text(file, "".join(json.dumps(row, sort_keys=True) + "\n" for row in known.values()))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A synthetic results tree with plausible numbers: what the reading side is tested on."""
+"""Fixtures: one thread of torch, and a synthetic results tree with plausible numbers for the reading side."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,17 @@ def write_tree(results: Path, seeds: tuple[int, ...] = (0, 1, 2), **options: Any
         for seed in seeds if name != "base" else seeds[:1]:
             write_run(results, make_spec(name, rank, seed), skill=skill, trainable=trainable, **options)
     return results
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch adds up in one order, and leaves the other core to the other tests."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from dora_lab import __main__ as command
 from dora_lab import card
 from dora_lab import spec as specs
+from dora_lab.selection import published_specs
 from dora_lab.tasks import TEMPLATES, all_tasks
 
 COMMITTED = Path(__file__).resolve().parents[1] / "results"
@@ -95,7 +96,7 @@ def test_the_difference_of_two_runs_is_told_in_words(tmp_path: Path, run_writer:
 
 
 def test_a_run_beside_the_published_protocol(tmp_path: Path, run_writer: Writer) -> None:
-    published = command.published_specs()
+    published = published_specs()
     wanted = next(s for s in published if s.method.rank == 16 and s.method.name == "dora" and s.seed == 2)
     changed = specs.derive(wanted, {"evaluation.num_beams": 1, "seed": 7, "data.sha256": "a" * 64})
     folder = run_writer(tmp_path, specs.to_dict(changed))

@@ -10,7 +10,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from dora_lab.spec import Spec, derive, to_dict
 from dora_lab.store import RunDir, read_record, read_stream, run_path
 from tests.faults import _crash as crash
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 HOUSE = Path(__file__).resolve().parents[1]
 STRIDE = 1 if os.environ.get("DORA_LAB_EVERY_KILL") else 9
 CASES = {
@@ -35,14 +35,6 @@ CASES = {
         "lora", data__validation_items=4, optim__eval_steps=1, optim__keep="best_loss", optim__learning_rate=0.3
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -199,8 +191,8 @@ def test_torchrun_runs_the_command_line_over_two_processes(tmp_path: Path) -> No
     (tmp_path / "small.py").write_text(EXPERIMENT.format(house=str(HOUSE)))
     places = crash.paths(tmp_path / "results")
     code = (
-        "import sys; from pathlib import Path; from dora_lab import __main__ as command; "
-        f"command.EXPERIMENTS = Path({str(tmp_path)!r}); command.main()"
+        "import sys; from pathlib import Path; from dora_lab import __main__ as command, selection; "
+        f"selection.EXPERIMENTS = Path({str(tmp_path)!r}); command.main()"
     )
     (tmp_path / "go.py").write_text(code)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

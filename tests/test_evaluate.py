@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,8 @@ from dora_lab.spec import Spec
 from dora_lab.store import RunDir, read_stream
 from dora_lab.tasks import ItemError, prompt
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ITEMS = {"boolq": boolq_items(9), "ARC-Easy": arc_items(6)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 from dora_lab import __main__ as command
+from dora_lab.selection import experiment_names, load_experiment
 from dora_lab.spec import from_dict, spec_id, to_dict, validate
 from dora_lab.tasks import all_tasks, load_task
 
-NAMES = command.experiment_names()
+NAMES = experiment_names()
 
 
 def test_there_are_experiments() -> None:
@@ -20,7 +21,7 @@ def test_there_are_experiments() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_specs_are_valid(name: str) -> None:
-    module = command.load_experiment(name)
+    module = load_experiment(name)
     assert "dora-lab run" in (module.__doc__ or "")
     for tier in module.TIERS:
         specs = module.specs(tier)
@@ -36,14 +37,14 @@ def test_specs_are_valid(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dry_run(name: str) -> None:
-    for tier in command.load_experiment(name).TIERS:
+    for tier in load_experiment(name).TIERS:
         done = CliRunner().invoke(command.app, ["run", name, "--tier", tier, "--dry-run"])
         assert done.exit_code == 0, done.output
         assert "steps" in done.output
 
 
 def test_commonsense_mini() -> None:
-    specs = command.load_experiment("commonsense").specs("mini")
+    specs = load_experiment("commonsense").specs("mini")
     assert all(spec.data.tasks == tuple(task.name for task in all_tasks()) for spec in specs)
     runs = Counter((spec.method.name, spec.method.rank) for spec in specs)
     ranks = sorted(rank for name, rank in runs if name == "dora" and rank is not None)
@@ -59,7 +60,7 @@ def test_commonsense_mini() -> None:
 
 
 def test_commonsense_paper_is_table_8() -> None:
-    specs = command.load_experiment("commonsense").specs("paper")
+    specs = load_experiment("commonsense").specs("paper")
     rates = {
         (spec.model.name.split("/")[1], spec.method.name, spec.method.rank): spec.optim.learning_rate
         for spec in specs
@@ -78,9 +79,9 @@ def test_commonsense_paper_is_table_8() -> None:
 
 
 def test_sweep_gives_every_method_the_same_number_of_tries_and_no_test_item() -> None:
-    specs = command.load_experiment("commonsense_sweep").specs("mini")
+    specs = load_experiment("commonsense_sweep").specs("mini")
     tries = Counter((spec.method.name, spec.method.rank) for spec in specs)
     assert len(set(tries.values())) == 1
     assert {spec.evaluation.split for spec in specs} == {"validation"}
-    used = {spec.seed for spec in command.load_experiment("commonsense").specs("mini")}
+    used = {spec.seed for spec in load_experiment("commonsense").specs("mini")}
     assert not used & {spec.seed for spec in specs}

@@ -54,7 +54,7 @@ def test_subsets_are_even_over_tasks() -> None:
 
 
 def test_items_of_the_embedded_world() -> None:
-    from dora_lab.__main__ import load_experiment
+    from dora_lab.selection import load_experiment
 
     for name in ("commonsense", "commonsense_sweep"):
         spec = load_experiment(name).specs("mini")[-1]

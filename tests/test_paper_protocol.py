@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,28 +14,21 @@ from spaces import llama_like
 from tiny import boolq_items, make_spec, save_data, save_model
 
 from dora_lab import load
-from dora_lab.__main__ import load_experiment
 from dora_lab.adapters import adapted, inject, merge
 from dora_lab.batches import IGNORED, MicroBatches, collate, encode
 from dora_lab.evaluate import evaluate
+from dora_lab.selection import load_experiment
 from dora_lab.spec import Method, Spec
 from dora_lab.store import RunDir, read_stream
 from dora_lab.tasks import ItemError, prompt, train_text
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAPER: Spec = load_experiment("commonsense").specs("paper")[0]
 ITEM = {"instruction": "Please answer true", "input": "", "output": "the correct answer is true", "answer": "true"}
 HEAD = [1, 103, 105, 107, 117, 121, 130, 106, 133, 18, 138, 106, 146, 121, 158, 167, 168, 173, 18]  # <s> ... request.
 RUN_16, RUN_15, TWO, ONE, NEWLINE = 248, [247, 246, 245, 3], 245, 3, 4
 INSTRUCTION, RESPONSE = [244, 184, 30], [244, 202, 30]  # "###", "▁Instruction" or "▁Response", ":"
 ASKED, ANSWER = [232, 218, 221], [168, 214, 218, 105, 221]  # "▁Please▁answer▁true", "▁the▁correct▁answer▁is▁true"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def prepared(pad: str = "zero", unk: bool = True) -> Any:

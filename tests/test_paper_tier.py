@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tiny import arc_items, boolq_items, save_model
 
-from dora_lab.__main__ import load_experiment
+from dora_lab.selection import load_experiment
 from dora_lab.store import iter_runs, read_stream
 
 HOUSE = Path(__file__).resolve().parents[1]

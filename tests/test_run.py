@@ -18,7 +18,9 @@ from tiny import boolq_items, make_spec, save_data, save_model
 from typer.testing import CliRunner
 
 from dora_lab import __main__ as command
+from dora_lab import selection
 from dora_lab.run import Paths, is_complete, run_spec
+from dora_lab.selection import chosen, load_experiment
 from dora_lab.spec import Method, Spec, SpecError
 from dora_lab.store import read_record, read_stream, run_path
 from dora_lab.train import Interrupted
@@ -225,37 +227,38 @@ def tiny_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     folder = tmp_path / "experiments"
     folder.mkdir()
     (folder / "tiny_one.py").write_text(EXPERIMENT.format(tests=str(Path(__file__).parent)))
-    monkeypatch.setattr(command, "EXPERIMENTS", folder)
-    return command.load_experiment("tiny_one")
+    monkeypatch.setattr(selection, "EXPERIMENTS", folder)
+    return load_experiment("tiny_one")
 
 
 def test_only_selects(tiny_experiment: Any) -> None:
-    def chosen(*only: str) -> list[tuple[str, int | None, int]]:
-        return [(s.method.name, s.method.rank, s.seed) for s in command.chosen(tiny_experiment, "mini", only)]
+    def found(*only: str) -> list[tuple[str, int | None, int]]:
+        return [(s.method.name, s.method.rank, s.seed) for s in chosen(tiny_experiment, "mini", only)]
 
-    assert chosen("method=base") == [("base", None, 0)]
-    assert chosen("method.name=dora", "seed=1") == [("dora", 2, 1), ("dora", 4, 1)]
-    assert chosen("rank=none,4") == [("base", None, 0), ("dora", 4, 0), ("dora", 4, 1)]
+    assert found("method=base") == [("base", None, 0)]
+    assert found("method.name=dora", "seed=1") == [("dora", 2, 1), ("dora", 4, 1)]
+    assert found("rank=none,4") == [("base", None, 0), ("dora", 4, 0), ("dora", 4, 1)]
+    assert found("alpha=8") == found("alpha=8.0") == found("method.name=dora")
     with pytest.raises(SpecError, match="--only seed=7 matches no spec; values there: 0, 1"):
-        chosen("seed=7")
+        found("seed=7")
     with pytest.raises(SpecError, match="--only sed: no such field; did you mean 'seed'"):
-        chosen("sed=1")
+        found("sed=1")
     with pytest.raises(SpecError, match="expected FIELD=VALUE"):
-        chosen("seed")
+        found("seed")
 
 
 def test_with_changes_every_spec_that_has_the_field(tiny_experiment: Any) -> None:
-    specs = command.chosen(tiny_experiment, "mini", (), ["optim.learning_rate=0.25", "evaluation.num_beams=2"])
+    specs = chosen(tiny_experiment, "mini", (), ["optim.learning_rate=0.25", "evaluation.num_beams=2"])
     assert [spec.optim.learning_rate if spec.optim else None for spec in specs] == [None, 0.25, 0.25, 0.25, 0.25]
     assert {spec.evaluation.num_beams for spec in specs} == {2}
     with pytest.raises(SpecError, match="some specs became the same run"):
-        command.chosen(tiny_experiment, "mini", ["method=dora"], ["seed=3"])
+        chosen(tiny_experiment, "mini", ["method=dora"], ["seed=3"])
 
 
 def test_folders_given_on_the_command_line_are_in_the_spec(tiny_experiment: Any, inputs: Path) -> None:
     from dora_lab import load
 
-    specs = command.chosen(tiny_experiment, "mini", data_dir=inputs / "data", model_dir=inputs / "model")
+    specs = chosen(tiny_experiment, "mini", data_dir=inputs / "data", model_dir=inputs / "model")
     for spec in specs:
         assert spec.data.name == "llm_adapters" and spec.data.tasks == ("boolq", "ARC-Easy")
         assert spec.data.sha256 == load.hash_data(inputs / "data")

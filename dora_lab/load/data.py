@@ -58,7 +58,8 @@ def items(spec: Spec, data_dir: Path | None = None) -> Items:
     that cannot be used.
     """
     data = spec.data
-    tests = _read(data.eval_name or data.name, "test", data, data_dir)
+    own = spec.evaluation.protocols != ("builtin",)  # which brings its items along
+    tests = _read(data.eval_name or data.name, "test", data, data_dir) if own else {}
     test = {task: found[: data.test_items] for task, found in tests.items()}
     pools: Pools = {}
     train: Pools = {}

@@ -8,4 +8,5 @@ TASK = Task(
     position=0,
     labels=("true", "false"),
     chance=1 / 2,
+    builtin="boolq",
 )

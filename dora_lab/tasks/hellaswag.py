@@ -8,4 +8,5 @@ TASK = Task(
     position=3,
     labels=("ending1", "ending2", "ending3", "ending4"),
     chance=1 / 4,
+    builtin="hellaswag",
 )

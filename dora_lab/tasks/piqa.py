@@ -8,4 +8,5 @@ TASK = Task(
     position=1,
     labels=("solution1", "solution2"),
     chance=1 / 2,
+    builtin="piqa",
 )

@@ -8,4 +8,5 @@ TASK = Task(
     position=2,
     labels=("answer1", "answer2", "answer3", "answer4", "answer5"),
     chance=1 / 3,
+    builtin="social_iqa",
 )

@@ -20,6 +20,7 @@ class Task:
     position: int  # column number in the paper's table 1, from 0
     labels: tuple[str, ...]  # every answer that an item may have
     chance: float  # accuracy of guessing on an ordinary item, in (0, 1)
+    builtin: str | None = None  # name of lm-eval's own task on the same data set
 
     @property
     def folder(self) -> str:

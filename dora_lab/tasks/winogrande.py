@@ -8,4 +8,5 @@ TASK = Task(
     position=4,
     labels=("option1", "option2"),
     chance=1 / 2,
+    builtin="winogrande",
 )
