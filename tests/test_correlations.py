@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,3 +230,17 @@ def test_the_committed_middle_is_the_committed_commonsense_again() -> None:
     assert both["spec_id"].nunique() == 9
     for measure in ("delta_m", "delta_d"):
         assert both[measure].to_numpy() == pytest.approx(both[f"{measure}_other"].to_numpy(), rel=1e-3)
+
+
+def test_the_note_on_the_grid_is_of_the_committed_records() -> None:
+    """Every interval in results/decomposition.md, with its number, and the count of runs are those of the tables."""
+    results = Path(__file__).resolve().parents[1] / "results"
+    tables = [(results / "tables" / f"{name}.md").read_text(encoding="utf-8") for name in ("why", "correlations")]
+    printed = "".join(tables).replace(", Fisher [", " [")
+    note = (results / "decomposition.md").read_text(encoding="utf-8")
+    found = re.findall(r"(?:([−+]?\d+\.\d\d) )?(\[[−\d., ]+\])", note)
+    assert len(found) >= 8
+    for number, interval in found:
+        assert f"{number.removeprefix('+')} {interval}".strip() in printed
+    runs = report.frame(results, "decomposition", "record")
+    assert re.findall(r"[Tt]he (\d+) runs", note) == [str(len(runs))] * 2
