@@ -154,7 +154,8 @@ def _fill(
         if shard:
             ranks.shard(model, device)
     if spec.optim is not None:
-        from dora_lab.train import fill_trained, train, trained_weights
+        from dora_lab.train import train
+        from dora_lab.weights import fill_trained, trained_weights
 
         with _probes(spec, run, base) as callbacks, clock("train"):
             summary = train(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from spaces import llama_like
 from tiny import boolq_items, make_spec, save_data, save_model
+from transformers import TrainingArguments
 
 from dora_lab import load
 from dora_lab.adapters import adapted, inject, merge
@@ -153,15 +154,31 @@ def test_every_field_of_the_paper_tier() -> None:
 
 
 def test_trainer_arguments_of_the_paper_tier(tmp_path: Path) -> None:
-    from dora_lab.train import _arguments
+    from dora_lab.trainer import training_arguments
 
     model, _ = load.model_and_tokenizer(make_spec(), save_model(tmp_path / "model"))
-    arguments = _arguments(PAPER, 31_932, tmp_path, model, None)
+    arguments = training_arguments(PAPER, 31_932, tmp_path, model, None)
     assert arguments.fp16 and not arguments.bf16
     assert (arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon) == (0.9, 0.999, 1e-8)
     assert (arguments.learning_rate, arguments.warmup_steps, arguments.weight_decay) == (3e-4, 100, 0.0)
     assert (arguments.lr_scheduler_type, arguments.max_grad_norm, arguments.max_steps) == ("linear", 1.0, 31_932)
     assert (arguments.gradient_accumulation_steps, arguments.eval_steps) == (1, 80)
+
+
+def test_one_process_uses_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With four in view the Trainer would take four micro-batches at a time, and drop three."""
+    from dora_lab.trainer import training_arguments
+
+    model, _ = load.model_and_tokenizer(make_spec(), save_model(tmp_path / "model"))
+    prepare = TrainingArguments.__post_init__
+
+    def with_four(self: TrainingArguments) -> None:
+        prepare(self)
+        self._n_gpu = 4
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", with_four)
+    arguments = training_arguments(PAPER, 31_932, tmp_path, model, None)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 1)
 
 
 def test_magnitudes_start_from_the_norms_of_the_float16_weights(tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ from dora_lab.probe import DecompositionCallback
 from dora_lab.spec import Spec
 from dora_lab.store import RunDir, read_stream
 from dora_lab.tasks import ItemError
-from dora_lab.train import Interrupted, NonFiniteError, train, trained_weights
+from dora_lab.train import Interrupted, train
+from dora_lab.trainer import NonFiniteError
+from dora_lab.weights import trained_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -28,7 +28,7 @@ from typing import Any
 import tqdm.auto
 import tqdm.std
 
-from dora_lab import snapshots, train, workers
+from dora_lab import snapshots, trainer, workers
 from dora_lab.run import Paths, run_spec
 from dora_lab.spec import Method, Spec
 from dora_lab.store import run_path
@@ -189,7 +189,7 @@ class Killer:
         import torch
 
         torch.save = self._torn(torch.save, 1)
-        train.save_file = self._torn(train.save_file, 1)
+        trainer.save_file = self._torn(trainer.save_file, 1)
 
     def tick(self) -> bool:
         """One operation; whether it is the fatal one is the caller's to know where it can do half of it."""
@@ -251,7 +251,7 @@ def _window(killer: Killer, window: str) -> Iterator[None]:
     """Set `killer.inside` while the window lasts."""
     from dora_lab.store import RunDir
 
-    owner: Any = train._Trainer if window == "save" else RunDir
+    owner: Any = trainer.RunTrainer if window == "save" else RunDir
     name = {"save": "_save_checkpoint", "finish": "finish", "run": "__enter__"}[window]
     original = getattr(owner, name)
 
@@ -322,7 +322,7 @@ def kill_me() -> None:
 
 def poison(kind: str, step: int, value: float) -> None:
     """Put `value` into the loss, a gradient or a weight at an optimiser step (from 1): only ever in a child."""
-    compute_loss, look = train._Trainer.compute_loss, train._Watch.on_optimizer_step
+    compute_loss, look = trainer.RunTrainer.compute_loss, trainer.Watch.on_optimizer_step
 
     def weight(trainer: Any) -> Any:
         return next(weight for weight in trainer.network.parameters() if weight.requires_grad)
@@ -338,5 +338,5 @@ def poison(kind: str, step: int, value: float) -> None:
             weight(self.trainer).data.flatten()[0] = value
         look(self, args, state, control, **options)
 
-    train._Trainer.compute_loss = poisoned_loss  # type: ignore[method-assign]
-    train._Watch.on_optimizer_step = poisoned_weight  # type: ignore[method-assign]
+    trainer.RunTrainer.compute_loss = poisoned_loss  # type: ignore[method-assign]
+    trainer.Watch.on_optimizer_step = poisoned_weight  # type: ignore[method-assign]
