@@ -70,3 +70,5 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, file: Pat
     """Read it back, each process its share."""
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
+    for group in optimizer.param_groups:
+        group["betas"] = tuple(group["betas"])  # it was made a list: the next file would not be the same to the byte

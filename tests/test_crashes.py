@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,19 @@ def test_two_processes_killed_again_and_again_end_the_same(tmp_path: Path, shard
     crash.same_as_whole(tmp_path, CASES["dora"], processes=2, shard=shard)
     record = read_record(run_path(tmp_path, CASES["dora"]))
     assert (record["processes"], record["sharded"], record["status"]) == (2, shard, "complete")
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_go_on_from_a_checkpoint(tmp_path: Path, shard: bool) -> None:
+    spec = CASES["dora"]
+    pids = crash.start(tmp_path, spec, 2, tmp_path / "errors.txt", shard)
+    checkpoint = run_path(tmp_path, spec) / "checkpoints" / "checkpoint-2"
+    crash.wait_for(checkpoint.exists, pids, tmp_path / "errors.txt")
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        crash.ended(pid)
+    crash.same_as_whole(tmp_path, spec, processes=2, shard=shard)
+    assert read_record(run_path(tmp_path, spec))["training"]["resumed_from"] in (2, 4)
 
 
 @pytest.mark.parametrize("window", ["save", "finish"])
