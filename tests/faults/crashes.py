@@ -93,6 +93,14 @@ def killed_together(folder: Path, rng: random.Random) -> str:
     return f"both killed {kills} times; the same run, byte for byte"
 
 
+@fault(4, "two processes that share the weights (FSDP2) killed at random moments")
+def killed_sharing(folder: Path, rng: random.Random) -> str:
+    spec = any_spec(rng)
+    kills = crash.kill_again_and_again(folder, spec, rng, longest=3.0, processes=2, shard=True)
+    crash.same_as_whole(folder, spec, processes=2, shard=True)
+    return f"both killed {kills} times; the same run, byte for byte"
+
+
 @fault(4, "one of two processes of one run killed")
 def one_of_two_killed(folder: Path, rng: random.Random) -> str:
     spec = derive(any_spec(rng), {"optim.epochs": 8.0})
