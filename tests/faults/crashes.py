@@ -88,7 +88,7 @@ def killed_again(folder: Path, rng: random.Random) -> str:
 @fault(4, "two processes of one run killed at random moments")
 def killed_together(folder: Path, rng: random.Random) -> str:
     spec = any_spec(rng)
-    kills = crash.kill_again_and_again(folder, spec, rng, longest=2.0, processes=2)
+    kills = crash.kill_again_and_again(folder, spec, rng, longest=0.7, processes=2)
     crash.same_as_whole(folder, spec, processes=2)
     return f"both killed {kills} times; the same run, byte for byte"
 
@@ -96,7 +96,7 @@ def killed_together(folder: Path, rng: random.Random) -> str:
 @fault(4, "two processes that share the weights (FSDP2) killed at random moments")
 def killed_sharing(folder: Path, rng: random.Random) -> str:
     spec = any_spec(rng)
-    kills = crash.kill_again_and_again(folder, spec, rng, longest=3.0, processes=2, shard=True)
+    kills = crash.kill_again_and_again(folder, spec, rng, longest=0.9, processes=2, shard=True)
     crash.same_as_whole(folder, spec, processes=2, shard=True)
     return f"both killed {kills} times; the same run, byte for byte"
 
