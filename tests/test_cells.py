@@ -49,7 +49,8 @@ def found(root: Path) -> pd.DataFrame:
 
 def average(root: Path, method: str = "DoRA†") -> dict[str, Any]:
     rows = found(root).set_index(["source", "model", "method", "subject"])
-    return rows.loc[("Table 1", "LLaMA-7B", method, "average")].to_dict()
+    (row,) = rows.loc[[("Table 1", "LLaMA-7B", method, "average")]].to_dict("records")
+    return row
 
 
 def test_the_prediction_interval_is_that_of_one_more_draw() -> None:

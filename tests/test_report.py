@@ -106,7 +106,8 @@ def test_text_of_anybody_is_escaped_also_in_headers(tmp_path: Path) -> None:
     assert report.latex_escape("漢") == "[U+6F22]"
     block = report.Block(title=HOSTILE, cells=pd.DataFrame({HOSTILE: [HOSTILE], "n": [None]}), notes=(HOSTILE,))
     source = report.Provenance((HOSTILE,), (HOSTILE,), (HOSTILE,), (HOSTILE,), False, {HOSTILE: 1})
-    md, tex, _ = report.save_table(tmp_path, "t", HOSTILE, [block], block.cells, source)
+    md, tex, data = report.save_table(tmp_path, "t", HOSTILE, [block], block.cells, source)
+    assert "\0" in HOSTILE and "\0" not in data.read_text(encoding="utf-8")
     assert_harmless(md.read_text(encoding="utf-8"), tex.read_text(encoding="utf-8"), columns=2)
 
 

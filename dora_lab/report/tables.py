@@ -58,8 +58,14 @@ def save_table(
     paths = [folder / f"{name}.{ending}" for ending in ("md", "tex", "csv")]
     paths[0].write_text("\n\n".join(parts) + "\n", encoding="utf-8", newline="\n")
     paths[1].write_text("\n\n".join(tex) + "\n", encoding="utf-8", newline="\n")
+    data = data.rename(columns=_without_nul).map(_without_nul)
     data.to_csv(paths[2], index=False, lineterminator="\n", float_format="%.6g", quoting=csv.QUOTE_MINIMAL)
     return paths
+
+
+def _without_nul(value: Any) -> Any:
+    """A NUL in a text, which not every reader and writer of CSV takes, as the sign for what cannot be shown."""
+    return value.replace("\0", "\ufffd") if isinstance(value, str) else value
 
 
 def markdown(block: Block, level: int = 2) -> str:
