@@ -113,7 +113,7 @@ def test_a_run_beside_the_published_protocol(tmp_path: Path, run_writer: Writer)
 def test_the_commands(tmp_path: Path) -> None:
     folder = a_run(method__name="dora", method__rank=8, seed=1, data__name="mini")
     out = tmp_path / "card.md"
-    done = CliRunner().invoke(command.app, ["card", folder.name[:8], "--out", str(out)])
+    done = CliRunner().invoke(command.app, ["card", folder.name[:8], "--out", str(out), "--results", str(tmp_path)])
     assert done.exit_code == 0 and out.read_text(encoding="utf-8") == card.card(folder)
     done = CliRunner().invoke(command.app, ["diff", str(folder), "published"])
     assert done.exit_code == 0 and "beams: 1 in A, 4 in B" in done.output
