@@ -117,10 +117,11 @@ def _fill(
 ) -> None:
     import torch
 
-    from dora_lab.adapters import inject, merge
+    from dora_lab.adapters import merge
     from dora_lab.builtin import load_builtin
     from dora_lab.evaluate import evaluate
 
+    shard = shard and spec.optim is not None  # only training takes shares: the first process evaluates alone
     provenance.reset_peak_memory()
     clock = _Clock(run)
     progress("load", 0, 0, None)
@@ -175,7 +176,7 @@ def _fill(
                 if ranks.first():
                     model, _ = load.model_and_tokenizer(spec, paths.model_dir)
                     model.to(device)  # type: ignore[arg-type]
-                    inject(model, spec.method, spec.seed)
+                    _adapt(model, spec, paths, allow_pickle)
                     fill_trained(model, trained, "the run")
             if ranks.first():
                 _save_adapter(model, spec, run)

@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 
 from dora_lab import snapshots
 from dora_lab.run import run_spec
-from dora_lab.spec import Spec, derive, to_dict
+from dora_lab.spec import Method, Spec, derive, to_dict
 from dora_lab.store import RunDir, read_record, read_stream, run_path
 from tests.faults import _crash as crash
 
@@ -121,6 +122,13 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path: Path, method: str, s
     assert saved[0].keys() == saved[1].keys()
     for name, weight in saved[0].items():
         torch.testing.assert_close(saved[1][name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_a_base_that_is_not_trained_is_not_cut(tmp_path: Path) -> None:
+    """The first process evaluates alone: with shares it would wait for the others for ever."""
+    spec = replace(crash.small_spec(), method=Method(name="base"), optim=None, probe=None)
+    crash.finish(tmp_path, spec, processes=2, shard=True)
+    assert read_record(run_path(tmp_path, spec))["sharded"] is False
 
 
 def test_shares_of_one_process_are_refused(tmp_path: Path) -> None:
