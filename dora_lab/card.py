@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_lab import shapes
-from dora_lab.spec import Spec, from_dict, to_dict
+from dora_lab.spec import Spec, from_dict, leaves, to_dict
 from dora_lab.store import read_record, read_stream
 from dora_lab.tasks import TEMPLATES, load_task
 
@@ -115,7 +115,7 @@ def card(path: Path) -> str:
     """The page of one run directory, as Markdown; raises StoreError if it has no record that can be read."""
     record = read_record(path)
     spec = from_dict(record["spec"])
-    flat = _flat(to_dict(spec))
+    flat = leaves(to_dict(spec))
     train, asked = TEMPLATES[spec.data.template]
     evals = read_stream(path, "eval")
     parts = [
@@ -142,7 +142,7 @@ def diff(path: Path, other: Path | Spec) -> str:
     theirs = other if isinstance(other, Spec) else from_dict(read_record(other)["spec"])
     whose = "published" if isinstance(other, Spec) else f"run {read_record(other)['spec_id']}"
     lines = [f"A: run {record['spec_id']}, {name(mine)}", f"B: {whose}, {name(theirs)}", ""]
-    first, second = _flat(to_dict(mine)), _flat(to_dict(theirs))
+    first, second = leaves(to_dict(mine)), leaves(to_dict(theirs))
     aside = {"experiment", "tier"} | (
         {"seed", "data.sha256", "data.revision", "model.revision"} if other is theirs else set()
     )
@@ -192,13 +192,6 @@ def name(spec: Spec) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ fields
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
-
-
 def _of_method(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Without the fields that the method does not read."""
     unread = set()
@@ -344,7 +337,7 @@ def _record_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> 
     kinds = {"code": "code", "inputs": "hash or revision of", "packages": "version of", "machine": "machine"}
     lines = []
     for part, words in kinds.items():
-        one, two = (_flat(_without_items(record.get(part) or {})) for record in (first, second))
+        one, two = (leaves(_without_items(record.get(part) or {})) for record in (first, second))
         for field in {**one, **two}:
             if one.get(field) != two.get(field) and not field.endswith(".name"):
                 lines.append(f"- {words} {field}: {_value(one.get(field))} in A, {_value(two.get(field))} in B")

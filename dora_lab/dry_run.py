@@ -36,7 +36,7 @@ def lines(
     if found:
         yield cost.total(found, gpu, tokens)
     if len(found) < len(specs):
-        yield (f"{len(specs) - len(found)} of them have no estimate: their model or data is not known here")
+        yield f"{len(specs) - len(found)} of them have no estimate: their model or data is not known here"
 
 
 def _shape(spec: Spec, model_dir: Path | None) -> shapes.Shape | None:

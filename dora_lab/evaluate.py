@@ -81,9 +81,7 @@ def evaluate(
         _refuse_too_long(spec, model, tokenizer, task, questions, protocol)
     rows = _kept(run, asked)
     batches = [_batches(spec, protocol, questions) for (protocol, _), questions in asked.items()]
-    for place, ((protocol, task), questions) in enumerate(asked.items()):
-        if place < len(rows):
-            continue
+    for place, ((protocol, task), questions) in list(enumerate(asked.items()))[len(rows) :]:
 
         def tell(done: int, before: int = sum(batches[:place])) -> None:
             if progress:
@@ -196,7 +194,7 @@ def _run(
     result = evaluator.evaluate(
         lm=lm,
         task_dict=wanted,
-        limit=len(questions) if protocol == "builtin" else None,
+        limit=len(questions),  # lm-eval's own tasks would ask all they have
         bootstrap_iters=0,
         log_samples=True,
     )

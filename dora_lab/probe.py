@@ -101,7 +101,7 @@ class DecompositionCallback(TrainerCallback):
         """
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         layers = _watched(model, self.kinds)
-        if not first and not _is_sharded(model, recurse=True):
+        if not first and not ranks.is_sharded(model):
             return []
         rows = []
         for layer in layers:
@@ -196,7 +196,9 @@ def _layer(name: str, module: Any, wanted: bool) -> Layer | None:
         (active,) = module.active_adapters if hasattr(module, "active_adapters") else [module.active_adapter]
         before, after = module.original_module, module.modules_to_save[active]
         return Layer(name, lambda: _whole(before.weight), dense=lambda: _whole(after.weight))
-    if type(module) is not nn.Linear and not (nn.Linear in type(module).__mro__ and _is_sharded(module)):
+    if type(module) is not nn.Linear and not (
+        nn.Linear in type(module).__mro__ and ranks.is_sharded(module, recurse=False)
+    ):
         return None
     return Layer(name, lambda: _whole(module.weight), trained=module.weight)
 
@@ -242,7 +244,3 @@ def _peft(name: str, layer: Any) -> Layer:
 def _whole(tensor: Tensor) -> Tensor:
     """The tensor, gathered if it is sharded: then every process has to come by here."""
     return ranks.whole(tensor).detach()
-
-
-def _is_sharded(module: nn.Module, recurse: bool = False) -> bool:
-    return any(hasattr(parameter, "full_tensor") for parameter in module.parameters(recurse))

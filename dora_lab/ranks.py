@@ -90,6 +90,11 @@ def shard(model: nn.Module, device: str) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
+def is_sharded(module: nn.Module, recurse: bool = True) -> bool:
+    """Whether a process holds shares of weights of this module (recurse: and of those in it), cut by whomever."""
+    return any(hasattr(weight, "full_tensor") for weight in module.parameters(recurse))
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor, gathered where it is a share: then every process has to come by here."""
     gathered: Any = tensor

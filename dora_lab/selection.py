@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from dora_lab import load
-from dora_lab.spec import Spec, SpecError, derive, did_you_mean, spec_id, to_dict, validate
+from dora_lab.spec import Spec, SpecError, derive, did_you_mean, leaves, spec_id, to_dict, validate
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
@@ -105,6 +105,7 @@ def _has(spec: Spec, path: str) -> bool:
 
 
 def pair(text: str, option: str) -> tuple[str, str]:
+    """Field and value of "FIELD=VALUE"; raises SpecError, naming the option it was given to."""
     field, equals, value = text.partition("=")
     if not equals:
         raise SpecError(f"{option} {text}: expected FIELD=VALUE, for example optim.learning_rate=0.001")
@@ -113,16 +114,16 @@ def pair(text: str, option: str) -> tuple[str, str]:
 
 def _value(tree: Mapping[str, Any], field: str) -> str:
     """The value at a dotted path as text; a section stands for its name, a bare field for the one place it has."""
-    flat = _flat(tree)
-    found = [path for path in flat if path in (field, f"{field}.name") or path.endswith(f".{field}")]
+    fields = leaves(tree)
+    found = [path for path in fields if path in (field, f"{field}.name") or path.endswith(f".{field}")]
     exact = [path for path in found if path in (field, f"{field}.name")]
     if len(exact or found) > 1:
         raise SpecError(f"--only {field} is ambiguous: {', '.join(found)}")
     if not found:
         if tree.get(field.partition(".")[0], "") is None:
             return "none"
-        raise SpecError(f"--only {field}: no such field; {did_you_mean(field, flat)}")
-    value = flat[(exact or found)[0]]
+        raise SpecError(f"--only {field}: no such field; {did_you_mean(field, fields)}")
+    value = fields[(exact or found)[0]]
     return "none" if value is None else str(value)
 
 
@@ -132,10 +133,3 @@ def _same(value: str, wanted: str) -> bool:
         return value == wanted or float(value) == float(wanted)
     except ValueError:
         return False
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

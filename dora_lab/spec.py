@@ -169,6 +169,14 @@ def from_dict(values: Mapping[str, Any]) -> Spec:
     return _read(Spec, values, "")
 
 
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings (a spec as `to_dict` writes it, a record) by their dotted paths."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
 def canonical_json(spec: Spec) -> str:
     """The text that `spec_id` hashes: sorted keys, no spaces, ASCII; a field marked `since` left out at its default."""
     return json.dumps(

@@ -135,7 +135,7 @@ class RunTrainer(Trainer):
             eval_dataset=cast(Any, held) or None,
             data_collator=lambda entries: entries[0],
         )
-        self.sharded = weights.is_sharded(model)
+        self.sharded = ranks.is_sharded(model)
         self.is_distributed_loading_by_transformers = self.sharded  # cut already: the Trainer is not to wrap it
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step

@@ -22,11 +22,6 @@ from dora_lab import ranks
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds a share of every weight."""
-    return any(isinstance(weight, DTensor) for weight in model.parameters())
-
-
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name, as they lie in this process."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

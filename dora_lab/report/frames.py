@@ -17,6 +17,7 @@ import pandas as pd
 
 from dora_lab import statistics, store
 from dora_lab.report.look import HALF_RANK, METHODS, ordered_labels, ordered_tasks
+from dora_lab.spec import leaves
 
 GROUP = ["experiment", "tier", "model", "data", "eval_data", "split"]  # what never shares a column or a panel
 _FIRST = (*GROUP, "spec_id", "method", "rank", "label", "seed", "trainable_percent", "commit", "modified")
@@ -67,7 +68,7 @@ def frame(root: Path, experiment: str | None = None, stream: str = "eval") -> pd
     rows: list[dict[str, Any]] = []
     for path, record, columns in runs:
         if stream == "record":
-            rows.append(columns | _flat({k: v for k, v in record.items() if k not in ("spec", "spec_id", "code")}))
+            rows.append(columns | _cells({k: v for k, v in record.items() if k not in ("spec", "spec_id", "code")}))
         else:
             rows.extend(columns | row for row in store.read_rows(path, stream))
     first = [*_FIRST, *_STREAMS[stream]]
@@ -86,7 +87,7 @@ def _statuses(complete: Sequence[dict[str, Any]], left_out: Sequence[dict[str, A
 
 
 def _run_columns(record: Mapping[str, Any]) -> dict[str, Any]:
-    flat = _flat(record["spec"])
+    flat = _cells(record["spec"])
     params, code = record.get("params") or {}, record.get("code") or {}
     trainable, total = params.get("trainable"), params.get("total")
     return flat | {
@@ -103,14 +104,10 @@ def _run_columns(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:  # lists as JSON text, so that a column can be grouped and compared
-            flat[prefix + key] = json.dumps(value) if isinstance(value, list | tuple) else value
-    return flat
+def _cells(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of a row; lists as JSON text, so that a column can be grouped and compared."""
+    found = leaves(tree)
+    return {path: json.dumps(value) if isinstance(value, list | tuple) else value for path, value in found.items()}
 
 
 def _add_labels(runs: Sequence[dict[str, Any]]) -> None:
