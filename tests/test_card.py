@@ -25,7 +25,7 @@ def a_run(**wanted: object) -> Path:
     """A committed run, by fields of its spec."""
     for folder in sorted((COMMITTED / "runs" / "commonsense").iterdir()):
         spec = specs.to_dict(specs.from_dict(card.read_record(folder)["spec"]))
-        flat = card._flat(spec)
+        flat = specs.leaves(spec)
         if all(flat[name.replace("__", ".")] == value for name, value in wanted.items()):
             return folder
     raise AssertionError(f"no committed run with {wanted}")
@@ -41,7 +41,7 @@ def test_a_card_says_everything_that_a_score_depends_on() -> None:
         assert part in text, part
     for task in all_tasks():
         assert f"{task.name} `{task.pattern}`" in text
-    flat = card._flat(record["spec"])
+    flat = specs.leaves(record["spec"])
     unsaid = {field for field, value in flat.items() if value not in (None, []) and f"`{field}`" not in text}
     assert unsaid == {"experiment", "tier", "probe.fractions", "method.dropout_form"}  # nothing is dropped
 
