@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dora_lab.adapters import attach, detach, inject, merge, unmerge
-    from dora_lab.checkpoints import export, load_adapter, save_adapter
+    from dora_lab.formats.live import export, load_adapter, save_adapter
+    from dora_lab.methods.inject import attach, detach, inject, merge, unmerge
     from dora_lab.spec import Method
 
 __version__ = "0.1.0"
@@ -28,8 +28,8 @@ __all__ = [
 ]
 _ROOMS = {
     "spec": ("Method",),
-    "adapters": ("attach", "detach", "inject", "merge", "unmerge"),
-    "checkpoints": ("export", "load_adapter", "save_adapter"),
+    "methods.inject": ("attach", "detach", "inject", "merge", "unmerge"),
+    "formats.live": ("export", "load_adapter", "save_adapter"),
 }
 
 

@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
-from dora_lab import provenance, verify
-from dora_lab.adapters import inject
-from dora_lab.shapes import PAPER, Shape
+from dora_lab import paper
+from dora_lab.methods.inject import inject
+from dora_lab.models.shapes import PAPER, Shape
+from dora_lab.runs import provenance
 from dora_lab.spec import Method
 
 FIVE = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -84,7 +85,7 @@ def counted(shape: Shape, method: Method) -> dict[str, int]:
 
 def count() -> list[dict[str, Any]]:
     """A row for every line of the paper's tables that prints a percentage for one of its language models."""
-    printed = verify.claims()
+    printed = paper.claims()
     printed = printed[(printed["kind"] == "number") & printed["model"].isin(list(PAPER))]
     printed = printed[printed["trainable_percent"].notna()]
     keys = ["source", "model", "method", "setting", "rank", "trainable_percent"]

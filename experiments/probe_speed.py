@@ -1,4 +1,4 @@
-"""What ΔM and ΔD of saved models cost: time and memory of `dora_lab.measure.probe` beside its floor and the naive way.
+"""What ΔM and ΔD of saved models cost: time and memory of `dora-lab probe` beside its floor and the naive way.
 
 Reproduces no table of the paper. It trains nothing to keep, so it has no specs: `make bench-probe` (some minutes on one
 core, 2.5 GB of disk for a while) or
@@ -40,9 +40,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from dora_lab import measure, provenance
-from dora_lab.checkpoints.shards import Shards
-from dora_lab.store import write_text
+from dora_lab.formats.shards import Shards
+from dora_lab.io.atomic import write_text
+from dora_lab.probing import saved_models
+from dora_lab.runs import provenance
 
 ROUNDS = 7
 HIDDEN, INNER, RANK, BLOCKS = 4096, 11008, 16, 32
@@ -106,14 +107,14 @@ def contender(name: str, folder: Path) -> Callable[[], Any]:
     if whose == "naive":
         return lambda: _naive(folder, method)
     tuned = [folder / f"{method}-{turn}" for turn in range(4 if how == "x4" else 1)]
-    return lambda: list(measure.probe(folder / "base", tuned, axis="in" if how == "in" else "out"))
+    return lambda: list(saved_models.probe(folder / "base", tuned, axis="in" if how == "in" else "out"))
 
 
 def _floor(folder: Path, what: str) -> None:
     base, after = Shards(folder / "base"), Shards(folder / "full-0")
     for name in base:
         rows, width = base.shape(name)
-        size = max(1, measure.BLOCK // width)
+        size = max(1, saved_models.BLOCK // width)
         W0, W, A = torch.empty(size, width), torch.empty(size, width), torch.randn(width, RANK)
         out = torch.empty(size, RANK)
         for start in range(0, rows, size):
@@ -181,8 +182,8 @@ def callback(name: str, steps: int = 200) -> tuple[float, float]:
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
     from dora_lab import mini
-    from dora_lab.adapters import inject
-    from dora_lab.probe import LLAMA_KINDS, DecompositionCallback
+    from dora_lab.methods.inject import inject
+    from dora_lab.probing.callback import LLAMA_KINDS, DecompositionCallback
     from dora_lab.spec import Method
 
     model: Any = AutoModelForCausalLM.from_pretrained(mini.folder())

@@ -28,11 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dora_lab.io.atomic import write_text
+from dora_lab.runs.errors import StoreError
 
-from dora_lab import provenance
-from dora_lab.adapters import _products, inject
+from dora_lab.methods import dora_autograd
+from dora_lab.methods.inject import inject
+from dora_lab.runs import provenance
 from dora_lab.spec import Method
-from dora_lab.store import StoreError, write_text
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL = ("ours/lora", "ours/dora", "peft/lora", "peft/dora")
@@ -139,7 +141,7 @@ class Contender:
 
     def step(self) -> None:
         """An optimiser step, or a forward in evaluation."""
-        _products.FUSED = self.fused
+        dora_autograd.FUSED = self.fused
         if self.cell.mode == "evaluate":
             with torch.no_grad():
                 self.model(input_ids=self.ids, use_cache=False)

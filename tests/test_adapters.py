@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dora_lab
-from dora_lab import adapters
-from dora_lab.adapters import AdaptedLinear, _products, adapted, dora, inject, methods
-from dora_lab.adapters._products import Blocked, Decomposed
-from dora_lab.adapters.dora import DoraLinear
-from dora_lab.adapters.lora import LoraLinear
 from dora_lab.decompose import magnitude
+from dora_lab.methods import dora, dora_autograd
+from dora_lab.methods.contract import AdaptedLinear
+from dora_lab.methods.dora import DoraLinear
+from dora_lab.methods.dora_autograd import Blocked, Decomposed
+from dora_lab.methods.inject import adapted, inject, merge, methods
+from dora_lab.methods.lora import LoraLinear
 from dora_lab.spec import Method
 
 TARGETS = ("first", "second")
@@ -54,7 +55,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
 def method(name: str, **changes: Any) -> Method:
     """A small setting of any method, from the fields that it says it reads."""
     small = {"rank": 4, "alpha": 8.0, "target_modules": TARGETS}
-    read = importlib.import_module(f"dora_lab.adapters.{name}").FIELDS
+    read = importlib.import_module(f"dora_lab.methods.{name}").FIELDS
     return Method(name=name, **({key: value for key, value in small.items() if key in read} | changes))  # type: ignore[arg-type]
 
 
@@ -130,7 +131,7 @@ def test_merging_changes_no_output(name: str) -> None:
     inject(model, method(name), seed=3)
     train(model)
     expected = model.eval()(inputs())
-    assert adapters.merge(model) is model
+    assert merge(model) is model
     assert not list(adapted(model)) and type(model.first) is nn.Linear and type(model.second) is nn.Linear
     torch.testing.assert_close(model(inputs()), expected)
 
@@ -634,7 +635,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_peft() -> None:
 @pytest.mark.parametrize("through_norm", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradcheck_of_blocks(second: bool, through_norm: bool, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_products.TOKENS, "cpu", 64)  # 16 tokens at a time
+    monkeypatch.setitem(dora_autograd.TOKENS, "cpu", 64)  # 16 tokens at a time
     layer = DoraLinear(nn.Linear(5, 4, bias=bias).double(), method("dora", rank=3), torch.Generator())
     nn.init.normal_(layer.lora_B)
     x = torch.randn(3, 7, 5, dtype=torch.float64, requires_grad=True)
@@ -693,7 +694,7 @@ def test_triton_kernels_are_the_eager_form(monkeypatch: pytest.MonkeyPatch) -> N
         done = subprocess.run(again, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
         return
-    monkeypatch.setattr(_products, "FUSED_ON", (device,))
+    monkeypatch.setattr(dora_autograd, "FUSED_ON", (device,))
     for bias in (True, False):
         layer, _ = narrow_twins(torch.bfloat16)
         layer = layer.to(device)
@@ -702,7 +703,7 @@ def test_triton_kernels_are_the_eager_form(monkeypatch: pytest.MonkeyPatch) -> N
         upstream = torch.randn(50, 80, device=device).bfloat16()
         found = []
         for fused in (False, True):
-            monkeypatch.setattr(_products, "FUSED", fused)
+            monkeypatch.setattr(dora_autograd, "FUSED", fused)
             y = layer(x)
             found.append([y, *torch.autograd.grad(y, [x, layer.lora_A, layer.lora_B, layer.magnitude], upstream)])
         for eager, other in zip(*found, strict=True):

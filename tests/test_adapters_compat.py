@@ -9,14 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from dora_lab.methods.contract import AdaptedLinear
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from dora_lab.adapters import AdaptedLinear, adapted, inject
-from dora_lab.adapters.dora import DoraLinear, MagnitudeLinear
-from dora_lab.adapters.lora import LoraLinear
 from dora_lab.decompose import magnitude
+from dora_lab.methods.dora import DoraLinear, MagnitudeLinear
+from dora_lab.methods.inject import adapted, inject
+from dora_lab.methods.lora import LoraLinear
 from dora_lab.spec import Method
 
 SMALL = Method(name="dora", rank=3, alpha=6.0)

@@ -15,9 +15,10 @@ import pytest
 from datasets.arrow_writer import ArrowWriter
 from tiny import make_spec, save_data, save_model
 
-from dora_lab.card import card
+from dora_lab.report.card import card
+from dora_lab.runs.record import run_path
+from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Method, SpecError, derive, to_dict
-from dora_lab.store import read_stream, run_path
 from dora_lab.tasks import all_tasks
 
 COMMIT = "c" * 40
@@ -114,7 +115,7 @@ def python(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
 RUN = """
 import json, sys
 from pathlib import Path
-from dora_lab.run import Paths, run_spec
+from dora_lab.launch.run import Paths, run_spec
 from dora_lab.spec import from_dict
 run_spec(from_dict(json.loads(sys.argv[1])), Paths(*map(Path, sys.argv[2:])))
 """

@@ -12,9 +12,10 @@ from conftest import make_spec
 from typer.testing import CliRunner
 
 from dora_lab import __main__ as command
-from dora_lab import card
 from dora_lab import spec as specs
-from dora_lab.selection import published_specs
+from dora_lab.commands.app import find_run
+from dora_lab.launch.select import published_specs
+from dora_lab.report import card
 from dora_lab.tasks import TEMPLATES, all_tasks
 
 COMMITTED = Path(__file__).resolve().parents[1] / "results"
@@ -118,6 +119,6 @@ def test_the_commands(tmp_path: Path) -> None:
     done = CliRunner().invoke(command.app, ["diff", str(folder), "published"])
     assert done.exit_code == 0 and "beams: 1 in A, 4 in B" in done.output
     with pytest.raises(specs.SpecError, match=r"run 'nothing'.*none in"):
-        command.find_run("nothing", tmp_path)
+        find_run("nothing", tmp_path)
     with pytest.raises(specs.SpecError, match="give more digits"):
-        command.find_run("6", COMMITTED)
+        find_run("6", COMMITTED)

@@ -12,7 +12,9 @@ import pytest
 from scipy import stats
 
 from analysis.tables import paper as table
-from dora_lab import shapes, statistics, verify
+from dora_lab import paper
+from dora_lab.models import shapes
+from dora_lab.report import statistics
 from dora_lab.spec import Spec, derive, to_dict
 from dora_lab.tasks import all_tasks
 from experiments import commonsense, commonsense_ablations
@@ -44,7 +46,7 @@ def write(root: Path, run_writer: Writer, spec: Spec, percent: float, base: str 
 
 
 def found(root: Path) -> pd.DataFrame:
-    return verify.cells(root, verify.claims(), PUBLISHED)
+    return paper.cells(root, paper.claims(), PUBLISHED)
 
 
 def average(root: Path, method: str = "DoRA†") -> dict[str, Any]:
@@ -89,7 +91,7 @@ def test_verdicts(scores: tuple[float, ...], verdict: str, tmp_path: Path, run_w
     assert (cell["verdict"], cell["n"]) == (verdict, len(scores))
     assert cell["mean"] == pytest.approx(sum(scores) / len(scores))
     assert average(tmp_path, "DoRA")["verdict"] == "not run", "rank 32 has no runs"
-    told = verify.summary(found(tmp_path), "commonsense")
+    told = paper.summary(found(tmp_path), "commonsense")
     assert verdict in told and "Table 2" not in told
 
 
@@ -177,7 +179,7 @@ def test_the_table_says_not_run_for_every_cell(synthetic_results: Path) -> None:
     """Runs of tier mini are there; none of them is one of the paper's models."""
     text = table.build(synthetic_results)[0].read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line.startswith("| ") and " | not run | not run |" in line]
-    cells = verify.claims().query("kind == 'number'")
+    cells = paper.claims().query("kind == 'number'")
     averages = cells[(cells["subject"] == "average") & (cells["metric"] == "accuracy_percent")]
     assert len(lines) == len(cells) + len(averages)
     assert "| LLaMA-7B | DoRA† | 16 | 77.5 | 77.5 (NVlabs/DoRA#26) | 3 | 53.6 | 77.5 | 23.9 |" in text

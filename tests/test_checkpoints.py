@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from dora_lab.io.errors import CheckpointError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import dora_lab
-from dora_lab.adapters import adapted
-from dora_lab.checkpoints import CheckpointError, export, fingerprint, load_adapter, read_adapter, save_adapter
+from dora_lab.formats.live import export, fingerprint, load_adapter, save_adapter
+from dora_lab.formats.read import read_adapter
+from dora_lab.methods.inject import adapted
 from dora_lab.spec import Method
 
 IDS = torch.arange(14).view(2, 7)

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+from dora_lab.runs.record import read_record, run_path
+from dora_lab.runs.streams import read_stream
 from tiny import make_spec, save_data, save_model
 
-from dora_lab import cluster
-from dora_lab.run import Paths
-from dora_lab.store import read_record, read_stream, run_path
+from dora_lab.launch import slurm
+from dora_lab.launch.run import Paths
 
 submitit = pytest.importorskip("submitit")
 HOUSE = Path(__file__).resolve().parents[1]
@@ -35,7 +36,7 @@ def test_a_job_that_is_preempted_is_saved_queued_again_and_goes_on(paths: Paths)
     folder = run_path(paths.results, spec)
     executor = submitit.AutoExecutor(paths.results / "preempted", cluster="local")
     executor.update_parameters(timeout_min=10)
-    job = executor.submit(cluster.Job(spec, paths))
+    job = executor.submit(slurm.Job(spec, paths))
     deadline = time.monotonic() + 120
     while len(read_stream(folder, "metrics")) < 5:
         assert time.monotonic() < deadline, job.stderr()
@@ -50,7 +51,7 @@ def test_a_job_that_is_preempted_is_saved_queued_again_and_goes_on(paths: Paths)
 
     # what is complete is not submitted; what fails says why
     bad = make_spec(**QUICK, seed=1, optim__learning_rate=1e38)
-    ((submitted, failed),) = cluster.submit([spec, bad], paths, cluster.Resources(gpus=0, hours=0.2), local=True)
+    ((submitted, failed),) = slurm.submit([spec, bad], paths, slurm.Resources(gpus=0, hours=0.2), local=True)
     assert submitted == bad
     assert "NonFiniteError" in str(failed.exception()) and "step" in str(failed.exception())
     assert read_record(run_path(paths.results, bad))["status"] == "failed"
@@ -59,8 +60,8 @@ def test_a_job_that_is_preempted_is_saved_queued_again_and_goes_on(paths: Paths)
 
 def test_without_slurm_it_is_said(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(cluster.ClusterError, match=r"srun.*--local"):
-        cluster.submit([make_spec(seed=9)], paths, cluster.Resources())
+    with pytest.raises(slurm.ClusterError, match=r"srun.*--local"):
+        slurm.submit([make_spec(seed=9)], paths, slurm.Resources())
 
 
 def test_the_script_for_slurm(paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,10 +70,10 @@ def test_the_script_for_slurm(paths: Paths, tmp_path: Path, monkeypatch: pytest.
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    resources = cluster.Resources(
+    resources = slurm.Resources(
         partition="gpu", hours=10, gpus=2, cpus=8, memory_gb=96, at_once=1, more={"account": "lab"}
     )
-    jobs = cluster.submit([make_spec(seed=seed) for seed in (5, 6)], paths, resources)
+    jobs = slurm.submit([make_spec(seed=seed) for seed in (5, 6)], paths, resources)
     assert [job.job_id for _, job in jobs] == ["12_0", "12_1"]
     lines = (tmp_path / "script").read_text().splitlines()
     for wanted in ("--partition=gpu", "--time=600", "--gpus-per-node=2", "--cpus-per-task=8", "--mem=96GB",

@@ -19,8 +19,8 @@ from analysis.figures import correlations as figure
 from analysis.figures import why as why_figure
 from analysis.tables import correlations as table
 from analysis.tables import why
-from dora_lab import report, statistics
-from dora_lab.report import correlations
+from dora_lab import report
+from dora_lab.report import correlations, statistics
 
 
 def matrices(rng: np.random.Generator, layers: int = 5, checkpoints: int = 4) -> tuple[np.ndarray, np.ndarray]:

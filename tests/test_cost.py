@@ -12,9 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from dora_lab import __main__ as command
-from dora_lab import batches, cost, shapes
-from dora_lab.adapters import inject
+from dora_lab.launch import cost
+from dora_lab.methods.inject import inject
+from dora_lab.models import shapes
 from dora_lab.spec import Method, Spec, SpecError
+from dora_lab.training import batches
 from experiments import commonsense
 
 SHAPE = shapes.Shape(hidden=64, intermediate=176, layers=3, heads=4, key_value_heads=2, vocabulary=300)

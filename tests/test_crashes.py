@@ -19,10 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dora_lab import snapshots
-from dora_lab.run import run_spec
+from dora_lab.launch.run import run_spec
+from dora_lab.runs import checkpoints
+from dora_lab.runs.directory import RunDir
+from dora_lab.runs.record import read_record, run_path
+from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Method, Spec, derive, to_dict
-from dora_lab.store import RunDir, read_record, read_stream, run_path
 from tests.faults import _crash as crash
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,7 +89,7 @@ def test_the_harness_sees_a_save_that_is_not_safe(tmp_path: Path, monkeypatch: p
     """Without verification, a checkpoint whose file was torn is resumed and the end is another, or none."""
 
     def believe(folder: Path) -> tuple[Any, None]:
-        return json.loads((folder / snapshots.MANIFEST).read_text()), None
+        return json.loads((folder / checkpoints.MANIFEST).read_text()), None
 
     spec = CASES["dora"]
     crash.begin(tmp_path, spec, crash.kill_me)
@@ -96,7 +98,7 @@ def test_the_harness_sees_a_save_that_is_not_safe(tmp_path: Path, monkeypatch: p
     content[-3] ^= 1
     file.write_bytes(content)
     crash.reference(spec)
-    monkeypatch.setattr(snapshots, "read_manifest", believe)
+    monkeypatch.setattr(checkpoints, "read_manifest", believe)
     with pytest.raises(AssertionError, match=r"model\.safetensors"):
         crash.same_as_whole(tmp_path, spec)
 
@@ -145,7 +147,7 @@ def test_micro_batches_that_cannot_be_shared_are_refused(tmp_path: Path) -> None
 
 
 def test_an_evaluation_goes_on_after_its_whole_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dora_lab import evaluate
+    from dora_lab.evaluation import evaluate
 
     spec = crash.small_spec("dora", data__tasks="boolq,ARC-Easy", evaluation__protocols="generate,loglikelihood")
     asked: list[tuple[str, str]] = []
@@ -174,9 +176,9 @@ def test_an_evaluation_goes_on_after_its_whole_tasks(tmp_path: Path, monkeypatch
 SHARE = """
 import json, sys
 from pathlib import Path
-from dora_lab.run import Paths
+from dora_lab.launch.run import Paths
 from dora_lab.spec import from_dict
-from dora_lab.workers import run_many
+from dora_lab.launch.pool import run_many
 specs = [from_dict(given) for given in json.loads(sys.argv[1])]
 print(json.dumps([outcome.status for outcome in run_many(specs, Paths(*map(Path, sys.argv[2:])), jobs=1)]))
 """
@@ -213,8 +215,9 @@ def test_torchrun_runs_the_command_line_over_two_processes(tmp_path: Path) -> No
     (tmp_path / "small.py").write_text(EXPERIMENT.format(house=str(HOUSE)))
     places = crash.paths(tmp_path / "results")
     code = (
-        "import sys; from pathlib import Path; from dora_lab import __main__ as command, selection; "
-        f"selection.EXPERIMENTS = Path({str(tmp_path)!r}); command.main()"
+        "import sys; from pathlib import Path; from dora_lab.__main__ import main; "
+        "from dora_lab.launch import select; "
+        f"select.EXPERIMENTS = Path({str(tmp_path)!r}); main()"
     )
     (tmp_path / "go.py").write_text(code)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -234,17 +237,17 @@ def test_torchrun_runs_the_command_line_over_two_processes(tmp_path: Path) -> No
 def test_what_differs_is_named() -> None:
     then = {"spec": {"seed": 1, "optim": {"learning_rate": 0.1}}, "processes": 1}
     now = {"spec": {"seed": 1, "optim": {"learning_rate": 0.2}}, "processes": 2, "steps": 4}
-    assert snapshots.differences(then, now) == [
+    assert checkpoints.differences(then, now) == [
         "processes was 1, is 2",
         "spec.optim.learning_rate was 0.1, is 0.2",
         "steps was null, is 4",
     ]
 
 
-def snapshot(root: Path, step: int, spec: Spec) -> snapshots.Snapshots:
+def snapshot(root: Path, step: int, spec: Spec) -> checkpoints.Snapshots:
     """A snapshot of one file, in a run that is closed again."""
     with RunDir.open(root, spec) as run:
-        found = snapshots.Snapshots(run, {"seed": spec.seed})
+        found = checkpoints.Snapshots(run, {"seed": spec.seed})
         with found.writing(step, 0, []) as folder:
             (folder / "weights").write_bytes(bytes(100))
     return found
@@ -265,7 +268,7 @@ def test_a_broken_manifest_or_a_foreign_file_is_put_aside(tmp_path: Path) -> Non
         found = snapshot(tmp_path / fault, 1, spec)
         harm(found.folder / "checkpoint-1")
         with RunDir.open(tmp_path / fault, spec) as run:
-            assert snapshots.Snapshots(run, {"seed": 0}).newest() is None
+            assert checkpoints.Snapshots(run, {"seed": 0}).newest() is None
             assert any(fault in note for note in read_record(run.path)["notes"])
         assert [path.name for path in (found.folder / "quarantine").iterdir()] == [f"checkpoint-1.{fault}"]
 
@@ -282,8 +285,8 @@ def test_quarantine_outlives_the_run_and_keeps_both_of_a_name(tmp_path: Path) ->
         folder = snapshot(tmp_path, 3, spec).folder
         (folder / "checkpoint-3" / "weights").write_bytes(b"other")
         with RunDir.open(tmp_path, spec) as run:
-            assert snapshots.Snapshots(run, {"seed": 0}).newest() is None
-    snapshots.clear(folder)
+            assert checkpoints.Snapshots(run, {"seed": 0}).newest() is None
+    checkpoints.clear(folder)
     left = sorted(path.name for path in (folder / "quarantine").iterdir())
     assert left == ["checkpoint-3.weights-changed", "checkpoint-3.weights-changed.2"]
 
@@ -291,8 +294,8 @@ def test_quarantine_outlives_the_run_and_keeps_both_of_a_name(tmp_path: Path) ->
 def test_a_run_whose_data_is_not_given_keeps_what_it_has(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from dora_lab.load import LoadError
-    from dora_lab.store import ResumeError
+    from dora_lab.io.errors import LoadError
+    from dora_lab.runs.errors import ResumeError
 
     spec = CASES["lora"]
     without = replace(crash.paths(tmp_path), data_dir=None)
@@ -309,7 +312,7 @@ def test_a_run_whose_data_is_not_given_keeps_what_it_has(tmp_path: Path) -> None
 
 
 def test_code_that_changed_under_a_run_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dora_lab import provenance
+    from dora_lab.runs import provenance
 
     spec = CASES["lora"]
     crash.begin(tmp_path, spec, crash.kill_me)
@@ -324,7 +327,7 @@ def test_a_stopped_run_is_not_behind_its_checkpoint(tmp_path: Path) -> None:
     spec = derive(CASES["dora"], {"optim.epochs": 3.0})
     crash.begin(tmp_path, spec, crash.kill_me, at=9)
     path = run_path(tmp_path, spec)
-    manifest, _ = snapshots.read_manifest(path / "checkpoints" / "checkpoint-8")
+    manifest, _ = checkpoints.read_manifest(path / "checkpoints" / "checkpoint-8")
     assert manifest is not None
     lines = (path / "metrics.jsonl").read_bytes()[: manifest["streams"]["metrics"]["bytes"]].splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 9))

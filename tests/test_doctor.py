@@ -17,10 +17,14 @@ import pytest
 from conftest import make_spec, write_run
 from typer.testing import CliRunner
 
-from dora_lab import doctor
-from dora_lab.__main__ import RESULTS, app
+from dora_lab.__main__ import app
+from dora_lab.commands.app import RESULTS
+from dora_lab.paper.claims import examine as examine_claims
+from dora_lab.runs import doctor
+from dora_lab.runs.directory import RunDir
+from dora_lab.runs.errors import StoreError
+from dora_lab.runs.streams import STREAMS, read_stream
 from dora_lab.spec import from_dict
-from dora_lab.store import STREAMS, RunDir, StoreError, read_stream
 from tests.faults._models import copy, flip
 
 
@@ -138,7 +142,7 @@ def test_an_adapter_is_examined(tmp_path: Path) -> None:
 
 def test_claims_are_examined(run: Path, tmp_path: Path) -> None:
     (tmp_path / "claims.csv").write_text("experiment\n")
-    (finding,) = doctor.examine(run.parents[2], tmp_path / "claims.csv")
+    (finding,) = examine_claims(tmp_path / "claims.csv")
     assert "columns" in finding.what + finding.mend
 
 
@@ -148,6 +152,6 @@ def test_the_committed_results_are_sound() -> None:
 
 
 def test_no_torch_is_imported() -> None:
-    code = "import sys; from dora_lab import doctor; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys; from dora_lab.runs import doctor; assert not {'torch', 'transformers'} & set(sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

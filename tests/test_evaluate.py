@@ -12,10 +12,11 @@ import pytest
 import torch
 from tiny import arc_items, boolq_items, make_spec, save_model
 
-from dora_lab import load
-from dora_lab.evaluate import evaluate
+from dora_lab.evaluation.evaluate import evaluate
+from dora_lab.models.base import model_and_tokenizer
+from dora_lab.runs.directory import RunDir
+from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Spec
-from dora_lab.store import RunDir, read_stream
 from dora_lab.tasks import ItemError, prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,7 +25,7 @@ ITEMS = {"boolq": boolq_items(9), "ARC-Easy": arc_items(6)}
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    return load.model_and_tokenizer(make_spec(), save_model(tmp_path_factory.mktemp("model")))
+    return model_and_tokenizer(make_spec(), save_model(tmp_path_factory.mktemp("model")))
 
 
 def go(spec: Spec, root: Path, loaded: tuple[Any, Any], items: Any = None) -> tuple[list[Any], dict[str, list[Any]]]:

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dora_lab import __main__ as command
-from dora_lab.selection import experiment_names, load_experiment
+from dora_lab.launch.select import experiment_names, load_experiment
 from dora_lab.spec import from_dict, spec_id, to_dict, validate
 from dora_lab.tasks import all_tasks, load_task
 

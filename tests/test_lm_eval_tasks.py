@@ -15,11 +15,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tiny import arc_items, boolq_items, make_spec, save_model
 
-from dora_lab import load
-from dora_lab.evaluate import evaluate
-from dora_lab.store import RunDir
+from dora_lab.evaluation.evaluate import evaluate
+from dora_lab.models.base import model_and_tokenizer
+from dora_lab.runs.directory import RunDir
 from dora_lab.tasks import Task, all_tasks, prompt
-from dora_lab.tasks.lm_eval import FOLDER
+from dora_lab.tasks.commonsense.lm_eval import FOLDER
 
 VARIANTS = [("published", ""), ("clean", "_clean")]
 OUTPUTS = [
@@ -97,7 +97,7 @@ def test_scores_are_the_labs_item_by_item(template: str, suffix: str, data_dir: 
         evaluation__max_new_tokens=32,
         evaluation__protocols="generate",
     )
-    model, tokenizer = load.model_and_tokenizer(spec, save_model(tmp_path / "model", positions=1024))
+    model, tokenizer = model_and_tokenizer(spec, save_model(tmp_path / "model", positions=1024))
     items = {name: json.loads((data_dir / name / "test.json").read_text()) for name in ("boolq", "ARC-Easy")}
     with RunDir.open(tmp_path, spec) as run:
         evaluate(spec, model, tokenizer, items, run)

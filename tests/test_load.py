@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from tiny import boolq_items, make_spec, save_data, save_model
 
-from dora_lab import load
-from dora_lab.load import LoadError
-from dora_lab.load.data import _shares
-from dora_lab.tasks import ItemError
+from dora_lab.io.errors import LoadError
+from dora_lab.launch import inputs
+from dora_lab.models.base import hash_model, model_and_tokenizer, model_folder
+from dora_lab.tasks import ItemError, sources
+from dora_lab.tasks.sources import _shares
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +29,14 @@ def data_dir(tmp_path: Path) -> Path:
 
 
 def test_items_of_a_folder(data_dir: Path) -> None:
-    items = load.items(make_spec(), data_dir)
+    items = sources.items(make_spec(), data_dir)
     assert items.counts() == {"train": {"boolq": 40}, "validation": {}, "test": {"boolq": 12, "ARC-Easy": 12}}
     assert items.test["boolq"] == boolq_items(12, start=1000)
 
 
 def test_validation_items_are_held_out_and_the_same_for_every_seed(data_dir: Path) -> None:
-    one = load.items(make_spec(data__validation_items=10, data__train_items=20), data_dir)
-    two = load.items(make_spec(data__validation_items=10, data__train_items=20, seed=1), data_dir)
+    one = sources.items(make_spec(data__validation_items=10, data__train_items=20), data_dir)
+    two = sources.items(make_spec(data__validation_items=10, data__train_items=20, seed=1), data_dir)
     assert one == two
     questions = {item["instruction"] for item in one.validation["boolq"]}
     assert len(questions) == 10
@@ -45,7 +46,7 @@ def test_validation_items_are_held_out_and_the_same_for_every_seed(data_dir: Pat
 
 def test_more_items_than_there_are(data_dir: Path) -> None:
     with pytest.raises(LoadError, match=r"41 items wanted, 40 there"):
-        load.items(make_spec(data__train_items=41), data_dir)
+        sources.items(make_spec(data__train_items=41), data_dir)
 
 
 def test_subsets_are_even_over_tasks() -> None:
@@ -54,11 +55,11 @@ def test_subsets_are_even_over_tasks() -> None:
 
 
 def test_items_of_the_embedded_world() -> None:
-    from dora_lab.selection import load_experiment
+    from dora_lab.launch.select import load_experiment
 
     for name in ("commonsense", "commonsense_sweep"):
         spec = load_experiment(name).specs("mini")[-1]
-        items = load.items(spec)
+        items = sources.items(spec)
         counts = items.counts()
         assert sum(counts["train"].values()) == spec.data.train_items
         assert max(counts["train"].values()) - min(counts["train"].values()) <= 1
@@ -70,24 +71,24 @@ def test_items_of_the_embedded_world() -> None:
 
 
 def test_data_hash_is_of_content_and_is_checked(data_dir: Path, tmp_path: Path) -> None:
-    found = load.hash_data(data_dir)
+    found = sources.hash_data(data_dir)
     shutil.copytree(data_dir, tmp_path / "copy")
-    assert load.hash_data(tmp_path / "copy") == found
-    load.items(make_spec(data__sha256=found), data_dir)
+    assert sources.hash_data(tmp_path / "copy") == found
+    sources.items(make_spec(data__sha256=found), data_dir)
     file = data_dir / "boolq" / "test.json"
     file.write_text(json.dumps(boolq_items(11)))
-    assert load.hash_data(data_dir) != found
+    assert sources.hash_data(data_dir) != found
     with pytest.raises(LoadError, match=r"content hash .* the spec asks for"):
-        load.items(make_spec(data__sha256=found), data_dir)
+        sources.items(make_spec(data__sha256=found), data_dir)
 
 
 def test_bad_sources(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"give it with --data-dir"):
-        load.items(make_spec())
+        sources.items(make_spec())
     with pytest.raises(LoadError, match=r"has no <task>/train.json"):
-        load.hash_data(tmp_path)
+        sources.hash_data(tmp_path)
     with pytest.raises(LoadError, match=r"unknown data source 'mimi'.*did you mean 'mini'"):
-        load.items(make_spec(data__name="mimi"))
+        sources.items(make_spec(data__name="mimi"))
 
 
 def mix_spec(**changes: Any) -> Any:
@@ -99,36 +100,36 @@ def mix_spec(**changes: Any) -> Any:
 def test_layouts_of_llm_adapters(place: str, tests: str, tmp_path: Path) -> None:
     save_data(tmp_path / tests)
     (tmp_path / place).parent.mkdir(exist_ok=True)
-    bare = load.hash_data(tmp_path)
+    bare = sources.hash_data(tmp_path)
     (tmp_path / place).write_text(json.dumps([*boolq_items(30), boolq_items(1)[0] | {"answer": ""}]))
-    assert load.tasks_in(tmp_path) == ["boolq", "ARC-Easy"]
-    assert load.hash_data(tmp_path) != bare
-    items = load.items(mix_spec(), tmp_path)
+    assert sources.tasks_in(tmp_path) == ["boolq", "ARC-Easy"]
+    assert sources.hash_data(tmp_path) != bare
+    items = sources.items(mix_spec(), tmp_path)
     assert items.counts()["train"] == {"commonsense_170k": 31} and items.counts()["test"] == {
         "boolq": 12,
         "ARC-Easy": 12,
     }
-    inputs = load.fingerprints(mix_spec(), tmp_path)
-    assert inputs["data"]["sha256"] == inputs["eval_data"]["sha256"] == load.hash_data(tmp_path)
+    found = inputs.fingerprints(mix_spec(), tmp_path)
+    assert found["data"]["sha256"] == found["eval_data"]["sha256"] == sources.hash_data(tmp_path)
     with pytest.raises(LoadError, match="content hash"):
-        load.items(mix_spec(data__sha256=bare), tmp_path)
+        sources.items(mix_spec(data__sha256=bare), tmp_path)
 
 
 def test_sources_say_what_was_read(data_dir: Path) -> None:
     items = [*boolq_items(12, start=1000), *boolq_items(3), boolq_items(1)[0], boolq_items(1, start=1000)[0]]
     (data_dir / "boolq" / "train.json").write_text(json.dumps(items))
-    found = load.items(make_spec(data__train_items=10, data__test_items=5), data_dir).sources
+    found = sources.items(make_spec(data__train_items=10, data__test_items=5), data_dir).sources
     rows = {(row["task"], row["split"]): row for row in found}
     train, test = rows["boolq", "train"], rows["boolq", "test"]
     assert (train["items"], train["duplicates"], train["used"]) == (17, 2, 10)
     assert (test["items"], test["duplicates"], test["used"], test["asked_in_training"]) == (12, 0, 5, 12)
     assert (test["published"], test["published_verified"], test["agrees"]) == (3270, True, False)
     assert rows["ARC-Easy", "test"]["asked_in_training"] == 0
-    assert load.items(make_spec(data__name="mini", data__train_items=10, data__test_items=1)).sources == ()
+    assert sources.items(make_spec(data__name="mini", data__train_items=10, data__test_items=1)).sources == ()
 
 
 def test_what_is_known_of_the_published_files_fits_together() -> None:
-    from dora_lab.tasks.published import ANSWER_KINDS, KNOWN, MIX, content_sha256
+    from dora_lab.tasks.commonsense.released_files import ANSWER_KINDS, KNOWN, MIX, content_sha256
 
     parts = {task: known.items for (task, split), known in KNOWN.items() if split == "train" and task != MIX}
     assert sum(parts.values()) == sum(ANSWER_KINDS.values()) == KNOWN[MIX, "train"].items == 170_420
@@ -155,18 +156,18 @@ def test_the_mix_from_the_hubs_cache(
     else:
         pd.DataFrame(boolq_items(30)).to_parquet(folder / "train.parquet")
     spec = mix_spec(data__revision=commit)
-    found = load.items(spec, data_dir).train["commonsense_170k"]
+    found = sources.items(spec, data_dir).train["commonsense_170k"]
     assert sorted(found, key=str) == sorted(boolq_items(30), key=str)
-    assert load.fingerprints(spec, data_dir)["data"] == {
+    assert inputs.fingerprints(spec, data_dir)["data"] == {
         "name": "commonsense_170k", "revision": commit, "sha256": None,
     }  # fmt: skip
     for revision in ("none", "main", "b" * 39):
         with pytest.raises(
             LoadError, match=r"revision .* is no commit \(40 hex digits\).*dataset_info.*--with data\.revision="
         ):
-            load.items(mix_spec(data__revision=revision), data_dir)
+            sources.items(mix_spec(data__revision=revision), data_dir)
     with pytest.raises(LoadError) as caught:
-        load.items(mix_spec(data__revision="c" * 40), data_dir)
+        sources.items(mix_spec(data__revision="c" * 40), data_dir)
     for words in ("hf download zwhe99/commonsense_170k", "c" * 40, "datasets--zwhe99--commonsense_170k", "--data-dir"):
         assert words in str(caught.value)
 
@@ -179,18 +180,18 @@ def test_hub_model_of_pickles_says_how_to_convert(tmp_path: Path, monkeypatch: p
     folder.mkdir(parents=True)
     (folder / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(LoadError, match=r"no \*\.safetensors.*convert them.*--model-dir"):
-        load.model_folder(make_spec(model__name="org/old", model__revision="a" * 40).model)
+        model_folder(make_spec(model__name="org/old", model__revision="a" * 40).model)
 
 
 def test_a_task_without_its_test_file_is_named(data_dir: Path) -> None:
     with pytest.raises(ItemError, match=r"piqa.test\.json does not exist"):
-        load.items(make_spec(data__tasks="boolq,piqa"), data_dir)
+        sources.items(make_spec(data__tasks="boolq,piqa"), data_dir)
 
 
 def test_model_in_the_asked_type_with_an_explicit_padding_policy(model_dir: Path) -> None:
     import torch
 
-    model, tokenizer = load.model_and_tokenizer(make_spec(model__dtype="bfloat16"), model_dir)
+    model, tokenizer = model_and_tokenizer(make_spec(model__dtype="bfloat16"), model_dir)
     assert model.dtype == torch.bfloat16
     assert (tokenizer.padding_side, tokenizer.pad_token) == ("left", "<pad>")
     assert model.config.pad_token_id == tokenizer.pad_token_id
@@ -202,25 +203,25 @@ def test_tokenizer_without_padding_token(model_dir: Path, tmp_path: Path) -> Non
     settings = json.loads(file.read_text())
     settings.pop("pad_token")
     file.write_text(json.dumps(settings))
-    _, tokenizer = load.model_and_tokenizer(make_spec(), folder)
+    _, tokenizer = model_and_tokenizer(make_spec(), folder)
     assert tokenizer.pad_token == "</s>"
 
 
 def test_model_fingerprint(model_dir: Path, tmp_path: Path) -> None:
-    found = load.hash_model(model_dir)
+    found = hash_model(model_dir)
     spec = make_spec()
-    load.model_folder(replace(spec.model, revision=found[:12]), model_dir)
+    model_folder(replace(spec.model, revision=found[:12]), model_dir)
     with pytest.raises(LoadError, match=r"has the fingerprint .* the spec asks for 000000000000"):
-        load.model_folder(replace(spec.model, revision="0" * 12), model_dir)
+        model_folder(replace(spec.model, revision="0" * 12), model_dir)
     with pytest.raises(LoadError, match=r"no config.json"):
-        load.hash_model(tmp_path)
+        hash_model(tmp_path)
 
 
 def test_pickled_weights_are_not_loaded(model_dir: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(model_dir, tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(LoadError, match=r"no \*\.safetensors; pickled weights"):
-        load.model_and_tokenizer(make_spec(), folder)
+        model_and_tokenizer(make_spec(), folder)
 
 
 def test_weights_that_do_not_fill_the_model(model_dir: Path, tmp_path: Path) -> None:
@@ -231,7 +232,7 @@ def test_weights_that_do_not_fill_the_model(model_dir: Path, tmp_path: Path) -> 
     weights.pop("model.norm.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LoadError, match=r"do not fill the model.*model.norm.weight"):
-        load.model_and_tokenizer(make_spec(), folder)
+        model_and_tokenizer(make_spec(), folder)
 
 
 def test_hub_cache_is_used_without_network(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +244,7 @@ def test_hub_cache_is_used_without_network(model_dir: Path, tmp_path: Path, monk
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     spec = make_spec(model__name="org/small", model__revision=commit)
-    assert load.model_folder(spec.model) == snapshot
-    load.model_and_tokenizer(spec)
+    assert model_folder(spec.model) == snapshot
+    model_and_tokenizer(spec)
     with pytest.raises(LoadError, match=r"model 'org/other' at revision a{40} is not in .* could not be fetched"):
-        load.model_folder(replace(spec.model, name="org/other"))
+        model_folder(replace(spec.model, name="org/other"))

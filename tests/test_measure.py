@@ -24,12 +24,13 @@ from typer.testing import CliRunner
 
 import dora_lab
 from dora_lab import __main__ as command
-from dora_lab import measure
-from dora_lab.checkpoints import CheckpointError, save_adapter
-from dora_lab.checkpoints.pairs import Matrix, Replaced
-from dora_lab.checkpoints.shards import FLOATS, Shards
 from dora_lab.decompose import change
-from dora_lab.measure import changes, probe
+from dora_lab.formats.live import save_adapter
+from dora_lab.formats.shards import FLOATS, Shards
+from dora_lab.io.errors import CheckpointError
+from dora_lab.probing import saved_models
+from dora_lab.probing.pairs import Matrix, Replaced
+from dora_lab.probing.saved_models import changes, probe
 from dora_lab.spec import Method
 
 KINDS = ("q_proj", "v_proj", "down_proj")
@@ -74,7 +75,7 @@ def test_small_changes_keep_their_digits(
     size: float, along: float, block: int, axis: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Down to a relative change of 1e-4, across the weight or nearly along it, in float32 (a true ΔD of 5e-9)."""
-    monkeypatch.setattr(measure, "BLOCK", 200 * block)
+    monkeypatch.setattr(saved_models, "BLOCK", 200 * block)
     source = torch.Generator().manual_seed(seed)
     W0 = torch.randn(24, 200, generator=source)
     noise = torch.randn(24, 200, generator=source)
@@ -126,7 +127,7 @@ def weights(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("axis", ["out", "in"])
 @pytest.mark.parametrize("shard", ["5MB", "8KB"])
 def test_two_whole_models(axis: str, shard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "BLOCK", 200)  # a few rows at a time
+    monkeypatch.setattr(saved_models, "BLOCK", 200)  # a few rows at a time
     llama().save_pretrained(tmp_path / "base", max_shard_size=shard)
     moved(llama(), 1e-3).save_pretrained(tmp_path / "tuned", max_shard_size=shard)
     rows = list(probe(tmp_path / "base", [tmp_path / "tuned"], axis=axis))
@@ -141,7 +142,7 @@ def test_two_whole_models(axis: str, shard: str, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_adapters_against_pefts_merge(make: Any, dora: bool, axis: str, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(measure, "BLOCK", 300)
+    monkeypatch.setattr(saved_models, "BLOCK", 300)
     targets = list(KINDS) if make is llama else ["c_attn", "c_proj"]
     make().save_pretrained(tmp_path / "base")
     config = peft.LoraConfig(
@@ -227,7 +228,7 @@ def test_what_is_saved_beside_an_adapter_and_a_magnitude_that_never_moved(tmp_pa
 
 
 def test_many_in_one_pass_are_what_each_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "BLOCK", 300)
+    monkeypatch.setattr(saved_models, "BLOCK", 300)
     llama().save_pretrained(tmp_path / "base")
     folders = [tmp_path / name for name in ("full", "dora", "lora", "other")]
     moved(llama(), 1e-3).save_pretrained(folders[0])
@@ -333,7 +334,7 @@ def test_an_adapter_that_changed_since_its_manifest(saved: Path, tmp_path: Path)
 
 LIMITED = """
 import resource, sys
-from dora_lab.measure import probe
+from dora_lab.probing.saved_models import probe
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 24 * 2**20,) * 2)
 try:

@@ -32,7 +32,7 @@ def execute(name: str, knobs: str = "") -> nbformat.NotebookNode:
 
 
 def test_dora_by_hand() -> None:
-    pytest.importorskip("dora_lab.adapters")
+    pytest.importorskip("dora_lab.methods.inject")
     cells = execute("01_dora_by_hand.ipynb").cells
     assert "the same weight" in str(cells[-1].outputs)
 
@@ -58,8 +58,8 @@ def test_any_checkpoint_on_an_adapter_of_its_own(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from dora_lab import mini
-    from dora_lab.adapters import inject
-    from dora_lab.checkpoints import save_adapter
+    from dora_lab.formats.live import save_adapter
+    from dora_lab.methods.inject import inject
     from dora_lab.spec import Method
 
     model = AutoModelForCausalLM.from_pretrained(mini.folder())

@@ -14,14 +14,15 @@ from spaces import llama_like
 from tiny import boolq_items, make_spec, save_data, save_model
 from transformers import TrainingArguments
 
-from dora_lab import load
-from dora_lab.adapters import adapted, inject, merge
-from dora_lab.batches import IGNORED, MicroBatches, collate, encode
-from dora_lab.evaluate import evaluate
-from dora_lab.selection import load_experiment
+from dora_lab.evaluation.evaluate import evaluate
+from dora_lab.launch.select import load_experiment
+from dora_lab.methods.inject import adapted, inject, merge
+from dora_lab.models.base import model_and_tokenizer
+from dora_lab.runs.directory import RunDir
+from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Method, Spec
-from dora_lab.store import RunDir, read_stream
-from dora_lab.tasks import ItemError, prompt, train_text
+from dora_lab.tasks import ItemError, prompt, sources, train_text
+from dora_lab.training.batches import IGNORED, MicroBatches, collate, encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAPER: Spec = load_experiment("commonsense").specs("paper")[0]
@@ -33,7 +34,7 @@ ASKED, ANSWER = [232, 218, 221], [168, 214, 218, 105, 221]  # "▁Please▁answe
 
 
 def prepared(pad: str = "zero", unk: bool = True) -> Any:
-    from dora_lab.load.models import _prepare_tokenizer
+    from dora_lab.models.base import _prepare_tokenizer
 
     tokenizer = llama_like(unk)
     _prepare_tokenizer(tokenizer, pad, Path("here"))
@@ -118,7 +119,7 @@ def test_held_out_items_are_those_of_the_released_split(tmp_path: Path) -> None:
     (tmp_path / "boolq").mkdir()
     (tmp_path / "boolq" / "test.json").write_text(json.dumps(boolq_items(2)))
     spec = replace(PAPER, data=replace(PAPER.data, tasks=("boolq",)))
-    items = load.items(spec, tmp_path)
+    items = sources.items(spec, tmp_path)
     names = [item["instruction"] for item in boolq_items(400)]
     held = [names.index(item["instruction"]) for item in items.validation["commonsense_170k"]]
     train = [names.index(item["instruction"]) for item in items.train["commonsense_170k"]]
@@ -126,8 +127,8 @@ def test_held_out_items_are_those_of_the_released_split(tmp_path: Path) -> None:
     order = np.random.default_rng(42).permutation(400).tolist()  # what that function draws, said without it
     assert (held, train) == (order[:120], order[120:])
     assert held[:6] == [302, 50, 72, 270, 232, 44]
-    assert load.items(replace(spec, seed=1), tmp_path) == items
-    few = load.items(replace(spec, data=replace(spec.data, train_items=30)), tmp_path)
+    assert sources.items(replace(spec, seed=1), tmp_path) == items
+    few = sources.items(replace(spec, data=replace(spec.data, train_items=30)), tmp_path)
     assert few.train["commonsense_170k"] == items.train["commonsense_170k"][:30]
 
 
@@ -154,9 +155,9 @@ def test_every_field_of_the_paper_tier() -> None:
 
 
 def test_trainer_arguments_of_the_paper_tier(tmp_path: Path) -> None:
-    from dora_lab.trainer import training_arguments
+    from dora_lab.training.trainer import training_arguments
 
-    model, _ = load.model_and_tokenizer(make_spec(), save_model(tmp_path / "model"))
+    model, _ = model_and_tokenizer(make_spec(), save_model(tmp_path / "model"))
     arguments = training_arguments(PAPER, 31_932, tmp_path, model, None)
     assert arguments.fp16 and not arguments.bf16
     assert (arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon) == (0.9, 0.999, 1e-8)
@@ -167,9 +168,9 @@ def test_trainer_arguments_of_the_paper_tier(tmp_path: Path) -> None:
 
 def test_one_process_uses_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With four in view the Trainer would take four micro-batches at a time, and drop three."""
-    from dora_lab.trainer import training_arguments
+    from dora_lab.training.trainer import training_arguments
 
-    model, _ = load.model_and_tokenizer(make_spec(), save_model(tmp_path / "model"))
+    model, _ = model_and_tokenizer(make_spec(), save_model(tmp_path / "model"))
     prepare = TrainingArguments.__post_init__
 
     def with_four(self: TrainingArguments) -> None:
@@ -185,7 +186,7 @@ def test_magnitudes_start_from_the_norms_of_the_float16_weights(tmp_path: Path) 
     spec = replace(
         make_spec(model__dtype="float16"), method=Method(name="dora", rank=4, alpha=8.0, target_modules=("q_proj",))
     )
-    model, _ = load.model_and_tokenizer(spec, save_model(tmp_path / "model"))
+    model, _ = model_and_tokenizer(spec, save_model(tmp_path / "model"))
     inject(model, spec.method, 0)
     for _, layer in adapted(model):
         assert layer.weight is not None and layer.weight.dtype == torch.float16
@@ -198,7 +199,7 @@ def test_magnitudes_start_from_the_norms_of_the_float16_weights(tmp_path: Path) 
 def trained(folder: Path, dtype: str) -> tuple[Any, Any]:
     """A DoRA model that has moved from its base."""
     spec = make_spec(model__dtype=dtype, method__target_modules="q_proj,k_proj,v_proj,up_proj,down_proj")
-    model, tokenizer = load.model_and_tokenizer(spec, save_model(folder / "model", positions=1024))
+    model, tokenizer = model_and_tokenizer(spec, save_model(folder / "model", positions=1024))
     inject(model, spec.method, 0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -250,12 +251,14 @@ def test_merged_and_unmerged_agree(dtype: str, tmp_path: Path) -> None:
 
 
 def test_the_run_merges_as_its_spec_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dora_lab.adapters
-    from dora_lab.run import Paths, run_spec
+    import dora_lab.methods.inject
+    from dora_lab.launch.run import Paths, run_spec
 
     calls: list[str] = []
-    real = dora_lab.adapters.merge
-    monkeypatch.setattr(dora_lab.adapters, "merge", lambda model, **how: (calls.append("merged"), real(model, **how)))
+    real = dora_lab.methods.inject.merge
+    monkeypatch.setattr(
+        dora_lab.methods.inject, "merge", lambda model, **how: (calls.append("merged"), real(model, **how))
+    )
     save_model(tmp_path / "model")
     save_data(tmp_path / "data", test=2)
     for dtype, weights, wanted in (("float32", "unmerged", 0), ("bfloat16", "merged", 1), ("bfloat16", "exact", 0)):

@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoConfig
 
 from analysis.tables import parameters as table
-from dora_lab import mini, shapes, verify
+from dora_lab import mini, paper
+from dora_lab.models import shapes
 from dora_lab.spec import Method
 from experiments import parameters
 
@@ -41,7 +42,7 @@ def test_every_printed_percentage_is_reached(rows: list[dict[str, Any]]) -> None
 
 
 def test_they_are_the_numbers_of_the_reference(rows: list[dict[str, Any]]) -> None:
-    claims = verify.claims()
+    claims = paper.claims()
     known = claims[claims["metric"] == "trainable_parameters"]
     counted = {(row["model"], row["trainable"]) for row in rows}
     assert len(known) == 13

@@ -12,12 +12,17 @@ from tiny import make_spec, save_data, save_model
 from typer.testing import CliRunner
 
 from dora_lab import __main__ as command
-from dora_lab import load, published
-from dora_lab.adapters import inject
-from dora_lab.checkpoints import save_adapter
-from dora_lab.evaluate import evaluate
-from dora_lab.published import Adapter
-from dora_lab.store import RunDir, read_record, read_stream, run_path
+from dora_lab.evaluation.evaluate import evaluate
+from dora_lab.formats.live import save_adapter
+from dora_lab.io.errors import LoadError
+from dora_lab.launch import released_adapter
+from dora_lab.methods.inject import inject
+from dora_lab.models.base import adapter_folder, hash_adapter, model_and_tokenizer
+from dora_lab.paper import released_adapter as comparison
+from dora_lab.runs.directory import RunDir
+from dora_lab.runs.record import read_record, run_path
+from dora_lab.runs.streams import read_stream
+from dora_lab.tasks import sources
 
 FAST = ["--with", "model.dtype=float32", "--with", "evaluation.max_new_tokens=8", "--with", "evaluation.num_beams=2"]
 
@@ -29,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(folder / "base", hidden=64, positions=1024)
     save_data(folder / "data", test=6)
     spec = make_spec(method__rank=16, method__alpha=32.0)
-    model, _ = load.model_and_tokenizer(spec, folder / "base")
+    model, _ = model_and_tokenizer(spec, folder / "base")
     inject(model, spec.method, 0)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -69,7 +74,7 @@ def test_every_format_gives_what_the_live_model_gives(folder: Path, tmp_path: Pa
             (row["task"], row["value"], row["n_unparsed"], row["correct"]) for row in read_stream(path, "eval")
         ]
         record = read_record(path)
-        assert record["inputs"]["adapter"]["sha256"] == load.hash_adapter(folder / adapter)
+        assert record["inputs"]["adapter"]["sha256"] == hash_adapter(folder / adapter)
         assert record["params"]["trainable"] == 2 * 2 * (2 * 16 * 64 + 64)
         samples = [json.loads(line) for line in (path / "samples" / "boolq.generate.jsonl").read_text().splitlines()]
         found[f"{adapter} texts"] = [sample["output"] for sample in samples]
@@ -80,17 +85,17 @@ def test_every_format_gives_what_the_live_model_gives(folder: Path, tmp_path: Pa
 
 def live(folder: Path, tmp_path: Path, with_adapter: bool) -> list[str]:
     """Texts of the model with its adapter on, not merged, by the same protocol."""
-    from dora_lab.checkpoints import load_adapter
+    from dora_lab.formats.live import load_adapter
 
     spec = make_spec(
         data__template="published", evaluation__protocols="generate", evaluation__max_new_tokens=8,
         evaluation__num_beams=2, seed=int(with_adapter),
     )  # fmt: skip
-    model, tokenizer = load.model_and_tokenizer(spec, folder / "base")
+    model, tokenizer = model_and_tokenizer(spec, folder / "base")
     if with_adapter:
         load_adapter(model, folder / "peft")
     with RunDir.open(tmp_path, spec) as run:
-        evaluate(spec, model, tokenizer, load.items(spec, folder / "data").test, run)
+        evaluate(spec, model, tokenizer, sources.items(spec, folder / "data").test, run)
     file = run_path(tmp_path, spec) / "samples" / "boolq.generate.jsonl"
     return [json.loads(line)["output"] for line in file.read_text().splitlines()]
 
@@ -104,16 +109,16 @@ def test_an_adapter_that_changed_is_not_the_specs(folder: Path) -> None:
     spec = make_spec(method__name="lora").model
     from dataclasses import replace
 
-    with pytest.raises(load.LoadError, match=r"has the fingerprint .* the spec asks for 000000000000"):
-        load.adapter_folder(replace(spec, adapter="peft", adapter_revision="0" * 12), folder / "peft")
+    with pytest.raises(LoadError, match=r"has the fingerprint .* the spec asks for 000000000000"):
+        adapter_folder(replace(spec, adapter="peft", adapter_revision="0" * 12), folder / "peft")
 
 
 def test_what_is_no_adapter(tmp_path: Path) -> None:
-    with pytest.raises(load.LoadError, match=r"no adapter_config\.json"):
-        load.hash_adapter(tmp_path)
+    with pytest.raises(LoadError, match=r"no adapter_config\.json"):
+        hash_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(load.LoadError, match="no adapter configuration with a rank"):
-        published.describe(tmp_path)
+    with pytest.raises(LoadError, match="no adapter configuration with a rank"):
+        released_adapter.describe(tmp_path)
 
 
 PAPER = {
@@ -143,21 +148,21 @@ def run_with(tmp_path: Path, changed: dict[str, dict[str, Any]]) -> Path:
     ],
 )
 def test_verdicts(changed: dict[str, Any], verdict: str, words: str, tmp_path: Path) -> None:
-    rows = published.compare(run_with(tmp_path, changed), Adapter("DoRA", 16), "LLaMA-7B")
+    rows = comparison.compare(run_with(tmp_path, changed), "DoRA", 16, "LLaMA-7B")
     assert list(rows["paper"][:8]) == [percent for percent, _ in PAPER.values()] and rows["paper"][8] == 77.5
     assert rows["verdict"][0] == verdict
-    assert words in published.summary(rows)
-    assert "BoolQ" in published.table(rows)
+    assert words in comparison.summary(rows)
+    assert "BoolQ" in comparison.table(rows)
 
 
 def test_flags_and_unknown_cells(tmp_path: Path) -> None:
     changed = {"boolq": {"value": 0.023, "n_unparsed": 3000}}
-    rows = published.compare(run_with(tmp_path, changed), Adapter("LoRA", 4), "LLaMA-7B")
+    rows = comparison.compare(run_with(tmp_path, changed), "LoRA", 4, "LLaMA-7B")
     assert rows["paper"][0] == 2.3 and rows["flags"][0] == "unparsed above 1 %, below chance"
-    nowhere = published.compare(run_with(tmp_path, {}), Adapter("DoRA", 7), "LLaMA-7B")
+    nowhere = comparison.compare(run_with(tmp_path, {}), "DoRA", 7, "LLaMA-7B")
     assert set(nowhere["verdict"]) == {"no published number"} and nowhere["paper"].isna().all()
-    assert "nothing is verified" in published.summary(nowhere)
-    again = published.compare(run_with(tmp_path, {}), Adapter("DoRA", 64), "LLaMA-7B")
+    assert "nothing is verified" in comparison.summary(nowhere)
+    again = comparison.compare(run_with(tmp_path, {}), "DoRA", 64, "LLaMA-7B")
     assert again["elsewhere"][8] == [76.8] and again["paper"][8] == 72.1
 
 
@@ -170,17 +175,17 @@ def test_a_hub_adapter_has_to_be_pinned(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     model = replace(make_spec().model, adapter="org/weights:llama/r32")
-    with pytest.raises(load.LoadError, match=r"'org/weights': revision None is no commit.*then --revision COMMIT"):
-        load.adapter_folder(model)
+    with pytest.raises(LoadError, match=r"'org/weights': revision None is no commit.*then --revision COMMIT"):
+        adapter_folder(model)
     snapshot = tmp_path / "models--org--weights" / "snapshots" / ("d" * 40)
     below = snapshot / "llama" / "r32"
     below.mkdir(parents=True)
     pinned = replace(model, adapter_revision="d" * 40)
-    with pytest.raises(load.LoadError, match=r"no adapter_config\.json"):
-        load.adapter_folder(pinned)
+    with pytest.raises(LoadError, match=r"no adapter_config\.json"):
+        adapter_folder(pinned)
     (below / "adapter_config.json").write_text("{}")
     (below / "adapter_model.bin").write_bytes(b"")
-    assert load.adapter_folder(pinned) == below
+    assert adapter_folder(pinned) == below
     shutil.rmtree(snapshot)
-    with pytest.raises(load.LoadError, match=r"could not be fetched.*--include 'llama/r32/adapter_config\.json'"):
-        load.adapter_folder(pinned)
+    with pytest.raises(LoadError, match=r"could not be fetched.*--include 'llama/r32/adapter_config\.json'"):
+        adapter_folder(pinned)

@@ -130,7 +130,7 @@ def test_provenance_names_commits_and_left_out_runs(synthetic_results: Path) -> 
 def test_the_reading_side_imports_no_torch() -> None:
     code = (
         "import sys, importlib, analysis; "
-        "[importlib.import_module(m) for m in ['dora_lab.report', 'dora_lab.verify', *analysis.modules()]]; "
+        "[importlib.import_module(m) for m in ['dora_lab.report', 'dora_lab.paper', *analysis.modules()]]; "
         "bad = [m for m in ('torch', 'transformers', 'lm_eval') if m in sys.modules]; sys.exit(str(bad) if bad else 0)"
     )
     root = Path(__file__).resolve().parents[1]

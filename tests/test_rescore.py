@@ -12,8 +12,9 @@ from conftest import make_spec, write_run
 from typer.testing import CliRunner
 
 from dora_lab import __main__ as command
-from dora_lab.rescore import rescore
-from dora_lab.store import StoreError, read_stream
+from dora_lab.evaluation.rescore import rescore
+from dora_lab.runs.errors import StoreError
+from dora_lab.runs.streams import read_stream
 
 TEXTS = {
     "boolq": [
@@ -97,5 +98,5 @@ def test_command_and_no_torch(run: Path) -> None:
     done = CliRunner().invoke(command.app, ["rescore", str(run), "--pattern", "boolq=(?i)true|false"])
     assert done.exit_code == 0, done.output
     assert "25.0 ->   50.0" in done.output and "2 -> 1" in done.output
-    code = "import sys, dora_lab.rescore; sys.exit(bool({'torch', 'transformers', 'lm_eval'} & set(sys.modules)))"
+    code = "import sys, dora_lab.evaluation.rescore; sys.exit(bool({'torch', 'lm_eval'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -18,13 +18,17 @@ from tiny import boolq_items, make_spec, save_data, save_model
 from typer.testing import CliRunner
 
 from dora_lab import __main__ as command
-from dora_lab import selection
-from dora_lab.run import Paths, is_complete, run_spec
-from dora_lab.selection import chosen, load_experiment
+from dora_lab.commands.run import summary
+from dora_lab.launch import select
+from dora_lab.launch.pool import run_many
+from dora_lab.launch.run import Paths, is_complete, run_spec
+from dora_lab.launch.select import chosen, load_experiment
+from dora_lab.models.base import hash_model
+from dora_lab.runs.record import read_record, run_path
+from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Method, Spec, SpecError
-from dora_lab.store import read_record, read_stream, run_path
-from dora_lab.train import Interrupted
-from dora_lab.workers import run_many
+from dora_lab.tasks import sources
+from dora_lab.training.fit import Interrupted
 
 HOUSE = Path(__file__).resolve().parents[1]
 
@@ -142,7 +146,7 @@ def test_run_many_skips_records_failures_and_goes_on(paths: Paths, capfd: pytest
     assert "[3/3]" in capfd.readouterr().err
     again = run_many([specs[0], specs[2]], paths, jobs=2)
     assert [outcome.status for outcome in again] == ["skipped", "skipped"]
-    text = command.summary(outcomes, paths.results)
+    text = summary(outcomes, paths.results)
     assert "3 runs: 2 complete, 1 failed" in text and "generate" in text
 
 
@@ -151,8 +155,8 @@ def start(paths: Paths, specs: list[Spec]) -> subprocess.Popen[str]:
     from dora_lab.spec import to_dict
 
     code = (
-        "import json, sys; from pathlib import Path; from dora_lab.run import Paths\n"
-        "from dora_lab.spec import from_dict; from dora_lab.workers import run_many\n"
+        "import json, sys; from pathlib import Path; from dora_lab.launch.run import Paths\n"
+        "from dora_lab.spec import from_dict; from dora_lab.launch.pool import run_many\n"
         "specs = [from_dict(s) for s in json.loads(sys.argv[1])]\n"
         "print([o.status for o in run_many(specs, Paths(*map(Path, sys.argv[2:])), jobs=1)])\n"
     )
@@ -227,7 +231,7 @@ def tiny_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     folder = tmp_path / "experiments"
     folder.mkdir()
     (folder / "tiny_one.py").write_text(EXPERIMENT.format(tests=str(Path(__file__).parent)))
-    monkeypatch.setattr(selection, "EXPERIMENTS", folder)
+    monkeypatch.setattr(select, "EXPERIMENTS", folder)
     return load_experiment("tiny_one")
 
 
@@ -256,13 +260,11 @@ def test_with_changes_every_spec_that_has_the_field(tiny_experiment: Any) -> Non
 
 
 def test_folders_given_on_the_command_line_are_in_the_spec(tiny_experiment: Any, inputs: Path) -> None:
-    from dora_lab import load
-
     specs = chosen(tiny_experiment, "mini", data_dir=inputs / "data", model_dir=inputs / "model")
     for spec in specs:
         assert spec.data.name == "llm_adapters" and spec.data.tasks == ("boolq", "ARC-Easy")
-        assert spec.data.sha256 == load.hash_data(inputs / "data")
-        assert spec.model.name == "model" and spec.model.revision == load.hash_model(inputs / "model")[:12]
+        assert spec.data.sha256 == sources.hash_data(inputs / "data")
+        assert spec.model.name == "model" and spec.model.revision == hash_model(inputs / "model")[:12]
 
 
 def test_command_line(tiny_experiment: Any, inputs: Path, tmp_path: Path) -> None:

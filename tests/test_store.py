@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from dora_lab import store
+from dora_lab.runs import directory
+from dora_lab.runs.directory import RunDir
+from dora_lab.runs.errors import LockedError, StoreError
+from dora_lab.runs.record import iter_runs, read_record, run_path
+from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Data, Evaluation, Method, Model, Spec, spec_id, to_dict
-from dora_lab.store import LockedError, RunDir, StoreError, iter_runs, read_record, read_stream
 
 SPEC = Spec(
     experiment="commonsense",
@@ -162,7 +165,7 @@ def test_one_writer(tmp_path: Path) -> None:
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     code = (
-        "import sys, time, pathlib, test_store; from dora_lab.store import RunDir\n"
+        "import sys, time, pathlib, test_store; from dora_lab.runs.directory import RunDir\n"
         "run = RunDir.open(pathlib.Path(sys.argv[1]), test_store.SPEC); print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
@@ -184,7 +187,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
 
 
 def test_the_lock_of_another_host_is_respected(tmp_path: Path) -> None:
-    path = store.run_path(tmp_path, SPEC)
+    path = run_path(tmp_path, SPEC)
     path.mkdir(parents=True)
     (path / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
     with pytest.raises(LockedError, match="process 1 on host elsewhere; if it has ended, remove"):
@@ -200,7 +203,7 @@ def test_records_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             raise OSError("no space left")
 
         with monkeypatch.context() as patch:
-            patch.setattr(store.os, "replace", crash)
+            patch.setattr(directory.os, "replace", crash)
             with pytest.raises(OSError, match="no space"):
                 run.record(a=2)
         assert (run.path / "record.json").read_bytes() == before
@@ -210,7 +213,7 @@ def test_records_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_reader_never_sees_half_a_record(tmp_path: Path) -> None:
     with RunDir.open(tmp_path, SPEC) as run:
-        code = "import sys; from dora_lab.store import read_record\nwhile True: read_record(sys.argv[1])"
+        code = "import sys; from dora_lab.runs.directory import read_record\nwhile True: read_record(sys.argv[1])"
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         reader = subprocess.Popen([sys.executable, "-c", code, str(run.path)], env=environment, stderr=subprocess.PIPE)
         end = time.monotonic() + 1

@@ -12,16 +12,17 @@ from tiny import boolq_items, make_spec, save_data, save_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from dora_lab import load
-from dora_lab.adapters import inject
-from dora_lab.batches import IGNORED, MicroBatches, collate, encode, order, total_steps
-from dora_lab.probe import DecompositionCallback
+from dora_lab.methods.inject import inject
+from dora_lab.models.base import model_and_tokenizer
+from dora_lab.probing.callback import DecompositionCallback
+from dora_lab.runs.directory import RunDir
+from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Spec
-from dora_lab.store import RunDir, read_stream
-from dora_lab.tasks import ItemError
-from dora_lab.train import Interrupted, train
-from dora_lab.trainer import NonFiniteError
-from dora_lab.weights import trained_weights
+from dora_lab.tasks import ItemError, sources
+from dora_lab.training.batches import IGNORED, MicroBatches, collate, encode, order, total_steps
+from dora_lab.training.fit import Interrupted, train
+from dora_lab.training.trained_weights import trained_weights
+from dora_lab.training.trainer import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,7 +39,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def go(spec: Spec, root: Path, model_dir: Path, data_dir: Path, **options: Any) -> dict[str, Tensor]:
     """Train and return the trained weights; the stop event may be given as `stop`."""
-    model, tokenizer = load.model_and_tokenizer(spec, model_dir)
+    model, tokenizer = model_and_tokenizer(spec, model_dir)
     inject(model, spec.method, spec.seed)
     with RunDir.open(root, spec) as run:
         callbacks = [*options.pop("callbacks", ())]
@@ -49,7 +50,7 @@ def go(spec: Spec, root: Path, model_dir: Path, data_dir: Path, **options: Any) 
                     lambda row: run.append("probe", row), spec.probe.fractions, initial=lambda name: files[name]
                 )
             )
-        train(spec, model, tokenizer, load.items(spec, data_dir), run, callbacks=callbacks, **options)
+        train(spec, model, tokenizer, sources.items(spec, data_dir), run, callbacks=callbacks, **options)
         return trained_weights(model)
 
 
@@ -60,7 +61,7 @@ def load_file(model_dir: Path) -> dict[str, Tensor]:
 
 
 def rows(root: Path, spec: Spec, stream: str) -> list[dict[str, Any]]:
-    from dora_lab.store import run_path
+    from dora_lab.runs.record import run_path
 
     found = read_stream(run_path(root, spec), stream)
     return [{name: value for name, value in row.items() if name != "seconds"} for row in found]
@@ -92,7 +93,7 @@ class KillAt(TrainerCallback):
 
 def test_loss_is_on_the_answer_and_its_end(model_dir: Path) -> None:
     spec = make_spec()
-    _, tokenizer = load.model_and_tokenizer(spec, model_dir)
+    _, tokenizer = model_and_tokenizer(spec, model_dir)
     (example,) = encode({"boolq": boolq_items(1)}, spec.data, tokenizer).examples
     labelled = [token for token, label in zip(example.ids, example.labels, strict=True) if label != IGNORED]
     assert tokenizer.decode(labelled) == "the correct answer is false</s>"
@@ -106,7 +107,7 @@ def test_evaluation_prompt_begins_the_training_tokens(model_dir: Path, template:
     from dora_lab.tasks import train_prefix
 
     spec = make_spec(data__template=template)
-    _, tokenizer = load.model_and_tokenizer(spec, model_dir)
+    _, tokenizer = model_and_tokenizer(spec, model_dir)
     item = boolq_items(1)[0]
     (example,) = encode({"boolq": [item]}, spec.data, tokenizer).examples
     prompt = tokenizer(train_prefix(item, template).rstrip())["input_ids"]
@@ -115,7 +116,7 @@ def test_evaluation_prompt_begins_the_training_tokens(model_dir: Path, template:
 
 def test_long_items_keep_their_answer_and_are_counted(model_dir: Path) -> None:
     spec = make_spec()
-    _, tokenizer = load.model_and_tokenizer(spec, model_dir)
+    _, tokenizer = model_and_tokenizer(spec, model_dir)
     (full,) = encode({"boolq": boolq_items(1)}, spec.data, tokenizer).examples
     cut = encode({"boolq": boolq_items(1)}, make_spec(data__cutoff=len(full.ids) - 5).data, tokenizer)
     assert cut.shortened == 1
@@ -137,7 +138,7 @@ def test_order_comes_from_seed_and_epoch_alone() -> None:
 
 def test_micro_batches_cover_each_step(model_dir: Path) -> None:
     spec = make_spec()
-    _, tokenizer = load.model_and_tokenizer(spec, model_dir)
+    _, tokenizer = model_and_tokenizer(spec, model_dir)
     examples = encode({"boolq": boolq_items(40)}, spec.data, tokenizer).examples
     assert spec.optim is not None
     batches = MicroBatches(examples, spec.optim, 0, 0)
@@ -150,7 +151,7 @@ def test_micro_batches_cover_each_step(model_dir: Path) -> None:
 
 def test_padding_does_not_reach_the_logits(model_dir: Path) -> None:
     spec = make_spec()
-    model, tokenizer = load.model_and_tokenizer(spec, model_dir)
+    model, tokenizer = model_and_tokenizer(spec, model_dir)
     examples = encode({"boolq": boolq_items(3)}, spec.data, tokenizer).examples
     together = {name: value for name, value in collate(examples, 0).items() if name != "labels"}
     with torch.no_grad():
@@ -194,7 +195,7 @@ def full_fine_tuning() -> Spec:
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "no manifest"])
 def test_damaged_checkpoint_is_passed_over(damage: str, model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
-    from dora_lab.store import run_path
+    from dora_lab.runs.record import run_path
 
     spec = make_spec()
     whole = go(spec, tmp_path / "whole", model_dir, data_dir, checkpoint_steps=4)
@@ -223,7 +224,7 @@ class Poison(TrainerCallback):
 
 
 def test_nan_loss_ends_in_failed(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
-    from dora_lab.store import read_record, run_path
+    from dora_lab.runs.record import read_record, run_path
 
     spec = make_spec(probe="none")
     with pytest.raises(NonFiniteError, match=r"loss is nan at step 4, training items \["):
@@ -238,10 +239,10 @@ def test_best_validation_loss_is_kept(model_dir: Path, data_dir: Path, tmp_path:
     spec = make_spec(
         data__validation_items=8, optim__eval_steps=4, optim__keep="best_loss", optim__learning_rate=0.3, probe="none"
     )
-    model, tokenizer = load.model_and_tokenizer(spec, model_dir)
+    model, tokenizer = model_and_tokenizer(spec, model_dir)
     inject(model, spec.method, spec.seed)
     with RunDir.open(tmp_path, spec) as run:
-        summary = train(spec, model, tokenizer, load.items(spec, data_dir), run)
+        summary = train(spec, model, tokenizer, sources.items(spec, data_dir), run)
         losses = {row["step"]: row["eval_loss"] for row in read_stream(run.path, "metrics") if "eval_loss" in row}
     assert list(losses) == [4, 8, 12, 16]
     assert losses[summary["kept_step"]] == min(losses.values())

@@ -15,18 +15,19 @@ import pytest
 from conftest import METHODS, make_spec, write_tree
 from scipy import stats
 
-from dora_lab import report, statistics, verify
+from dora_lab import paper, report
+from dora_lab.report import statistics
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "paper" / "reference.csv"
 
 
 def table_of_verdicts(results: Path) -> pd.DataFrame:
     evals, probes = (report.frame(results, "commonsense", stream) for stream in ("eval", "probe"))
-    return verify.verdicts(evals, probes, verify.claims("commonsense"))
+    return paper.verdicts(evals, probes, paper.claims("commonsense"))
 
 
 def test_claims_hold_the_whole_of_table_1_and_the_correlations() -> None:
-    rows = verify.claims("commonsense")
+    rows = paper.claims("commonsense")
     table = rows[(rows["kind"] == "number") & (rows["source"] == "Table 1")]
     assert len(table) == 19 * 9 and table["value"].between(0, 100).all()
     averages = table[table["subject"] == "average"].set_index(["model", "method"])["value"]
@@ -42,7 +43,7 @@ KEY = ["source", "model", "method", "setting", "other", "rank", "subject", "metr
 
 
 def test_claims_hold_every_number_once_with_source_and_flag() -> None:
-    rows = verify.claims()
+    rows = paper.claims()
     assert rows["kind"].value_counts().to_dict() == NUMBERS | {"direction": 9}
     assert sum(NUMBERS.values()) == 527
     assert not rows[rows["kind"] != "direction"].duplicated(KEY).any()
@@ -54,7 +55,7 @@ def test_claims_hold_every_number_once_with_source_and_flag() -> None:
 
 def test_cells_printed_twice_agree_but_for_the_known_ones() -> None:
     """Table 15 repeats rows of table 1; tables 6 and 7 still say 78.1 where table 1 says 78.4 (facts of version 6)."""
-    rows = verify.claims()
+    rows = paper.claims()
     rows = rows[(rows["kind"] == "number") & (rows["metric"] == "accuracy_percent") & rows["rank"].notna()]
     rows = rows.assign(method=rows["method"].str.removesuffix("†"))
     cells = rows[~rows["setting"].isin(["norm in graph", "m: QKVOGUD, V: QKV"])].groupby(
@@ -71,7 +72,7 @@ def test_cells_printed_twice_agree_but_for_the_known_ones() -> None:
 def test_claims_lose_no_number_of_the_reference() -> None:
     with REFERENCE.open(encoding="utf-8", newline="") as file:
         reference = list(csv.DictReader(file))
-    rows = verify.claims()
+    rows = paper.claims()
     rows = rows[rows["kind"] != "direction"]
     assert len(reference) == len(rows)
 
@@ -85,10 +86,10 @@ def test_claims_lose_no_number_of_the_reference() -> None:
 
 def test_a_malformed_claim_is_named(tmp_path: Path) -> None:
     file = tmp_path / "claims.csv"
-    text = verify.CLAIMS.read_text(encoding="utf-8").splitlines()
+    text = paper.CLAIMS.read_text(encoding="utf-8").splitlines()
     file.write_text("\n".join([text[0], text[1].replace("73.1", "many")]), encoding="utf-8")
     with pytest.raises(ValueError, match=r"line 2, field value: 'many'"):
-        verify.claims(path=file)
+        paper.claims(path=file)
     for wrong, message in (
         (text[1].replace("number", "guess"), "line 2, field kind: 'guess' is not one of"),
         (text[1].replace("73.1", ""), "line 2, field value: empty"),
@@ -98,7 +99,7 @@ def test_a_malformed_claim_is_named(tmp_path: Path) -> None:
     ):
         file.write_text("\n".join([text[0], wrong]), encoding="utf-8")
         with pytest.raises(ValueError, match=message):
-            verify.claims(path=file)
+            paper.claims(path=file)
 
 
 def test_correlation_with_one_seed_is_scipys(rng: np.random.Generator) -> None:
@@ -149,7 +150,7 @@ def test_the_t_test_over_tasks_is_scipys() -> None:
 
 def test_verdicts_of_the_synthetic_tree(synthetic_results: Path) -> None:
     rows = table_of_verdicts(synthetic_results)
-    assert set(rows["verdict"]) <= set(verify.VERDICTS)
+    assert set(rows["verdict"]) <= set(paper.VERDICTS)
     by = rows.set_index(["claim", "protocol"])
     strong = by.loc[("dora_above_lora", "generate")]
     assert strong["verdict"] == "holds" and strong["low"] > 0 and strong["test"].startswith("paired bootstrap")
@@ -202,7 +203,7 @@ def test_items_that_differ_are_not_paired(tmp_path: Path, run_writer: Callable[.
 
 
 def test_compare_agrees_exactly_with_itself(synthetic_results: Path) -> None:
-    text, ok = verify.compare(synthetic_results, synthetic_results)
+    text, ok = paper.compare(synthetic_results, synthetic_results)
     assert ok and "10 agree exactly" in text
 
 
@@ -217,13 +218,13 @@ def test_compare_tells_tolerance_difference_and_absence_apart(tmp_path: Path, ru
         elif name == "base":
             run_writer(mine, make_spec(name, rank, 0), skill=skill)
     run_writer(mine, make_spec("lora", 2, 0))
-    text, ok = verify.compare(mine, theirs)
+    text, ok = paper.compare(mine, theirs)
     assert not ok
     lines = {line.split("  ")[0].strip(): line for line in text.splitlines() if "generate" in line}
     assert lines["base"].endswith("agree exactly") and lines["ft"].endswith("within tolerance")
     assert lines["lora rank 8"].endswith("differ") and lines["dora rank 8"].endswith("missing")
     assert "1 of your runs have no committed record" in text
-    assert verify.compare(mine, tmp_path / "nothing")[1] is False
+    assert paper.compare(mine, tmp_path / "nothing")[1] is False
 
 
 def test_compare_leaves_out_committed_runs_that_nobody_asked_for(
@@ -232,14 +233,14 @@ def test_compare_leaves_out_committed_runs_that_nobody_asked_for(
     for root in ("mine", "theirs"):
         run_writer(tmp_path / root, make_spec("lora", 8, 0))
     run_writer(tmp_path / "theirs", make_spec("lora", 8, 0, data__name="llm_adapters"))
-    text, ok = verify.compare(tmp_path / "mine", tmp_path / "theirs")
+    text, ok = paper.compare(tmp_path / "mine", tmp_path / "theirs")
     assert ok and "data mini:" in text and "llm_adapters" not in text
     run_writer(tmp_path / "mine", make_spec("dora", 8, 0, data__name="llm_adapters"))
-    text, ok = verify.compare(tmp_path / "mine", tmp_path / "theirs")
+    text, ok = paper.compare(tmp_path / "mine", tmp_path / "theirs")
     assert not ok and "data llm_adapters:" in text and "missing" in text
     (tmp_path / "other").mkdir()
     run_writer(tmp_path / "other", make_spec("lora", 8, 0, model__name="elsewhere"))
-    text, ok = verify.compare(tmp_path / "other", tmp_path / "theirs")
+    text, ok = paper.compare(tmp_path / "other", tmp_path / "theirs")
     assert not ok and "is about commonsense, tier mini, model elsewhere, data mini" in text
 
 
@@ -248,5 +249,5 @@ def test_experiments_and_splits_do_not_mix(tmp_path: Path, run_writer: Callable[
     alone = table_of_verdicts(tmp_path)
     run_writer(tmp_path, make_spec("lora", 8, 0, experiment="commonsense_sweep"), skill=0.9)
     run_writer(tmp_path, make_spec("lora", 8, 0, evaluation__split="validation"), skill=0.9)
-    everything = verify.verdicts(*(report.frame(tmp_path, None, s) for s in ("eval", "probe")), verify.claims())
+    everything = paper.verdicts(*(report.frame(tmp_path, None, s) for s in ("eval", "probe")), paper.claims())
     pd.testing.assert_frame_equal(alone, everything)

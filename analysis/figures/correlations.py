@@ -15,7 +15,8 @@ import pandas as pd
 from matplotlib.lines import Line2D
 
 from analysis import script
-from dora_lab import report, verify
+from dora_lab import report
+from dora_lab.paper import claims
 from dora_lab.report import correlations
 
 METHODS = ("FT", "LoRA", "DoRA")
@@ -26,7 +27,7 @@ AXES = {"out": "one magnitude per output feature (the paper's)", "in": "one magn
 def build(results: Path) -> list[Path]:
     """Write results/figures/correlations{suffix} and axes{suffix} (.pdf, .png), a pair per group; returns the paths."""
     paths = []
-    paper = verify.claims("commonsense")
+    paper = claims("commonsense")
     for experiment, name, panels in (
         ("commonsense", "correlations", [[("out", "pooled"), ("out", "between layers"), ("out", "changes")]]),
         ("decomposition", "axes", [[(axis, view) for axis in AXES] for view in ("pooled", "between layers")]),

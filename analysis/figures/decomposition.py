@@ -14,8 +14,9 @@ from matplotlib import colormaps
 from matplotlib.lines import Line2D
 
 from analysis import script
-from dora_lab import report, verify
-from dora_lab.statistics import Estimate
+from dora_lab import report
+from dora_lab.paper import claims, layer_correlation
+from dora_lab.report.statistics import Estimate
 
 METHODS = ("FT", "LoRA", "DoRA")
 KINDS = ("q_proj", "v_proj")
@@ -25,7 +26,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 def build(results: Path) -> list[Path]:
     """Write results/figures/decomposition{suffix}.{pdf,png}, one pair per group of runs; returns the paths."""
     probes = report.frame(results, "commonsense", "probe")
-    paper = verify.claims("commonsense")
+    paper = claims("commonsense")
     paths = []
     for suffix, rows in report.groups(probes):
         source = report.provenance(rows, probes.attrs["statuses"])
@@ -40,7 +41,7 @@ def draw(probes: pd.DataFrame, paper: pd.DataFrame) -> Any:
     layers, fractions = sorted(shown["layer"].unique()), sorted(shown["fraction"].unique())
     colours = {layer: colormaps["viridis"](0.92 * i / max(len(layers) - 1, 1)) for i, layer in enumerate(layers)}
     estimates = {
-        (i, j): verify.layer_correlation(probes, label, kind)
+        (i, j): layer_correlation(probes, label, kind)
         for i, kind in enumerate(KINDS)
         for j, label in enumerate(METHODS)
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import script
-from dora_lab import report, verify
+from dora_lab import paper, report
 from dora_lab.report import Block, number
 
 TITLE = "Commonsense reasoning: accuracy in percent"
@@ -123,7 +123,7 @@ def _notes(part: pd.DataFrame) -> tuple[str, ...]:
 
 def table_1() -> pd.DataFrame:
     """The paper's own table 1, a row per printed accuracy (claims.csv)."""
-    rows = verify.claims("commonsense")
+    rows = paper.claims("commonsense")
     return rows[(rows["kind"] == "number") & (rows["source"] == "Table 1")]
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import pandas as pd
 
 from analysis import script
-from dora_lab import report, statistics, verify
-from dora_lab.report import Block, correlations, number
-from dora_lab.statistics import Estimate
+from dora_lab import report
+from dora_lab.paper import claims
+from dora_lab.report import Block, correlations, number, statistics
+from dora_lab.report.statistics import Estimate
 
 KINDS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 TITLE = "Correlation of ΔD with ΔM (Pearson's r)"
@@ -27,7 +28,7 @@ NOTES = (
 
 def build(results: Path) -> list[Path]:
     """Write results/tables/correlations.{md,csv,tex}; returns their paths."""
-    paper = verify.claims("commonsense")
+    paper = claims("commonsense")
     printed = paper[(paper["metric"] == "correlation") & paper["kind"].isin(("number", "rerun"))]
     rows, blocks, used, statuses = [], [], [], {}
     for experiment in ("commonsense", "decomposition"):

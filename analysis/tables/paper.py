@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from analysis import script
-from dora_lab import report, verify
+from dora_lab import paper, report
 from dora_lab.report import Block, number
 from experiments import commonsense, commonsense_ablations
 
@@ -33,9 +33,9 @@ UNITS = {
 
 def build(results: Path) -> list[Path]:
     """Write results/tables/paper.{md,csv,tex}; returns their paths."""
-    rows = verify.claims()
+    rows = paper.claims()
     published = [*commonsense.specs("paper"), *commonsense_ablations.specs("paper")]
-    cells = verify.cells(results, rows, published)
+    cells = paper.cells(results, rows, published)
     records = report.frame(results, stream="record")
     records = records[records["tier"] == "paper"]
     averages = cells[(cells["subject"] == "average") & (cells["metric"] == "accuracy_percent")]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import script
-from dora_lab import report, verify
+from dora_lab import paper, report
 from dora_lab.report import Block, number
 
 NOTES = (
@@ -23,7 +23,7 @@ def build(results: Path) -> list[Path]:
     """Write results/tables/verdicts.{md,csv,tex}; returns their paths."""
     evals, probes = (report.frame(results, "commonsense", stream) for stream in ("eval", "probe"))
     evals = evals[evals["split"] == "test"]
-    rows = verify.verdicts(evals, probes, verify.claims("commonsense"))
+    rows = paper.verdicts(evals, probes, paper.claims("commonsense"))
     blocks = []
     keys = ["tier", "model", "data"]
     for key, part in sorted(

@@ -16,9 +16,9 @@ import pandas as pd
 
 from analysis import script
 from analysis.tables.correlations import interval
-from dora_lab import report, statistics
-from dora_lab.report import Block, correlations, number
-from dora_lab.statistics import Estimate
+from dora_lab import report
+from dora_lab.report import Block, correlations, number, statistics
+from dora_lab.report.statistics import Estimate
 
 KINDS = ("q_proj", "v_proj")
 VIEWS = ("pooled", "between layers", "changes")

@@ -14,7 +14,17 @@ from __future__ import annotations
 
 from dora_lab.report.figures import new_figure, save_figure
 from dora_lab.report.frames import GROUP, frame, groups, scores
-from dora_lab.report.look import HALF_RANK, KINDS, METHODS, MISSING, TASKS, Style, ordered_labels, ordered_tasks, style
+from dora_lab.report.labels import (
+    HALF_RANK,
+    KINDS,
+    METHODS,
+    MISSING,
+    TASKS,
+    Style,
+    ordered_labels,
+    ordered_tasks,
+    style,
+)
 from dora_lab.report.provenance import Provenance, provenance
 from dora_lab.report.tables import Block, latex_escape, markdown, number, readme_block, save_table
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from dora_lab import statistics
-from dora_lab.report.look import METHODS
-from dora_lab.statistics import Estimate
+from dora_lab.report import statistics
+from dora_lab.report.labels import METHODS
+from dora_lab.report.statistics import Estimate
 
 FACTORS = {  # what a grid changes, one at a time: name -> column
     "learning rate": "optim.learning_rate",

@@ -15,8 +15,10 @@ from typing import Any
 
 import pandas as pd
 
-from dora_lab import statistics, store
-from dora_lab.report.look import HALF_RANK, METHODS, ordered_labels, ordered_tasks
+from dora_lab.report import statistics
+from dora_lab.report.labels import HALF_RANK, METHODS, ordered_labels, ordered_tasks
+from dora_lab.runs.record import iter_runs
+from dora_lab.runs.streams import read_rows
 from dora_lab.spec import leaves
 
 GROUP = ["experiment", "tier", "model", "data", "eval_data", "split"]  # what never shares a column or a panel
@@ -58,7 +60,7 @@ def frame(root: Path, experiment: str | None = None, stream: str = "eval") -> pd
         raise ValueError(f"report.frame: stream {stream!r} is not one of {', '.join(_STREAMS)}")
     runs: list[tuple[Path, dict[str, Any], dict[str, Any]]] = []
     left_out: list[dict[str, Any]] = []
-    for path, record in store.iter_runs(Path(root), experiment):
+    for path, record in iter_runs(Path(root), experiment):
         if record["status"] == "complete":
             runs.append((path, record, _run_columns(record)))
         else:
@@ -70,7 +72,7 @@ def frame(root: Path, experiment: str | None = None, stream: str = "eval") -> pd
         if stream == "record":
             rows.append(columns | _cells({k: v for k, v in record.items() if k not in ("spec", "spec_id", "code")}))
         else:
-            rows.extend(columns | row for row in store.read_rows(path, stream))
+            rows.extend(columns | row for row in read_rows(path, stream))
     first = [*_FIRST, *_STREAMS[stream]]
     result = pd.DataFrame(rows)
     result = result.reindex(columns=[*first, *(c for c in result.columns if c not in first)])

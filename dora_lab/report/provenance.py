@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from dora_lab.report.look import MISSING
+from dora_lab.report.labels import MISSING
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from dora_lab.report.look import MISSING
+from dora_lab.report.labels import MISSING
 from dora_lab.report.provenance import Provenance
 
 

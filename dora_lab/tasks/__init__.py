@@ -31,7 +31,7 @@ __all__ = [
 @cache
 def all_tasks() -> tuple[Task, ...]:
     """Every task of this folder, in the order of the paper's table 1."""
-    modules = (import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
+    modules = (import_module(found.name) for found in pkgutil.walk_packages(__path__, f"{__name__}."))
     found = [module.TASK for module in modules if hasattr(module, "TASK")]
     return tuple(sorted(found, key=lambda task: task.position))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dora_lab.files import parse_json
+from dora_lab.io.files import parse_json
 from dora_lab.tasks.task import Task
 
 FIELDS = ("instruction", "input", "output", "answer")

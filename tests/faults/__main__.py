@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.tables import faults as table
-from dora_lab import provenance
+from dora_lab.runs import provenance
 from tests.faults import Fault, Skipped, all_faults
 from tests.faults._fuzz import TARGETS, campaign
 

@@ -28,10 +28,12 @@ from typing import Any
 import tqdm.auto
 import tqdm.std
 
-from dora_lab import snapshots, trainer, workers
-from dora_lab.run import Paths, run_spec
+from dora_lab.launch import pool
+from dora_lab.launch.run import Paths, run_spec
+from dora_lab.runs import checkpoints
+from dora_lab.runs.record import run_path
 from dora_lab.spec import Method, Spec
-from dora_lab.store import run_path
+from dora_lab.training import trainer
 from tests.tiny import make_spec, save_data, save_model
 
 EVERY = 2  # optimiser steps between checkpoints
@@ -52,10 +54,10 @@ def small_spec(method: str = "dora", **changes: Any) -> Spec:
 @functools.cache
 def inputs() -> Path:
     """A folder with a tiny model and data, made once."""
-    import dora_lab.adapters
-    import dora_lab.checkpoints
-    import dora_lab.evaluate
-    import dora_lab.probe  # noqa: F401  (imported here once, not in every child)
+    import dora_lab.evaluation.evaluate
+    import dora_lab.formats.live
+    import dora_lab.methods.inject
+    import dora_lab.probing.callback  # noqa: F401  (imported here once, not in every child)
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     folder = Path(tempfile.mkdtemp(prefix="dora-lab-faults-"))
@@ -74,7 +76,7 @@ def run(root: Path, spec: Spec, **options: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
-    snapshots.clear = lambda folder: None  # only ever in a child
+    checkpoints.clear = lambda folder: None  # only ever in a child
     run_spec(spec, paths(root), checkpoint_steps=EVERY, **options)
 
 
@@ -154,9 +156,9 @@ def result(root: Path, spec: Spec) -> dict[str, str]:
     files = [path / f"{stream}.jsonl" for stream in ("metrics", "probe", "eval")]
     files += [file for file in sorted((path / "adapter").iterdir()) if file.suffix == ".safetensors"]
     last = path / "checkpoints" / f"checkpoint-{STEPS}"
-    files += [file for file in sorted(last.iterdir()) if file.name != snapshots.MANIFEST]
+    files += [file for file in sorted(last.iterdir()) if file.name != checkpoints.MANIFEST]
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt"} <= {file.name for file in files}
-    return {str(file.relative_to(path)): snapshots.sha256(file) for file in files}
+    return {str(file.relative_to(path)): checkpoints.sha256(file) for file in files}
 
 
 @functools.cache
@@ -249,7 +251,7 @@ def count_or_kill(root: Path, spec: Spec, window: str, k: int | None, seed: int)
 @contextlib.contextmanager
 def _window(killer: Killer, window: str) -> Iterator[None]:
     """Set `killer.inside` while the window lasts."""
-    from dora_lab.store import RunDir
+    from dora_lab.runs.directory import RunDir
 
     owner: Any = trainer.RunTrainer if window == "save" else RunDir
     name = {"save": "_save_checkpoint", "finish": "finish", "run": "__enter__"}[window]
@@ -297,7 +299,7 @@ def together(root: Path, spec: Spec, errors: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    (outcome,) = workers._together([spec], paths(root), shard=False)
+    (outcome,) = pool._together([spec], paths(root), shard=False)
     errors.write_text(f"{outcome.status}: {outcome.error}")
 
 

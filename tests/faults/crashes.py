@@ -17,10 +17,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dora_lab import report, snapshots
-from dora_lab.run import Paths, run_spec
+from dora_lab.runs.errors import LockedError, ResumeError, StoreError
+from dora_lab.runs.record import read_record, run_path
+from dora_lab.runs.streams import read_stream
+
+from dora_lab import report
+from dora_lab.launch.run import Paths, run_spec
+from dora_lab.runs import checkpoints
 from dora_lab.spec import Spec, derive
-from dora_lab.store import LockedError, ResumeError, StoreError, read_record, read_stream, run_path
 from tests.faults import Skipped, fault
 from tests.faults import _crash as crash
 
@@ -166,7 +170,7 @@ def disk_nearly_full(folder: Path, rng: random.Random) -> str:
         code = crash.begin(disk, spec, lambda: fill(disk, rng.randint(0, 1 << 20)), at=3)
         assert code == 1 and "checkpoint-2 stays" in last_error(disk)
         (disk / "filler").unlink()
-        assert not (run_path(disk, spec) / "checkpoints" / snapshots.PARTIAL).exists()
+        assert not (run_path(disk, spec) / "checkpoints" / checkpoints.PARTIAL).exists()
         crash.same_as_whole(disk, spec)
         assert read_record(run_path(disk, spec))["training"]["resumed_from"] == 2
         return last_error(disk)
@@ -184,7 +188,7 @@ def disk_full(folder: Path, rng: random.Random) -> str:
 
         assert crash.begin(disk, spec, blind, at=3) == 1
         (disk / "filler").unlink()
-        assert not (run_path(disk, spec) / "checkpoints" / snapshots.PARTIAL).exists()
+        assert not (run_path(disk, spec) / "checkpoints" / checkpoints.PARTIAL).exists()
         crash.same_as_whole(disk, spec)
         assert read_record(run_path(disk, spec))["training"]["resumed_from"] == 2
         return last_error(disk)
@@ -241,7 +245,7 @@ def stopped_by_numbers(folder: Path, spec: Spec, poison: Callable[[], None]) -> 
     assert "training items [" in record["error"]
     steps = [row["step"] for row in read_stream(run_path(folder, spec), "metrics")]
     assert f"at step {len(steps) + 1}," in record["error"] and steps == list(range(1, len(steps) + 1))
-    kept = [snapshots.step_of(found) for found in (run_path(folder, spec) / "checkpoints").glob("checkpoint-*")]
+    kept = [checkpoints.step_of(found) for found in (run_path(folder, spec) / "checkpoints").glob("checkpoint-*")]
     assert max(kept, default=0) == 2 * (len(steps) // 2), (kept, steps)
     shown = report.frame(folder)
     assert len(shown) == 0 and list(shown.attrs["statuses"].values()) == [1]
@@ -362,7 +366,7 @@ def sigterm(folder: Path, rng: random.Random) -> str:
     record = read_record(run_path(folder, spec))
     assert record["status"] == "interrupted" and told.startswith("interrupted: Interrupted: stopped at step"), told
     last = len(read_stream(run_path(folder, spec), "metrics"))
-    found, problem = snapshots.read_manifest(run_path(folder, spec) / "checkpoints" / f"checkpoint-{last}")
+    found, problem = checkpoints.read_manifest(run_path(folder, spec) / "checkpoints" / f"checkpoint-{last}")
     assert found is not None, problem
     return told
 

@@ -17,14 +17,18 @@ from unittest.mock import patch
 import pandas as pd
 import torch
 
-from dora_lab import load, report, store
-from dora_lab.batches import encode
-from dora_lab.checkpoints import CheckpointError, load_adapter
-from dora_lab.checkpoints.shards import Shards
-from dora_lab.load import LoadError
-from dora_lab.spec import SpecError, derive
-from dora_lab.store import RunDir, StoreError, read_record, read_rows
+from dora_lab import report
+from dora_lab.formats.live import load_adapter
+from dora_lab.formats.shards import Shards
+from dora_lab.io.errors import CheckpointError, LoadError
+from dora_lab.models.base import model_and_tokenizer, model_folder
+from dora_lab.runs.directory import RunDir
+from dora_lab.runs.errors import StoreError
+from dora_lab.runs.record import read_record
+from dora_lab.runs.streams import read_rows, read_stream
+from dora_lab.spec import SpecError, derive, from_dict, to_dict
 from dora_lab.tasks import ItemError, load_task, read_items
+from dora_lab.training.batches import encode
 from tests.faults import fault
 from tests.faults._models import copy, llama, refused
 from tests.tiny import boolq_items, make_spec
@@ -40,7 +44,7 @@ def no_padding(folder: Path, rng: random.Random) -> str:
     else:
         settings["pad_token"] = settings["eos_token"]
     file.write_text(json.dumps(settings))
-    model, tokenizer = load.model_and_tokenizer(make_spec(), saved)
+    model, tokenizer = model_and_tokenizer(make_spec(), saved)
     assert (tokenizer.pad_token, tokenizer.padding_side) == ("</s>", "left")
     assert model.config.pad_token_id == tokenizer.pad_token_id
     texts = ["the red one", "is the blue one big or small?"]
@@ -106,9 +110,9 @@ def broken_text(folder: Path, rng: random.Random) -> str:
 
 @fault(17, "a prompt longer than the cutoff or than the model's positions")
 def too_long(folder: Path, rng: random.Random) -> str:
-    from dora_lab.evaluate import evaluate
+    from dora_lab.evaluation.evaluate import evaluate
 
-    model, tokenizer = load.model_and_tokenizer(make_spec(), copy("tiny", folder))
+    model, tokenizer = model_and_tokenizer(make_spec(), copy("tiny", folder))
     items = boolq_items(4)
     victim = rng.randrange(4)
     items[victim]["instruction"] = "word " * rng.randrange(400, 900) + items[victim]["instruction"]
@@ -121,7 +125,7 @@ def too_long(folder: Path, rng: random.Random) -> str:
     spec = make_spec(evaluation__protocols=rng.choice(["generate", "loglikelihood"]))
     with RunDir.open(folder / "results", spec) as run:
         text = refused(ItemError, lambda: evaluate(spec, model, tokenizer, {"boolq": items}, run), f"item {victim}")
-        assert store.read_stream(run.path, "eval") == []
+        assert read_stream(run.path, "eval") == []
     return text
 
 
@@ -166,24 +170,24 @@ def hub_away(folder: Path, rng: random.Random) -> str:
     with patch.object(constants, "HF_HUB_CACHE", str(folder)):
         if kind == "offline":
             with patch.object(constants, "HF_HUB_OFFLINE", True):
-                text = refused(LoadError, lambda: load.model_folder(spec.model), "org/small", commit)
+                text = refused(LoadError, lambda: model_folder(spec.model), "org/small", commit)
                 there = folder / "models--org--small" / "snapshots" / commit
                 there.parent.mkdir(parents=True)
                 copy("tiny", folder).rename(there)
-                assert load.model_folder(spec.model) == there, "what is in the cache needs no network"
+                assert model_folder(spec.model) == there, "what is in the cache needs no network"
         elif kind == "refused":
             with (
                 patch.object(constants, "ENDPOINT", "http://127.0.0.1:9"),
                 patch.object(hf_api.api, "endpoint", "http://127.0.0.1:9"),
             ):
-                text = refused(LoadError, lambda: load.model_folder(spec.model), "org/small", commit)
+                text = refused(LoadError, lambda: model_folder(spec.model), "org/small", commit)
         else:
             with (
                 _hub(int(kind)) as url,
                 patch.object(constants, "ENDPOINT", url),
                 patch.object(hf_api.api, "endpoint", url),
             ):
-                text = refused(LoadError, lambda: load.model_folder(spec.model), "org/small", commit)
+                text = refused(LoadError, lambda: model_folder(spec.model), "org/small", commit)
     assert time.monotonic() - begun < 120, "it took too long to say so"
     return text
 
@@ -196,9 +200,9 @@ def hostile_names(folder: Path, rng: random.Random) -> str:
     name = rng.choice(HOSTILE)
     kind = rng.choice(["index", "manifest", "experiment", "link"])
     if kind == "experiment":
-        values = json.loads(json.dumps(store.to_dict(make_spec())))
+        values = json.loads(json.dumps(to_dict(make_spec())))
         values["experiment"] = name
-        spec = store.from_dict(values)
+        spec = from_dict(values)
         before = sorted(folder.rglob("*"))
         text = refused(SpecError, lambda: RunDir.open(folder / "results", spec), "experiment")
         refused(SpecError, lambda: derive(make_spec(), {"experiment": name}), "experiment")
@@ -249,14 +253,14 @@ def hostile_text(folder: Path, rng: random.Random) -> str:
 
 @fault(24, "two models evaluated one after the other (lm-eval's cache would give the second the answers of the first)")
 def shared_cache(folder: Path, rng: random.Random) -> str:
-    from dora_lab.evaluate import evaluate
+    from dora_lab.evaluation.evaluate import evaluate
 
     saved = copy("tiny", folder)
     spec = make_spec(evaluation__protocols="loglikelihood", data__tasks="boolq")
     items = {"boolq": boolq_items(6, start=rng.randrange(1000))}
     models = []
     for seed in rng.sample(range(1000), 2):
-        model, tokenizer = load.model_and_tokenizer(spec, saved)
+        model, tokenizer = model_and_tokenizer(spec, saved)
         torch.manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 import dora_lab
-from dora_lab import decompose, measure, statistics, verify
-from dora_lab.adapters import adapted as adapted_layers
-from dora_lab.adapters.dora import unmoved
-from dora_lab.probe import DecompositionCallback
-from dora_lab.report.decomposition import summary
+from dora_lab import decompose, paper
+from dora_lab.methods.dora import unmoved
+from dora_lab.methods.inject import adapted as adapted_layers
+from dora_lab.probing import saved_models
+from dora_lab.probing.callback import DecompositionCallback
+from dora_lab.report import statistics
+from dora_lab.report.probe_rows import summary
 from dora_lab.spec import Method
 from tests.faults import fault
 from tests.faults._models import IDS, QV, adapted, llama, logits, refused
@@ -44,7 +46,7 @@ def zero_rows(folder: Path, rng: random.Random) -> str:
         optimiser.step()
         optimiser.zero_grad()
     dora_lab.save_adapter(model.eval(), folder / "adapter")
-    for row in measure.probe(folder / "base", [folder / "adapter"]):
+    for row in saved_models.probe(folder / "base", [folder / "adapter"]):
         assert 0 <= row["delta_m"] < 10 and 0 <= row["delta_d"] <= 2, row
         if row["module"] == "model.layers.0.self_attn.q_proj":
             assert row["undirected"] == len(rows), row
@@ -110,7 +112,7 @@ def degenerate(folder: Path, rng: random.Random) -> str:
     import pandas as pd
 
     probes = pd.DataFrame([row | {"label": "DoRA", "seed": 0} for row in rows])
-    assert verify.layer_correlation(probes, "DoRA", "q_proj") is None
+    assert paper.layer_correlation(probes, "DoRA", "q_proj") is None
     return f"r(ΔD, ΔM): {found[0]}"
 
 
@@ -129,8 +131,8 @@ def dropout_in_probe(folder: Path, rng: random.Random) -> str:
 
 @fault("extra", "a magnitude that never moves while A and B are trained")
 def still_magnitude(folder: Path, rng: random.Random) -> str:
-    from dora_lab.run import _save_adapter
-    from dora_lab.store import RunDir
+    from dora_lab.launch.run import _save_adapter
+    from dora_lab.runs.directory import RunDir
     from tests.tiny import make_spec
 
     model, spec, run, text = llama(seed=rng.randrange(10**6)), make_spec(), RunDir(folder), ""

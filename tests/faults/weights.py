@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from dora_lab import load, measure, mini
-from dora_lab.checkpoints import CheckpointError, export, load_adapter
-from dora_lab.load import LoadError
-from dora_lab.pretrained import open_model
+from dora_lab import mini
+from dora_lab.formats.live import export, load_adapter
+from dora_lab.io.errors import CheckpointError, LoadError
+from dora_lab.models.base import hash_model, model_folder
+from dora_lab.models.open import open_model
+from dora_lab.probing import saved_models
 from tests.faults import fault
 from tests.faults._models import adapted, copy, flip, header_of, llama, logits, refused, write_header
 from tests.tiny import make_spec
@@ -53,7 +55,7 @@ def flipped_adapter(folder: Path, rng: random.Random) -> str:
     before = logits(model)
     text = refused(CheckpointError, lambda: load_adapter(model, saved), "changed since it was saved")
     assert torch.equal(logits(model), before), "the model was changed"
-    refused(CheckpointError, lambda: list(measure.probe(base, [saved])))
+    refused(CheckpointError, lambda: list(saved_models.probe(base, [saved])))
     return text
 
 
@@ -67,10 +69,10 @@ def flipped_model(folder: Path, rng: random.Random) -> str:
     base.mkdir()
     for file in mini.folder().iterdir():
         (base / file.name).write_bytes(file.read_bytes())
-    found = load.hash_model(base)
+    found = hash_model(base)
     flip(base / "model.safetensors", rng, start=8)
     spec = make_spec(model__revision=found[:12])
-    return refused(LoadError, lambda: load.model_folder(spec.model, base), "the spec asks for")
+    return refused(LoadError, lambda: model_folder(spec.model, base), "the spec asks for")
 
 
 @fault(3, "a name twice in a safetensors header, or another shape for the same bytes")
@@ -99,7 +101,7 @@ def another_base(folder: Path, rng: random.Random) -> str:
     saved = copy("adapter", folder)
     other = llama(seed=rng.randrange(1, 10**6))
     other.save_pretrained(folder / "other")
-    refused(CheckpointError, lambda: list(measure.probe(folder / "other", [saved])), "another base")
+    refused(CheckpointError, lambda: list(saved_models.probe(folder / "other", [saved])), "another base")
     return refused(CheckpointError, lambda: load_adapter(other, saved), "made for the base")
 
 
@@ -138,7 +140,7 @@ def tied_head(folder: Path, rng: random.Random) -> str:
     plain.tie_weights()
     assert torch.allclose(logits(plain), before, atol=1e-4), "the saved model would be tied again"
     llama().save_pretrained(folder / "base")
-    rows = list(measure.probe(folder / "base", [folder / "base"], kinds=["embed_tokens"]))
+    rows = list(saved_models.probe(folder / "base", [folder / "base"], kinds=["embed_tokens"]))
     assert len(rows) == 1, "a tied tensor was counted twice"
     return f"the merged model is saved with two matrices, tie_word_embeddings = false ({end} was adapted)"
 
@@ -192,8 +194,8 @@ def quantised(folder: Path, rng: random.Random) -> str:
     tensors = {k: v for k, v in tensors.items() if not gptq or ("embed" not in k and "lm_head" not in k)}
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     words = "is it quantised" if gptq else "quantised weights have to be dequantised"
-    text = refused(CheckpointError, lambda: list(measure.probe(base, [base])), words)
-    refused(CheckpointError, lambda: list(measure.probe(base, [saved])))
+    text = refused(CheckpointError, lambda: list(saved_models.probe(base, [base])), words)
+    refused(CheckpointError, lambda: list(saved_models.probe(base, [saved])))
     return text
 
 
@@ -216,4 +218,4 @@ def huge_index(folder: Path, rng: random.Random) -> str:
     if kind == "huge":
         with index.open("ab") as file:
             file.truncate(200_000_000)  # sparse: no such space is taken
-    return refused(CheckpointError, lambda: list(measure.probe(saved, [saved])))
+    return refused(CheckpointError, lambda: list(saved_models.probe(saved, [saved])))

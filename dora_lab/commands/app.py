@@ -1,0 +1,35 @@
+"""What all commands share: the application, where results lie, a run by the beginning of its id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dora_lab.spec import SpecError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Fine-tune with weight-decomposed adapters, watch magnitude and direction move, rebuild the paper's tables.",
+)  # fmt: skip
+HOUSE = Path(__file__).resolve().parents[2]
+RESULTS = HOUSE / "results"
+README = HOUSE / "README.md"
+LOCAL = RESULTS / "local"  # a user's own runs, beside the committed ones without touching them
+
+ResultsOption = Annotated[Path, typer.Option("--results", help="Results folder; runs are in its runs/.")]
+
+
+def find_run(text: str, results: Path) -> Path:
+    """A run directory: a path, or the beginning of an id under `results` or the committed results.
+
+    Raises SpecError if there is none, or more than one.
+    """
+    if (Path(text) / "record.json").exists():
+        return Path(text)
+    found = {path.name: path for root in (RESULTS, results) for path in (root / "runs").glob(f"*/{text}*") if text}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    there = f"{', '.join(sorted(found))}: give more digits" if found else f"none in {results} or {RESULTS}"
+    raise SpecError(f"run '{text}': give a run's folder or the beginning of its id; {there}")

@@ -1,0 +1,123 @@
+"""Models and adapters that somebody has: probe, export, verify-published."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dora_lab.commands.app import LOCAL, ResultsOption, app
+from dora_lab.launch.run import Paths
+from dora_lab.launch.select import load_experiment, pair
+from dora_lab.models.base import hash_adapter, hash_model
+from dora_lab.spec import derive
+from dora_lab.tasks import sources
+
+
+@app.command()
+def probe(
+    base: Annotated[str, typer.Argument(help="The base model: a folder (safetensors, sharded or not) or a hub id.")],
+    tuned: Annotated[list[str], typer.Argument(help="Models, adapters, folders of checkpoint-N, runs, or hub ids.")],
+    axis: Annotated[
+        str, typer.Option(help="One magnitude per output feature (out, DoRA's) or per input (in).")
+    ] = "out",
+    kinds: Annotated[str, typer.Option(help="Comma-separated leaf names, e.g. q_proj,v_proj; default: all.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Write the rows: .csv, .jsonl or .parquet.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the scatter of ΔD and ΔM: .png or .pdf.")] = None,
+    dynamics: Annotated[bool, typer.Option(help="Also ranks, singular values, intruder directions (slow).")] = False,
+    verify: Annotated[bool, typer.Option(help="Compare files with their SHA-256: manifests, the hub's cache.")] = False,
+    allow_pickle: Annotated[bool, typer.Option(help="Read .bin files where there is no safetensors file.")] = False,
+) -> None:
+    """ΔM and ΔD of tuned models or adapters against their base, from the files, in bounded memory."""
+    from tqdm import tqdm
+
+    from dora_lab.probing import saved_models
+    from dora_lab.report import probe_rows
+
+    probe_rows.refuse_endings(out, plot)
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    with tqdm(unit=" matrices", leave=False, disable=None if dynamics else not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int, text: str) -> None:
+            bar.total, bar.n = total, done
+            bar.set_description_str(text[-50:])
+
+        found = saved_models.probe(
+            base, tuned, axis=axis, kinds=[kind for kind in kinds.split(",") if kind], dynamics=dynamics, verify=verify,
+            allow_pickle=allow_pickle, failed=lambda error: failures.append(str(error)), progress=progress,
+        )  # fmt: skip
+        try:
+            rows.extend(found)  # what was known before an error of the base is kept
+        except saved_models.CheckpointError as error:
+            failures.append(str(error))
+    if rows:
+        typer.echo(probe_rows.summary(rows))
+        for path in (
+            *([probe_rows.save(rows, out)] if out else []),
+            *([probe_rows.plot(rows, plot)] if plot else []),
+        ):
+            typer.echo(path)
+    for failure in failures:
+        typer.echo(f"error: {failure}", err=True)
+    if failures:
+        raise typer.Exit(2)
+
+
+@app.command()
+def export(
+    base: Annotated[Path, typer.Argument(help="Folder of the base model, as transformers saves it.")],
+    adapter: Annotated[Path, typer.Argument(help="Adapter: a PEFT folder, the authors' format, or a LyCORIS file.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the merged model.")],
+    allow_pickle: Annotated[bool, typer.Option(help="Read adapter_model.bin if there is no safetensors file.")] = False,
+) -> None:
+    """Merge an adapter into its base and write a plain transformers folder."""
+    from dora_lab.formats import live
+    from dora_lab.models.open import open_model, open_tokenizer
+
+    model = open_model(base, "auto")
+    has_tokenizer = any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    tokenizer = open_tokenizer(base) if has_tokenizer else None
+    live.load_adapter(model, adapter, allow_pickle=allow_pickle)
+    typer.echo(live.export(model, out, tokenizer))
+
+
+@app.command("verify-published")
+def verify_published(
+    adapter: Annotated[str, typer.Argument(help="Folder, or hub id (org/name or org/name:folder/in/it).")],
+    base: Annotated[str, typer.Option(help="The base model: folder, or hub id.")],
+    data_dir: Annotated[Path, typer.Option(help="Folder of test files: <task>/test.json, LLM-Adapters layout.")],
+    revision: Annotated[str | None, typer.Option(help="Commit of the adapter on the hub.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="Commit of the base on the hub.")] = None,
+    paper_model: Annotated[str | None, typer.Option(help="The paper's name of the base, e.g. LLaMA-7B.")] = None,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
+    allow_pickle: Annotated[bool, typer.Option(help="Read adapter_model.bin if there is no safetensors file.")] = False,
+    results: ResultsOption = LOCAL,
+) -> None:
+    """Evaluate a released adapter (PEFT's or the authors' format) by the paper's protocol, beside its numbers."""
+    from dora_lab.launch import released_adapter
+    from dora_lab.models import shapes
+    from dora_lab.paper import released_adapter as comparison
+
+    experiment = load_experiment("commonsense")
+    base_dir, adapter_dir = (Path(text) if Path(text).is_dir() else None for text in (base, adapter))
+    pinned = base_revision or experiment.PAPER.get(base, (None,))[0]
+    protocol = experiment.specs("paper")[0]
+    model = replace(
+        protocol.model,
+        name=base_dir.resolve().name if base_dir else base,
+        revision=hash_model(base_dir)[:12] if base_dir else pinned,
+        adapter=adapter_dir.resolve().name if adapter_dir else adapter,
+        adapter_revision=hash_adapter(adapter_dir)[:12] if adapter_dir else revision,
+    )
+    spec = released_adapter.spec_of(protocol, model, tuple(sources.tasks_in(data_dir)), sources.hash_data(data_dir))
+    spec = derive(spec, dict(pair(change, "--with") for change in with_ or ()))
+    found, run = released_adapter.evaluate(spec, Paths(results, data_dir, base_dir, adapter_dir), allow_pickle)
+    rows = comparison.compare(run, found.method, found.rank, paper_model or shapes.printed_name(base))
+    typer.echo(
+        f"{found.method}, rank {found.rank}, on {base}\n{comparison.table(rows)}\n{comparison.summary(rows)}\n{run}"
+    )
+    raise typer.Exit(1 if "differs" in list(rows["verdict"]) else 0)

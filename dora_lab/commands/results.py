@@ -1,0 +1,93 @@
+"""What runs add up to: report, verify, compare, reproduce."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dora_lab.commands.app import HOUSE, LOCAL, README, RESULTS, ResultsOption, app
+from dora_lab.commands.run import summary
+from dora_lab.launch.pool import run_many
+from dora_lab.launch.run import Paths
+from dora_lab.launch.select import chosen, load_experiment, published_specs
+
+
+@app.command()
+def report(results: ResultsOption = RESULTS) -> None:
+    """Rebuild every table and figure of a results folder from its runs (and, of the committed one, the README's)."""
+    for path in rebuild(results):
+        typer.echo(path)
+
+
+def rebuild(results: Path) -> list[Path]:
+    """Run every script of analysis/ on a results folder; returns the files written."""
+    from dora_lab.report import readme_block
+
+    if str(HOUSE) not in sys.path:  # the scripts are part of the repository, not of the installed package
+        sys.path.insert(0, str(HOUSE))
+    written: list[Path] = []
+    for kind in ("tables", "figures"):
+        for file in sorted((HOUSE / "analysis" / kind).glob("[!_]*.py")):
+            script = importlib.import_module(f"analysis.{kind}.{file.stem}")
+            written += script.build(results)
+            committed = results.resolve() == RESULTS.resolve()
+            if committed and hasattr(script, "readme") and readme_block(README, script.readme(results)):
+                written.append(README)
+    return written
+
+
+@app.command()
+def verify(
+    experiment: Annotated[str | None, typer.Argument(help="One experiment; all without it.")] = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Print the verdict on each claim of the paper that the runs can speak about, and on the numbers it prints."""
+    from dora_lab import paper as verifying
+    from dora_lab import report
+
+    rows = verifying.claims(experiment)
+    evals, probes = (report.frame(results, experiment, stream) for stream in ("eval", "probe"))
+    found = verifying.verdicts(evals, probes, rows)
+    typer.echo(found.to_string(index=False) if len(found) else f"no complete runs in {results}")
+    cells = verifying.cells(results, verifying.claims(), published_specs())
+    typer.echo("\n" + verifying.summary(cells, experiment))
+
+
+@app.command()
+def compare(
+    results: ResultsOption = LOCAL,
+    committed: Annotated[Path, typer.Option(help="Results folder to compare with.")] = RESULTS,
+    experiment: Annotated[str | None, typer.Option(help="One experiment; all without it.")] = None,
+) -> None:
+    """Say whether your runs agree with the committed ones; exit code 1 if they do not."""
+    from dora_lab import paper as verifying
+
+    text, agrees = verifying.compare(results, committed, experiment)
+    typer.echo(text)
+    raise typer.Exit(0 if agrees else 1)
+
+
+@app.command()
+def reproduce(
+    experiment: Annotated[str, typer.Argument(help="An experiment, see `dora-lab list`.")],
+    results: ResultsOption = LOCAL,
+    jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core.")] = None,
+) -> None:
+    """Run the mini tier, rebuild tables and figures, print the table and compare with the committed runs."""
+    outcomes = run_many(chosen(load_experiment(experiment), "mini"), Paths(results), jobs)
+    typer.echo(summary(outcomes, results))
+    if any(outcome.status in ("failed", "interrupted") for outcome in outcomes):
+        raise typer.Exit(1 if any(outcome.status == "failed" for outcome in outcomes) else 130)
+    rebuild(results)
+    table = results / "tables" / f"{experiment}.md"
+    if table.exists():
+        typer.echo(f"\n{table.read_text(encoding='utf-8')}")
+    from dora_lab import paper as verifying
+
+    # a difference is told, not failed on: another processor may round its way to another answer
+    text, _ = verifying.compare(results, RESULTS, experiment)
+    typer.echo(f"{text}\n\ntables and figures: {results / 'tables'}, {results / 'figures'}")

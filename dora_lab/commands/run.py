@@ -1,0 +1,122 @@
+"""Experiments and their runs: list, run, submit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dora_lab import distributed
+from dora_lab.commands.app import LOCAL, ResultsOption, app
+from dora_lab.launch.pool import Outcome, describe, run_many
+from dora_lab.launch.run import Paths
+from dora_lab.launch.select import chosen, experiment_names, load_experiment, pair
+from dora_lab.runs.record import run_path
+from dora_lab.runs.streams import read_stream
+from dora_lab.spec import SpecError, spec_id
+
+
+@app.command("list")
+def list_command() -> None:
+    """List the experiments: what each reproduces and how many runs it has in each tier."""
+    for name in experiment_names():
+        module = load_experiment(name)
+        counts = ", ".join(f"{tier}: {len(module.specs(tier))} runs" for tier in module.TIERS)
+        typer.echo(f"{name:22} {(module.__doc__ or '').strip().splitlines()[0]}  [{counts}]")
+
+
+@app.command()
+def run(
+    experiment: Annotated[str, typer.Argument(help="An experiment, see `dora-lab list`.")],
+    tier: Annotated[str, typer.Option(help="mini (embedded, minutes on a CPU) or paper (hub models, a GPU).")] = "mini",
+    only: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE[,VALUE]: only specs that match.")] = None,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the specs and their cost, run nothing.")] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="Of the cost: hours on it; default for tier paper: A100-80GB.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Of the cost: tokens per text; default: the cutoff.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core (paper: one).")] = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Under torchrun: weights cut over the processes while training (FSDP2).")
+    ] = False,
+    results: ResultsOption = LOCAL,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Real data: a clone of LLM-Adapters, or <task>/test.json.")
+    ] = None,
+    model_dir: Annotated[Path | None, typer.Option(help="Folder of a saved model to start from.")] = None,
+) -> None:
+    """Run an experiment: complete runs are skipped, interrupted ones go on, failed ones start anew."""
+    module = load_experiment(experiment)
+    specs = chosen(module, tier, only or (), with_ or (), data_dir, model_dir)
+    if dry_run:
+        from dora_lab.launch import plan as planning
+
+        for line in planning.lines(specs, getattr(module, "ITEMS", {}), model_dir, gpu, tokens):
+            typer.echo(line)
+        return
+    outcomes = run_many(specs, Paths(results, data_dir, model_dir), jobs, shard=shard)
+    if distributed.first():
+        typer.echo(summary(outcomes, results))
+    if any(outcome.status == "failed" for outcome in outcomes):
+        raise typer.Exit(1)
+    if any(outcome.status == "interrupted" for outcome in outcomes):
+        raise typer.Exit(130)  # what a shell reports for Ctrl-C
+
+
+@app.command()
+def submit(
+    experiment: Annotated[str, typer.Argument(help="An experiment, see `dora-lab list`.")],
+    tier: Annotated[str, typer.Option(help="mini or paper.")] = "paper",
+    only: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE[,VALUE]: only specs that match.")] = None,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
+    partition: Annotated[str | None, typer.Option(help="SLURM partition; default: the cluster's.")] = None,
+    hours: Annotated[float, typer.Option(help="Wall time of a job; after it the job is queued again.")] = 24.0,
+    gpus: Annotated[int, typer.Option(help="GPUs of a job.")] = 1,
+    cpus: Annotated[int, typer.Option(help="Processor cores of a job.")] = 4,
+    memory: Annotated[float, typer.Option(help="Memory of a job, GB.")] = 64.0,
+    at_once: Annotated[int | None, typer.Option(help="Jobs at a time; default: as the cluster gives.")] = None,
+    slurm: Annotated[list[str] | None, typer.Option(help="KEY=VALUE: a further option of sbatch.")] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="The same jobs here, one after the other; to try out.")
+    ] = False,
+    results: ResultsOption = LOCAL,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of real data: <task>/train.json, test.json.")] = None,
+    model_dir: Annotated[Path | None, typer.Option(help="Folder of a saved model to start from.")] = None,
+) -> None:
+    """Run an experiment on a SLURM cluster: a job for each spec that has no complete run yet."""
+    from dora_lab.launch import slurm as cluster
+
+    specs = chosen(load_experiment(experiment), tier, only or (), with_ or (), data_dir, model_dir)
+    resources = cluster.Resources(
+        partition=partition, hours=hours, gpus=gpus, cpus=cpus, memory_gb=memory, at_once=at_once,
+        more=dict(pair(option, "--slurm") for option in slurm or ()),
+    )  # fmt: skip
+    jobs = cluster.submit(specs, Paths(results, data_dir, model_dir), resources, local=local)
+    for spec, job in jobs:
+        typer.echo(f"{spec_id(spec)}  {describe(spec):34} job {job.job_id}{f'  {job.state}' if local else ''}")
+    typer.echo(f"{len(jobs)} jobs, {len(specs) - len(jobs)} runs complete before; logs in {results / 'cluster'}")
+    failed = [error for _, job in jobs if local and (error := job.exception()) is not None]
+    if failed:
+        raise SpecError(f"{len(failed)} jobs failed; the first: {str(failed[0]).strip().splitlines()[-1]}")
+
+
+def summary(outcomes: Sequence[Outcome], results: Path) -> str:
+    """A line per run: name, id, status, seconds and mean accuracy by protocol, and how many ended how."""
+    lines = []
+    for outcome in outcomes:
+        path = run_path(results, outcome.spec)
+        scores: dict[str, list[float]] = {}
+        if outcome.status in ("complete", "skipped"):
+            for row in read_stream(path, "eval"):
+                scores.setdefault(row["protocol"], []).append(row["value"])
+        means = "  ".join(f"{name} {100 * sum(found) / len(found):.1f} %" for name, found in scores.items())
+        seconds = f"{outcome.seconds:5.0f} s" if outcome.status != "skipped" else " " * 7
+        tail = outcome.error if outcome.status in ("failed", "interrupted") else means
+        name = f"{describe(outcome.spec):34} {spec_id(outcome.spec)}"
+        lines.append(f"{name}  {outcome.status:11} {seconds}  {tail or ''}")
+    ends = [outcome.status for outcome in outcomes]
+    counts = ", ".join(f"{ends.count(status)} {status}" for status in dict.fromkeys(ends))
+    return "\n".join([*lines, f"{len(ends)} runs: {counts}; records in {results / 'runs'}"])

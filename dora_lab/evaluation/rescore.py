@@ -1,0 +1,124 @@
+"""Score a run's saved texts again, with other rules for reading an answer: no model, no torch, and the record stays.
+
+A run keeps every generated text in ``samples/<task>.generate.jsonl``. What an answer is, is a decision of the protocol
+(the first match of a pattern, case-sensitive, after the last "### Response:"), and a score of 2.3 % on a yes/no task is
+that decision speaking, not the model: here it can be changed and its weight seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dora_lab.runs.errors import StoreError
+from dora_lab.runs.record import read_record
+from dora_lab.runs.streams import read_stream
+from dora_lab.tasks import load_task
+from dora_lab.tasks.task import answer_part
+
+PROTOCOL = "generate"
+FIELDS = ("output", "parsed", "gold")
+
+
+def rescore(run: Path, patterns: Sequence[str] = ()) -> tuple[list[dict[str, Any]], Path]:
+    """Rows of old and new scores per task, and the file ``<run>/rescored/<id>.jsonl`` that they were written to.
+
+    patterns: "REGEX" for every task or "TASK=REGEX" for one; without any the tasks' own. The first match counts: its
+    first group if it has one, else all of it, lower-cased (labels are lower-case). Rows: task, pattern, n, value,
+    n_unparsed, old_value, old_n_unparsed, and `correct`, one character per item. Raises StoreError for a run without
+    samples or with damaged ones, ValueError for a pattern that is none.
+    """
+    run = Path(run)
+    read_record(run)
+    old = {row["task"]: row for row in read_stream(run, "eval") if row["protocol"] == PROTOCOL}
+    files = {file.name.removesuffix(f".{PROTOCOL}.jsonl"): file for file in run.glob(f"samples/*.{PROTOCOL}.jsonl")}
+    if not old or not files:
+        raise StoreError(
+            f"{run}: no samples/<task>.{PROTOCOL}.jsonl to score again; they are not committed: run the spec yourself"
+        )
+    chosen = _patterns(patterns, list(old))
+    rows = [_row(task, chosen[task], _samples(files, task, run), row) for task, row in old.items()]
+    identity = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
+    file = run / "rescored" / f"{identity}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(partial, file)
+    return rows, file
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as text, accuracies in percent, with the mean over tasks."""
+    lines = [f"{'task':16} {'n':>6} {'accuracy %':>20} {'unparsed':>16}  pattern"]
+    for row in rows:
+        accuracy = f"{100 * row['old_value']:6.1f} -> {100 * row['value']:6.1f}"
+        unparsed = f"{row['old_n_unparsed']} -> {row['n_unparsed']}"
+        lines.append(f"{row['task']:16} {row['n']:6} {accuracy:>20} {unparsed:>16}  {row['pattern'] or 'own'}")
+    old, new = (100 * sum(row[name] for row in rows) / len(rows) for name in ("old_value", "value"))
+    unparsed = f"{sum(row['old_n_unparsed'] for row in rows)} -> {sum(row['n_unparsed'] for row in rows)}"
+    both = f"{old:6.1f} -> {new:6.1f}"
+    return "\n".join([*lines, f"{'average':16} {sum(row['n'] for row in rows):6} {both:>20} {unparsed:>16}"])
+
+
+def _patterns(given: Sequence[str], tasks: Sequence[str]) -> dict[str, str | None]:
+    """The pattern of every task, None for its own."""
+    chosen: dict[str, str | None] = dict.fromkeys(tasks)
+    # those of one task last, so that they win over one for all
+    for text in sorted(given, key=lambda text: text.partition("=")[0] in tasks):
+        task, equals, regex = text.partition("=")
+        alone = bool(equals) and task in tasks
+        try:
+            re.compile(regex if alone else text)
+        except re.error as error:
+            raise ValueError(f"--pattern {text}: not a regular expression: {error}") from None
+        chosen |= {task: regex} if alone else dict.fromkeys(tasks, text)
+    return chosen
+
+
+def _row(task: str, pattern: str | None, samples: Sequence[dict[str, Any]], old: Mapping[str, Any]) -> dict[str, Any]:
+    parsed = [_parse(task, pattern, sample["output"]) for sample in samples]
+    correct = [answer == sample["gold"] for answer, sample in zip(parsed, samples, strict=True)]
+    if len(samples) != old["n"]:
+        raise StoreError(f"task {task}: {len(samples)} samples, the record scored {old['n']}; restore the samples")
+    return {
+        "task": task,
+        "pattern": pattern,
+        "n": len(samples),
+        "value": sum(correct) / len(samples),
+        "n_unparsed": sum(answer is None for answer in parsed),
+        "old_value": old["value"],
+        "old_n_unparsed": old["n_unparsed"],
+        "correct": "".join(str(int(right)) for right in correct),
+    }
+
+
+def _parse(task: str, pattern: str | None, output: str) -> str | None:
+    if pattern is None:
+        return load_task(task).parse(output)
+    found = re.search(pattern, answer_part(output))
+    if found is None:
+        return None
+    return (found.group(1 if found.re.groups else 0) or "").lower() or None
+
+
+def _samples(files: Mapping[str, Path], task: str, run: Path) -> list[dict[str, Any]]:
+    if task not in files:
+        raise StoreError(f"{run}: samples/{task}.{PROTOCOL}.jsonl is missing; restore it or run the spec again")
+    samples = []
+    # not splitlines: a text may hold other ends of line, which JSON leaves as they are
+    lines = files[task].read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            sample = json.loads(line)
+            missing = [name for name in FIELDS if name not in sample]
+        except (ValueError, TypeError):
+            missing = ["*"]
+        if missing:
+            raise StoreError(f"{files[task]}, line {number}, field '{missing[0]}': damaged; restore the file")
+        samples.append(sample)
+    return samples

@@ -1,0 +1,67 @@
+"""What the runs of a selection would take, before any is run: `dora-lab run --dry-run`. The formulas: `cost`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from dora_lab.launch import cost
+from dora_lab.models import shapes
+from dora_lab.models.base import model_folder
+from dora_lab.spec import Spec, spec_id
+
+
+def lines(
+    specs: Sequence[Spec], known: Mapping[str, int], model_dir: Path | None, gpu: str | None, tokens: int | None
+) -> Iterator[str]:
+    """A line per spec with its steps and, where its model and data are known here, one with its cost; then the sum.
+
+    Args: known: sizes of data that a spec takes whole; model_dir: a saved model to start from; gpu: a name that
+        `cost.gpu` knows, None: A100-80GB for tier paper, no hours for others; tokens: per text, None: the cutoff.
+    """
+    gpu = gpu or ("A100-80GB" if all(spec.tier == "paper" for spec in specs) else None)
+    card = None if gpu is None else cost.gpu(gpu)
+    found: list[cost.Cost] = []
+    for spec in specs:
+        rank = "-" if spec.method.rank is None else spec.method.rank
+        yield (
+            f"{spec_id(spec)}  {spec.tier:5}  {spec.model.name:26} {spec.method.name:5} rank {rank:<3} "
+            f"seed {spec.seed:<3} {_steps(spec, known)}"
+        )
+        shape, items = _shape(spec, model_dir), _train_items(spec, known)
+        if shape is not None and items is not None:
+            found.append(cost.estimate(spec, shape, items, cost.test_items(spec), card, tokens))
+            yield f"{'':14}{cost.words(found[-1], card)}"
+    yield f"{len(specs)} specs"
+    if found:
+        yield cost.total(found, gpu, tokens)
+    if len(found) < len(specs):
+        yield f"{len(specs) - len(found)} of them have no estimate: their model or data is not known here"
+
+
+def _shape(spec: Spec, model_dir: Path | None) -> shapes.Shape | None:
+    if model_dir is not None or spec.model.name == "mini":
+        return shapes.of_folder(model_folder(spec.model, model_dir))
+    name = shapes.printed_name(spec.model.name)
+    return None if name is None else shapes.PAPER[name][0]
+
+
+def _train_items(spec: Spec, known: Mapping[str, int]) -> int | None:
+    """How many items are trained on, None if that is only known once the data is there."""
+    if spec.optim is None:
+        return 0
+    if spec.data.train_items is None and spec.data.name in known:
+        return known[spec.data.name] - spec.data.validation_items
+    return spec.data.train_items
+
+
+def _steps(spec: Spec, known: Mapping[str, int]) -> str:
+    """Optimiser steps and how they are made."""
+    if spec.optim is None:
+        return "no training"
+    how = f"learning rate {spec.optim.learning_rate:g}, batch {spec.optim.batch_size}"
+    items = _train_items(spec, known)
+    if items is None:
+        return f"{spec.optim.epochs:g} epochs of all items, {how}"
+    about = "about " if spec.data.train_items is None else ""
+    return f"{about}{cost.total_steps(items, spec)} steps, {how}"

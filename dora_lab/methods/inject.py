@@ -1,0 +1,193 @@
+"""Fine-tuning methods, one file each, found by name, and the contract that they share.
+
+A file ``<name>.py`` here is the method `name`. It exposes
+
+- ``FIELDS``: the fields of `dora_lab.spec.Method`, besides the name, that the method reads. Any other field must be at
+  its default: a setting that changes nothing must not look as if it did;
+- ``prepare(model, method, generator)``: changes `model` in place, decides which parameters are trained, and draws every
+  random number from `generator`.
+
+A method that adapts layers does so with a subclass of `AdaptedLinear`; nothing else in the lab knows a method by name.
+Shape suffixes: O = out features, I = in features.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from dora_lab.methods.contract import AdaptedLinear
+from dora_lab.spec import Method, did_you_mean
+
+_KEPT = "_adapted"  # where a merged layer keeps the adapted one
+
+
+def methods() -> list[str]:
+    """Names of the methods there are: the files of this folder that define `prepare`."""
+    files = Path(__file__).parent.glob("*.py")
+    return sorted(file.stem for file in files if "\ndef prepare(" in file.read_text(encoding="utf-8"))
+
+
+def inject(model: nn.Module, method: Method, seed: int) -> dict[str, int]:
+    """Prepare `model`, in place, to be fine-tuned by `method`; all that is drawn comes from `seed` (>= 0) alone.
+
+    Returns ``{"trainable": ..., "total": ...}``, numbers of parameters (shared ones once, the adapters' included).
+    Raises ValueError for an unknown method, a field the method does not read, target modules that do not exist.
+    """
+    module = _load(method.name)
+    _refuse_unread(method, module)
+    module.prepare(model, method, torch.Generator("cpu").manual_seed(seed))
+    counted = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return {"trainable": sum(n for n, trained in counted if trained), "total": sum(n for n, _ in counted)}
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
+    """(module name, layer) of every adapted layer, in the model's order; none for methods that wrap nothing."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            yield name, module
+
+
+def merge(model: nn.Module, *, keep: bool = True) -> nn.Module:
+    """Replace every adapted layer, in place, by the plain layer it amounts to; returns `model`.
+
+    For a float32 base this costs nothing but the last bits, and makes evaluation as fast as the base model's.
+    keep: hold on to the adapted layers, so that `unmerge` can bring them back; costs the memory of the base's matrices.
+    """
+    for name, layer in list(adapted(model)):
+        try:
+            plain = layer.merge()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if keep:
+            plain.__dict__[_KEPT] = layer  # not registered: no part of the state dict
+        _replace(model, name, plain)
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo `merge`, in place, bit for bit; returns `model`. Raises ValueError if nothing in it was merged and kept."""
+    kept = {name: module.__dict__[_KEPT] for name, module in model.named_modules() if _KEPT in module.__dict__}
+    if not kept:
+        raise ValueError("nothing to unmerge: no layer of this model was merged by merge(model, keep=True)")
+    for name, layer in kept.items():
+        _replace(model, name, layer.train(model.training))
+    return model
+
+
+def detach(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Take the adapter off, in place: the base's own layers are put back, bit for bit.
+
+    Returns the adapted layers by module name, for `attach`. They share the base's tensors, so many adapters of one base
+    cost little more than their own parameters.
+    """
+    layers = dict(adapted(model))
+    for name, layer in layers.items():
+        _replace(model, name, layer.replaced())
+    return layers
+
+
+def attach(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> nn.Module:
+    """Put adapted layers that `detach` gave back on their base, in place; returns `model`.
+
+    Raises ValueError, and changes nothing, if a layer was made for other tensors than this model's, or if the model is
+    adapted already: two adapters do not add up (m V / ||V|| of a sum is not the sum of two).
+    """
+    for name, layer in layers.items():
+        module: Any = model.get_submodule(name)
+        if isinstance(module, AdaptedLinear):
+            raise ValueError(f"'{name}' is adapted already and adapters do not add up: detach(model) first")
+        same = module is layer.frozen if layer.frozen is not None else getattr(module, "weight", None) is layer.weight
+        if not same:
+            raise ValueError(f"'{name}' does not hold the base weight that this adapter was made for")
+    for name, layer in layers.items():
+        _replace(model, name, layer.train(model.training))
+    return model
+
+
+def wrap(model: nn.Module, method: Method, make: Callable[[str, nn.Module, Method], AdaptedLinear]) -> None:
+    """Freeze `model` and replace, in place, each layer that `method` names by ``make(name, layer, settings)``.
+
+    Named are the modules whose leaf name is in `target_modules` or `magnitude_modules`; `settings` is `method` with the
+    rank and alpha that `rank_pattern` and `alpha_pattern` give this layer. Nothing is changed if anything is refused.
+
+    Raises ValueError if a name or pattern matches nothing (with near misses), or a layer that cannot be adapted.
+    """
+    targets = (*method.target_modules, *method.magnitude_modules)
+    found = {name: module for name, module in model.named_modules() if name and _leaf(name) in targets}
+    linear = {_leaf(name) for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
+    if not targets:
+        raise ValueError(f"method '{method.name}': target_modules is empty; {did_you_mean('', linear)}")
+    for target in targets:
+        if target not in {_leaf(name) for name in found}:
+            raise ValueError(f"target_modules: no module is named '{target}'; {did_you_mean(target, linear)}")
+        if targets.count(target) > 1:
+            raise ValueError(f"target_modules: '{target}' is named twice (magnitude_modules included)")
+    for pattern, _ in (*_patterns(method.rank_pattern), *_patterns(method.alpha_pattern)):
+        if not any(_matches(pattern, name) for name in found):
+            raise ValueError(f"pattern '{pattern}' matches none of the target modules")
+    frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    layers: dict[str, AdaptedLinear] = {}
+    try:
+        for name, module in found.items():
+            if isinstance(module, AdaptedLinear):
+                raise ValueError("is adapted already and adapters do not add up: detach(model) or merge(model) first")
+            layers[name] = make(name, module, _settings(method, name))
+    except ValueError as error:
+        for path, parameter in model.named_parameters():
+            parameter.requires_grad_(frozen[path])
+        raise ValueError(f"{name}: {error}") from None
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        _replace(model, name, layer)
+
+
+def _settings(method: Method, name: str) -> Method:
+    """The method with the rank and alpha of one module."""
+    ranks = [int(value) for pattern, value in _patterns(method.rank_pattern) if _matches(pattern, name)]
+    alphas = [value for pattern, value in _patterns(method.alpha_pattern) if _matches(pattern, name)]
+    return replace(method, rank=(ranks or [method.rank])[0], alpha=(alphas or [method.alpha])[0])
+
+
+def _patterns(pairs: tuple[str, ...]) -> list[tuple[str, float]]:
+    """("pattern", value) of each "pattern=value"."""
+    return [(pattern, float(value)) for pattern, _, value in (pair.rpartition("=") for pair in pairs)]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """As in PEFT: the pattern is the end of the module's name, from a dot on."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _load(name: str) -> ModuleType:
+    if name not in (known := methods()):
+        raise ValueError(f"unknown method '{name}'; {did_you_mean(name, known)}")
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+def _refuse_unread(method: Method, module: ModuleType) -> None:
+    for item in fields(Method):
+        value = getattr(method, item.name)
+        if item.name != "name" and item.name not in module.FIELDS and value != item.default:
+            raise ValueError(
+                f"method '{method.name}' does not read {item.name} = {value!r}; leave it at {item.default!r} "
+                f"(it reads: {', '.join(module.FIELDS) or 'nothing'})"
+            )
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,248 @@
+"""Every number that the paper prints against runs of the same protocol, and against re-runs by others.
+
+The paper's number is one more draw: with n >= 3 runs that differ in the seed alone, it is "consistent" if it lies in
+their 95 % prediction interval, mean +- t(n-1) s sqrt(1 + 1/n), widened by half a unit of its last printed digit, and
+"differs" otherwise. With one or two runs there are "too few runs", with none the cell is "not run". Only complete runs
+of tier paper, on that model and by the published protocol, count.
+
+A score below chance is no knowledge: an answer that cannot be parsed counts as wrong. Such cells are flagged (more than
+two binomial standard errors below the chance level), the paper's own and those of others included, and so is a share
+of more than 1 % unparsed answers, which only our runs record.
+"""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportAssignmentType=false, reportUnhashable=false
+# pandas ships no stubs: read from its source, any selection from a frame is "Series | ndarray | DataFrame | ..."
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dora_lab.models import shapes
+from dora_lab.report import statistics
+from dora_lab.runs.record import iter_runs
+from dora_lab.runs.streams import read_rows
+from dora_lab.spec import Spec, from_dict
+from dora_lab.tasks import all_tasks
+
+CELL_VERDICTS = ("consistent", "differs", "too few runs", "not run")
+ENOUGH = 3  # runs
+UNPARSED = 1.0  # percent
+RELEASED = "released checkpoint, evaluated again"
+_NAMES = {"lora": "LoRA", "dora": "DoRA"}
+_IN_GRAPH, _BARE = "norm in graph", "m: QKVOGUD, V: QKV"
+_Key = tuple[str, str, float | None, str]  # the paper's name of a model, method, rank, what else was done
+
+
+@dataclass(frozen=True)
+class _Run:
+    status: str
+    seed: int
+    published: bool  # by the published protocol
+    by_task: dict[str, dict[str, Any]]  # column of table 1 -> row of eval.jsonl
+
+
+def cells(root: Path, rows: pd.DataFrame, published: Iterable[Spec]) -> pd.DataFrame:
+    """One row per number that the paper prints (rows of kind "number"), in its order.
+
+    Args: root: results folder; rows: `claims()`; published: specs of the published protocol, any seed (those of the
+        experiments' tier paper): a run counts if it is one of them but for the seed and what cannot change a result.
+    Returns columns experiment, source, model, method, setting, rank, subject, metric, paper; elsewhere and reruns
+        (text: value and where it stands), released (the paper's own adapter evaluated by somebody else), n_reruns,
+        reruns_low, reruns_high; n, mean, sd, low, high (the prediction interval), unparsed_percent of our runs
+        (missing without); verdict, flags (text, "" for none). Accuracies are percent.
+    """
+    runs = _runs(root, {_neutral(spec) for spec in published})
+    sizes = rows[(rows["kind"] == "data") & (rows["metric"] == "test_items")].set_index("subject")["value"].to_dict()
+    others = rows[rows["kind"].isin(["rerun", "reprint"])].to_dict("records")
+    names = ("experiment", "source", "model", "method", "setting", "rank", "subject", "metric")
+    out, below = [], {}
+    for row in rows[rows["kind"] == "number"].to_dict("records"):
+        told, reruns = _of_others(row, others)
+        mine, flags = _of_ours(row, runs.get(_key(row), []))
+        scores = {"the paper's": [row["value"]], "re-run": reruns, "ours": [mine["mean"]] if mine["n"] else []}
+        where = row["source"], row["method"], _key(row)
+        below[(*where, row["subject"])] = {whose: _below_chance(values, row, sizes) for whose, values in scores.items()}
+        out.append({name: row[name] for name in names} | {"paper": row["value"]} | told | mine | {"flags": flags})
+        out[-1]["where"] = where
+    for cell in out:
+        cell["flags"] = "; ".join([*_chance_flags(cell, below), *cell["flags"]])
+        del cell["where"]
+    return pd.DataFrame(out)
+
+
+def summary(found: pd.DataFrame, experiment: str | None = None) -> str:
+    """What `cells` found, for a terminal: verdicts by table, and every cell that has runs of ours."""
+    if experiment is not None:
+        found = found[found["experiment"] == experiment]
+    if not len(found):
+        return f"The paper prints no numbers that experiment '{experiment}' is about."
+    counts = pd.crosstab(found["source"], found["verdict"]).reindex(columns=list(CELL_VERDICTS), fill_value=0)
+    flagged = (found["flags"] != "").groupby(found["source"]).sum()
+    counts = counts.reindex(list(dict.fromkeys(found["source"]))).assign(flagged=flagged).rename_axis(None)
+    names = ["source", "model", "method", "rank", "subject", "paper"]
+    ran = found.loc[found["n"] > 0, [*names, "mean", "sd", "n", "low", "high", "verdict", "flags"]]
+    parts = ["Numbers of the paper against runs of tier paper:", counts.to_string()]
+    return "\n".join([*parts, *([ran.to_string(index=False, na_rep="–")] if len(ran) else [])])
+
+
+# -------------------------------------------------------------------------------------------------------------- ours
+def _runs(root: Path, published: set[Spec]) -> dict[_Key, list[_Run]]:
+    """The runs of tier paper by the cell that they are about."""
+    columns = {task.name: task.column for task in all_tasks()}
+    found: dict[_Key, list[_Run]] = defaultdict(list)
+    for path, record in iter_runs(Path(root)):
+        if record["spec"]["tier"] != "paper":
+            continue
+        spec = from_dict(record["spec"])
+        name, method = shapes.printed_name(spec.model.name), spec.method
+        if name is None or method.name not in _NAMES or spec.evaluation.split != "test":
+            continue
+        if not _is_that_model(name, record):
+            continue
+        setting = _BARE if method.magnitude_modules else "" if method.detach_norm else _IN_GRAPH
+        rows = read_rows(path, "eval") if record["status"] == "complete" else []
+        scored = {
+            columns[row["task"]]: row
+            for row in rows
+            if row["protocol"] == "generate" and row["metric"] == "accuracy" and row["value"] is not None
+        }
+        run = _Run(record["status"], spec.seed, _neutral(spec) in published, scored)
+        found[name, _NAMES[method.name], method.rank, setting].append(run)
+    return found
+
+
+def _is_that_model(name: str, record: dict[str, Any]) -> bool:
+    """Whether the base has the parameters of the paper's model: a folder can have any name. Unknown: not yet loaded."""
+    params = record.get("params") or {}
+    if "total" not in params:
+        return record["status"] != "complete"
+    return params["total"] - params["trainable"] == shapes.PAPER[name][0].parameters()
+
+
+def _neutral(spec: Spec) -> Spec:
+    """The spec without what cannot change the score of a task: seed, batches, pins, masked padding, other tasks."""
+    name = shapes.printed_name(spec.model.name) or spec.model.name
+    return replace(
+        spec,
+        experiment="any",
+        seed=0,
+        model=replace(spec.model, name=name, revision=None, pad="own"),
+        data=replace(spec.data, sha256=None, revision=None, pad_to_multiple_of=1, tasks=("any",)),
+        optim=spec.optim and replace(spec.optim, micro_batch_size=1),
+        probe=None,
+        evaluation=replace(spec.evaluation, batch_size=1, protocols=("generate",)),
+    )
+
+
+def _of_ours(row: dict[str, Any], runs: Sequence[_Run]) -> tuple[dict[str, Any], list[str]]:
+    """Numbers and verdict of our runs of a cell, and flags."""
+    mine: dict[str, Any] = dict.fromkeys(("mean", "sd", "low", "high", "unparsed_percent"))
+    runs = runs if row["metric"] == "accuracy_percent" else []
+    lost = sum(run.status in ("failed", "interrupted") for run in runs)
+    other = sum(run.status == "complete" and not run.published for run in runs)
+    flags = [f"{lost} run{'' if lost == 1 else 's'} failed or interrupted"] if lost else []
+    flags += [f"{other} run{'' if other == 1 else 's'} of another protocol left out"] if other else []
+    by_seed: dict[int, tuple[float, int, int]] = {}  # a seed run twice is one draw
+    for run in runs:
+        if run.published and (found := _score(row["subject"], run)) is not None:
+            by_seed.setdefault(run.seed, found)
+    scored = list(by_seed.values())
+    values = [value for value, _, _ in scored]
+    mine |= {"n": len(values), "verdict": "too few runs" if values else "not run"}
+    if values:
+        mean, sd = statistics.mean_sd(values)
+        unparsed = 100 * sum(lost for _, _, lost in scored) / sum(asked for _, asked, _ in scored)
+        mine |= {"mean": mean, "sd": sd, "unparsed_percent": unparsed}
+        flags += [f"unparsed {unparsed:.1f} %"] if unparsed > UNPARSED else []
+    if len(values) >= ENOUGH:
+        low, high = statistics.prediction_interval(values)
+        rounding = 0.05 if round(row["value"], 1) == row["value"] else 0.005
+        inside = low - rounding <= row["value"] <= high + rounding
+        mine |= {"low": low, "high": high, "verdict": "consistent" if inside else "differs"}
+    return mine, flags
+
+
+def _score(subject: str, run: _Run) -> tuple[float, int, int] | None:
+    """(percent, items, unparsed) of a task or of the average over all tasks; None if the run does not have it."""
+    wanted = [task.column for task in all_tasks()] if subject == "average" else [subject]
+    if not set(wanted) <= set(run.by_task):
+        return None
+    rows = [run.by_task[name] for name in wanted]
+    mean = 100 * sum(row["value"] for row in rows) / len(rows)
+    return mean, sum(row["n"] for row in rows), sum(row["n_unparsed"] for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------------------ others
+def _key(row: dict[str, Any]) -> _Key:
+    setting = str(row["setting"])
+    kind = _IN_GRAPH if _IN_GRAPH in setting and "against" not in setting else _BARE if setting == _BARE else ""
+    rank = None if math.isnan(row["rank"]) else row["rank"]
+    return str(row["model"]), str(row["method"]).removesuffix("†"), rank, kind
+
+
+def _of_others(row: dict[str, Any], others: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[float]]:
+    """What others print or have measured for the same cell, in words, and the values of their re-runs.
+
+    A re-run of no stated rank stands beside every rank.
+    """
+    model, method, rank, kind = _key(row)
+    same = [
+        other
+        for other in others
+        if (other["subject"], other["metric"]) == (row["subject"], row["metric"])
+        and _key(other) in ((model, method, rank, kind), (model, method, None, kind))
+    ]
+    printed = [other for other in same if other["kind"] == "reprint"]
+    released = [other for other in same if other["setting"] == RELEASED]
+    again = [other for other in same if other["kind"] == "rerun" and other not in released]
+    # a table of one thread may repeat, by rank, a run that the thread gives in full
+    seen = {(other["source"], other["value"]): other for other in reversed(again)}
+    again = [other for other in again if seen[other["source"], other["value"]] is other]
+    values = [other["value"] for other in again]
+    told = {
+        "elsewhere": "; ".join(map(_told, printed)) or None,
+        "reruns": "; ".join(map(_told, again)) or None,
+        "released": "; ".join(map(_told, released)) or None,
+        "n_reruns": len(again),
+        "reruns_low": min(values, default=None),
+        "reruns_high": max(values, default=None),
+    }
+    return told, values
+
+
+def _told(other: dict[str, Any]) -> str:
+    setting = f", {other['setting']}" if other["setting"] and other["setting"] != RELEASED else ""
+    value = f"{other['value']:.2f}".removesuffix("0")
+    return f"{value} ({other['source']}{setting})"
+
+
+# ------------------------------------------------------------------------------------------------------------- flags
+def _below_chance(values: Iterable[float], row: dict[str, Any], sizes: dict[str, float]) -> list[str]:
+    """Those of the values, in text, that are below what guessing gives."""
+    chance = {task.column: task.chance for task in all_tasks()}.get(row["subject"])
+    if row["metric"] != "accuracy_percent" or chance is None:
+        return []
+    floor = 100 * (chance - 2 * math.sqrt(chance * (1 - chance) / sizes[row["subject"]]))
+    return [f"{value:.1f}" for value in values if value < floor]
+
+
+def _chance_flags(cell: dict[str, Any], below: dict[tuple[Any, ...], dict[str, list[str]]]) -> list[str]:
+    """Whose score is below chance; an average says in which of its cells."""
+    if cell["subject"] != "average":
+        found = below[(*cell["where"], cell["subject"])]
+        return [f"{whose} {', '.join(values)} below chance" for whose, values in found.items() if values]
+    columns = [task.column for task in all_tasks()]
+    parts = {name: below[(*cell["where"], name)] for name in columns if (*cell["where"], name) in below}
+    return [
+        f"{whose} below chance in {', '.join(names)}"
+        for whose in ("the paper's", "re-run", "ours")
+        if (names := [name for name, found in parts.items() if found[whose]])
+    ]

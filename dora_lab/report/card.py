@@ -1,0 +1,376 @@
+"""Protocol cards and their differences, in words, from records alone: what people who cannot reproduce a number lack.
+
+`card` puts everything that a run's score depends on on one page; `diff` says how two runs, or a run and the published
+protocol, differ. The reading side: imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dora_lab.models import shapes
+from dora_lab.runs.record import read_record
+from dora_lab.runs.streams import read_stream
+from dora_lab.spec import Spec, from_dict, leaves, to_dict
+from dora_lab.tasks import TEMPLATES, load_task
+
+# what a field means; with a dict, what its values mean. A field that is not here is told by its name and value.
+WORDS: dict[str, str | dict[Any, str]] = {
+    "seed": "seed",
+    "model.name": "base model",
+    "model.revision": "revision of the base model",
+    "model.dtype": "type of the frozen weights",
+    "model.pad": {"own": "padding with the tokenizer's own token", "zero": "padding with the token of id 0"},
+    "model.adapter": "adapter that is evaluated",
+    "model.adapter_revision": "revision of that adapter",
+    "data.name": "training data",
+    "data.eval_name": "evaluation data",
+    "data.tasks": "tasks",
+    "data.sha256": "hash of the data folder",
+    "data.train_items": "training items (none: all there are)",
+    "data.validation_items": "items held out of training",
+    "data.test_items": "test items per task (none: all there are)",
+    "data.template": {
+        "clean": "clean prompt template, the same in training and evaluation",
+        "published": "published prompt template, whose training and evaluation texts differ in whitespace",
+    },
+    "data.cutoff": "tokens per training item at most",
+    "data.truncation": {
+        "prompt": "an item that is too long loses the head of its prompt",
+        "right": "an item that is too long loses its last tokens, the answer among them",
+    },
+    "data.eos": {
+        "always": "end-of-sequence token after every answer",
+        "if_shorter": "end-of-sequence token only after items shorter than the cutoff",
+    },
+    "data.holdout": {
+        "per_task": "items held out evenly from each task",
+        "mixed": "items held out of all together, as released",
+    },
+    "data.pad_to_multiple_of": "length of a training batch is a multiple of",
+    "data.revision": "revision of the data",
+    "data.train_on_prompt": {True: "loss on prompt and answer", False: "loss on the answer alone"},
+    "method.name": "method",
+    "method.rank": "rank",
+    "method.alpha": "alpha",
+    "method.dropout": "dropout",
+    "method.dropout_form": {
+        "published": "dropout on everything but one base product (the authors' code)",
+        "branch": "dropout on the low-rank branch alone",
+    },
+    "method.target_modules": "adapted modules",
+    "method.magnitude_modules": "modules of which the magnitude alone is trained",
+    "method.rslora": {True: "scale alpha / sqrt(rank)", False: "scale alpha / rank"},
+    "method.detach_norm": {True: "norm held constant in the gradient", False: "gradient through the norm"},
+    "optim.learning_rate": "peak learning rate",
+    "optim.schedule": "schedule after warm-up",
+    "optim.warmup_steps": "warm-up steps",
+    "optim.batch_size": "items per optimiser step",
+    "optim.micro_batch_size": "items per forward",
+    "optim.epochs": "passes over the training items",
+    "optim.weight_decay": "weight decay",
+    "optim.max_grad_norm": "gradients clipped to norm",
+    "optim.keep": {
+        "last": "the last weights are evaluated",
+        "best_loss": "the weights of the lowest validation loss are evaluated",
+    },
+    "optim.eval_steps": "steps between validation losses",
+    "evaluation.protocols": "evaluation protocols",
+    "evaluation.split": "items scored: split",
+    "evaluation.num_beams": "beams",
+    "evaluation.max_new_tokens": "new tokens at most",
+    "evaluation.batch_size": "prompts per forward in evaluation",
+    "evaluation.weights": {
+        "exact": "adapter merged in float32, else left beside the base",
+        "merged": "adapter merged into the base's type, rounded",
+        "unmerged": "adapter beside the base",
+    },
+}
+# why a difference matters, where somebody has measured it
+MATTERS = {
+    "data.train_on_prompt": "one report has LoRA at 86.5 with the loss on the answer alone (hqsiswiliam/hira#7), "
+    "table 1 at 74.7",
+    "data.template": "the last token of the prompt differs",
+    "optim.keep": "the published adapters are those of the lowest loss on 120 items",
+    "optim.learning_rate": "variants come within 1-2 % once it is tuned (arXiv 2602.04998)",
+    "evaluation.num_beams": "the released evaluation is a search with four beams; its temperature is never used",
+    "evaluation.protocols": "the two measure different things and never share a column",
+    "seed": "re-runs of one published setting spread over 24 points (NVlabs/DoRA#14, #26)",
+}
+# what the released code does that no field of a spec can say
+RELEASED = (
+    "Nothing is seeded where it matters: neither the start of A nor the order of data can be repeated.",
+    "Every published number is one run (NVlabs/DoRA#2).",
+    "Evaluation takes one prompt at a time and gives the model no attention mask; with larger batches it attends to "
+    "padding (LLM-Adapters#64).",
+    "Base weights and merged weights are float16; A, B and m are float32, m from the norms of the float16 weights.",
+    "The LLaMA-7B and 13B baselines are quoted from LLM-Adapters, whose evaluation leaves LoRA's dropout on.",
+)
+
+
+def card(path: Path) -> str:
+    """The page of one run directory, as Markdown; raises StoreError if it has no record that can be read."""
+    record = read_record(path)
+    spec = from_dict(record["spec"])
+    flat = leaves(to_dict(spec))
+    train, asked = TEMPLATES[spec.data.template]
+    evals = read_stream(path, "eval")
+    parts = [
+        f"# Protocol card: {name(spec)}",
+        f"Run {record['spec_id']}, {record['status']}" + (f": {record['error']}" if record["error"] else "") + ".",
+        _list("Model and data", [*_inputs(record), *_said(flat, ("model.", "data."))]),
+        f"## Prompt\n\nTraining text, before the answer (sha256 {_hash(train)}):\n\n{_shown(train)}\n\n"
+        f"Evaluation prompt (sha256 {_hash(asked)}):\n\n{_shown(asked)}\n\n"
+        "Every space is a ·, every end of line a ⏎. The answer follows without a space of its own.",
+        _list("Method", [*_said(_of_method(flat), ("method.",)), *_counts(record)]),
+        _list("Training", [*_said(flat, ("seed", "optim.")), *_trained(record)]) if spec.optim else None,
+        _list("Evaluation", [*_said(flat, ("evaluation.",)), *_decoding(spec)]),
+        _scores(evals),
+        _list("Code and machine", _machine(record)),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def diff(path: Path, other: Path | Spec) -> str:
+    """How two runs differ, or a run and a published spec, in words; a line per difference, then what both scored."""
+    record = read_record(path)
+    mine = from_dict(record["spec"])
+    theirs_record = None if isinstance(other, Spec) else read_record(other)
+    theirs = other if isinstance(other, Spec) else from_dict(read_record(other)["spec"])
+    whose = "published" if isinstance(other, Spec) else f"run {read_record(other)['spec_id']}"
+    lines = [f"A: run {record['spec_id']}, {name(mine)}", f"B: {whose}, {name(theirs)}", ""]
+    first, second = leaves(to_dict(mine)), leaves(to_dict(theirs))
+    aside = {"experiment", "tier"} | (
+        {"seed", "data.sha256", "data.revision", "model.revision"} if other is theirs else set()
+    )
+    differing = [field for field in {**first, **second} if field not in aside and first.get(field) != second.get(field)]
+    lines += [_difference(field, first, second) for field in differing]
+    if theirs_record is not None:
+        lines += _record_differences(record, theirs_record)
+    lines += ["The protocols are the same."] if len(lines) == 3 else []
+    if theirs_record is None:
+        lines += ["", "What the released code does beyond these fields:", *(f"- {text}" for text in RELEASED)]
+    else:
+        assert not isinstance(other, Spec)
+        lines += _both_scores(read_stream(path, "eval"), read_stream(other, "eval"))
+    return "\n".join(lines)
+
+
+def nearest(spec: Spec, published: Iterable[Spec]) -> Spec:
+    """The published spec that a run is to be held against: of its model, method and rank, as far as there are such.
+
+    Raises ValueError if there is none at all.
+    """
+    known = shapes.printed_name(spec.model.name)
+
+    def far(other: Spec) -> tuple[bool, bool, bool, bool, bool]:
+        return (
+            other.method.name != spec.method.name,
+            shapes.printed_name(other.model.name) != known,
+            other.method.rank != spec.method.rank,
+            (other.method.detach_norm, other.method.magnitude_modules)
+            != (spec.method.detach_norm, spec.method.magnitude_modules),
+            other.seed != spec.seed,
+        )
+
+    found = min(published, key=far, default=None)
+    if found is None:
+        raise ValueError("no experiment has a tier 'paper', so there is no published protocol to compare with")
+    return found
+
+
+def name(spec: Spec) -> str:
+    """A run in a few words: "commonsense, tier mini, DoRA rank 8 on mini, seed 0"."""
+    label = {"lora": "LoRA", "dora": "DoRA", "ft": "full fine-tuning", "base": "base model"}.get(spec.method.name)
+    rank = f" rank {spec.method.rank}" if spec.method.rank is not None else ""
+    return (
+        f"{spec.experiment}, tier {spec.tier}, {label or spec.method.name}{rank} on {spec.model.name}, seed {spec.seed}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ fields
+def _of_method(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the fields that the method does not read."""
+    unread = set()
+    if flat["method.name"] != "dora":
+        unread |= {"method.detach_norm", "method.dropout_form"}
+    if not flat["method.dropout"]:
+        unread.add("method.dropout_form")
+    if flat["method.rank"] is None:
+        unread |= {"method.dropout", "method.rslora"}
+    return {field: value for field, value in flat.items() if field not in unread}
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", value):
+        return value[:12]  # of a hash, enough to tell two apart
+    return "none" if value is None else str(value)
+
+
+def _phrase(field: str, value: Any) -> str:
+    words = WORDS.get(field, field)
+    if isinstance(words, dict):
+        return words.get(value, f"{field} {_value(value)}")
+    return f"{words}: {_value(value)}"
+
+
+def _said(flat: Mapping[str, Any], prefixes: tuple[str, ...]) -> list[str]:
+    """Every field under these prefixes, in words; an empty one that is none or the default of a list is left out."""
+    return [
+        f"{_phrase(field, value)} (`{field}`)"
+        for field, value in flat.items()
+        if field.startswith(prefixes) and value not in (None, [])
+    ]
+
+
+def _difference(field: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    words = WORDS.get(field, field)
+    if field not in first or field not in second:
+        where, value = ("A", first[field]) if field in first else ("B", second[field])
+        told = f"{_phrase(field, value)} in {where}, nothing of the kind in the other"
+    elif isinstance(words, dict):
+        told = f"{_phrase(field, first[field])} in A; {_phrase(field, second[field])} in B"
+    else:
+        told = f"{words}: {_value(first[field])} in A, {_value(second[field])} in B"
+    return f"- {told} (`{field}`)" + (f". It matters: {MATTERS[field]}" if field in MATTERS else "")
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+def _list(title: str, lines: list[str]) -> str:
+    return f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _shown(text: str) -> str:
+    return "```\n" + text.replace(" ", "·").replace("\n", "⏎\n") + "\n```"
+
+
+def _inputs(record: Mapping[str, Any]) -> list[str]:
+    found = record.get("inputs") or {}
+    lines = [
+        f"{kind}: {given.get('name')}, revision {given.get('revision') or 'none'}, sha256 "
+        f"{(given.get('sha256') or 'unknown')[:12]}"
+        for kind, given in found.items()
+        if isinstance(given, Mapping) and "sha256" in given
+    ]
+    for split, tasks in (found.get("items") or {}).items():
+        if tasks:
+            lines.append(f"{split} items: {sum(tasks.values())} ({', '.join(f'{t} {n}' for t, n in tasks.items())})")
+    if found.get("pad_token") is not None:
+        lines.append(f"padding: {found['pad_token']}, on the left, masked")
+    return lines
+
+
+def _counts(record: Mapping[str, Any]) -> list[str]:
+    params = record.get("params") or {}
+    if not params.get("total"):
+        return []
+    percent = 100 * params["trainable"] / params["total"]
+    return [f"trainable parameters: {params['trainable']:,} of {params['total']:,} ({percent:.3f} %)"]
+
+
+def _trained(record: Mapping[str, Any]) -> list[str]:
+    done = record.get("training") or {}
+    names = {"steps": "steps", "tokens": "tokens", "shortened": "items cut to fit", "kept_step": "weights of step"}
+    return [f"{words}: {done[key]:,}" for key, words in names.items() if done.get(key) is not None]
+
+
+def _decoding(spec: Spec) -> list[str]:
+    if "generate" not in spec.evaluation.protocols:
+        return []
+    search = "greedy" if spec.evaluation.num_beams == 1 else f"{spec.evaluation.num_beams} beams"
+    patterns = {task: load_task(task).pattern for task in spec.data.tasks}
+    return [
+        f"decoding: {search}, never sampled; attention mask, end and padding given explicitly",
+        "answer: first match, case-sensitive; without one it is unparsed, counted, and wrong: "
+        + "; ".join(f"{task} `{pattern}`" for task, pattern in patterns.items()),
+    ]
+
+
+def _scores(evals: list[dict[str, Any]]) -> str | None:
+    if not evals:
+        return None
+    lines = ["## Scores", "", "| Task | Protocol | Accuracy % | n | Unparsed | Prompts (sha256) |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | --- |")
+    for row in evals:
+        value = "–" if row["value"] is None else f"{100 * row['value']:.1f}"
+        unparsed = "–" if row.get("n_unparsed") is None else row["n_unparsed"]
+        prompts = (row.get("prompt_sha256") or "–")[:12]
+        lines.append(f"| {row['task']} | {row['protocol']} | {value} | {row['n']} | {unparsed} | {prompts} |")
+    sources = [
+        f"- builtin {row['task']}: lm-eval's task {row['lm_eval_task']}, version {row['lm_eval_version']}, on "
+        f"{row['dataset']} at {row['dataset_revision'] or 'an unknown commit'}"
+        for row in evals
+        if row["protocol"] == "builtin"
+    ]
+    lines += ["", *sources] if sources else []
+    return "\n".join(lines)
+
+
+def _machine(record: Mapping[str, Any]) -> list[str]:
+    code, machine = record.get("code") or {}, record.get("machine") or {}
+    changed = f", with uncommitted changes {code['diff']}" if code.get("diff") else ""
+    lines = [f"code: {code.get('commit') or 'unknown'}{changed}"]
+    lines += [f"{key}: {value}" for key, value in machine.items()]
+    lines += [f"device: {record['device']}"] if record.get("device") else []
+    seconds = record.get("seconds") or {}
+    lines += [f"seconds: {', '.join(f'{phase} {taken:g}' for phase, taken in seconds.items())}"] if seconds else []
+    if record.get("peak_memory_bytes"):
+        lines.append(f"peak memory: {record['peak_memory_bytes'] / 2**20:,.0f} MiB")
+    versions = record.get("packages") or {}
+    return [*lines, "versions: " + ", ".join(f"{package} {version}" for package, version in versions.items())]
+
+
+# ------------------------------------------------------------------------------------------------------- differences
+def _record_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """What differs outside the spec: code, inputs, packages, machine."""
+    kinds = {"code": "code", "inputs": "hash or revision of", "packages": "version of", "machine": "machine"}
+    lines = []
+    for part, words in kinds.items():
+        one, two = (leaves(_without_items(record.get(part) or {})) for record in (first, second))
+        for field in {**one, **two}:
+            if one.get(field) != two.get(field) and not field.endswith(".name"):
+                lines.append(f"- {words} {field}: {_value(one.get(field))} in A, {_value(two.get(field))} in B")
+    for split in ("train", "validation", "test"):
+        one, two = (((r.get("inputs") or {}).get("items") or {}).get(split) or {} for r in (first, second))
+        if one != two:
+            lines.append(
+                f"- {split} items: {sum(one.values())} in A, {sum(two.values())} in B, by task {one} and {two}"
+            )
+    if first.get("device") != second.get("device"):
+        lines.append(f"- device: {_value(first.get('device'))} in A, {_value(second.get('device'))} in B")
+    return lines
+
+
+def _without_items(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key != "items"}
+
+
+def _both_scores(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[str]:
+    one, two = ({(row["task"], row["protocol"]): row for row in rows} for rows in (first, second))
+    shared = [key for key in one if key in two]
+    if not shared:
+        return ["", "They share no scored task."]
+    lines = ["", f"{'task':<16}{'protocol':<16}{'A %':>7}{'B %':>7}{'A − B':>8}  unparsed A, B"]
+    for key in shared:
+        a, b = one[key], two[key]
+        if a["value"] is None or b["value"] is None:
+            continue
+        unparsed = f"{_value(a.get('n_unparsed'))}, {_value(b.get('n_unparsed'))}"
+        other = "" if a.get("prompt_sha256") == b.get("prompt_sha256") else "  (other prompts)"
+        gap = f"{100 * (a['value'] - b['value']):+.1f}"
+        lines.append(
+            f"{key[0]:<16}{key[1]:<16}{100 * a['value']:>7.1f}{100 * b['value']:>7.1f}{gap:>8}  {unparsed}{other}"
+        )
+    return lines

@@ -1,0 +1,108 @@
+"""Rows of `dora-lab probe` as a table in the terminal, a file, a figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dora_lab.report.figures import new_figure
+from dora_lab.report.statistics import correlation
+
+ENDINGS = {"out": (".csv", ".jsonl", ".parquet"), "plot": (".png", ".pdf")}
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def refuse_endings(out: Path | None, plot: Path | None) -> None:
+    """Raise ValueError for a file name that does not say a format that we write, before anything is computed."""
+    for option, path in (("out", out), ("plot", plot)):
+        if path is not None and path.suffix not in ENDINGS[option]:
+            raise ValueError(f"--{option} {path}: must end in {', '.join(ENDINGS[option])}")
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"--{option} {path}: the folder {path.absolute().parent} does not exist; create it")
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """A line per tuned model, step and kind: means over layers, and Pearson's r of ΔD and ΔM over them.
+
+    What a reader should not miss is said below: outputs without a direction, weights that are tied, magnitudes of DoRA
+    that never moved.
+    """
+    lines = []
+    groups: Any = pd.DataFrame(rows).groupby(["tuned", "step", "kind"], dropna=False)
+    for (tuned, step, kind), part in groups:
+        known = part.dropna(subset=["delta_d", "delta_m"])
+        found = correlation({0: (known["delta_d"].to_numpy(), known["delta_m"].to_numpy())}) if len(known) > 3 else None
+        line = {"tuned": Path(tuned).name, "step": "" if pd.isna(step) else int(step), "kind": kind, "n": len(part)}
+        numbers = {name: f"{part[name].mean():.3g}" for name in ("delta_m", "delta_d", "relative_change", "grown")}
+        r = (
+            f"undefined (n={len(known)})"
+            if found is None
+            else f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+        )
+        lines.append(line | numbers | {"r(ΔD, ΔM)": r})
+    return "\n".join([pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True), *_remarks(rows)])
+
+
+def _remarks(rows: list[dict[str, Any]]) -> list[str]:
+    still = [row for row in rows if row["magnitude_still"]]
+    tied = {f"{row['module']} is {row['tied_with']} too (tied), counted once" for row in rows if row["tied_with"]}
+    zero = [row for row in rows if row["undirected"]]
+    remarks = sorted(tied)
+    if zero:
+        where = f"{zero[0]['module']} and {len(zero) - 1} others" if len(zero) > 1 else zero[0]["module"]
+        count = sum(row["undirected"] for row in zero)
+        remarks.append(f"{count} vectors are zero in W or W0, have no direction and are left out of ΔD: {where}")
+    if still:
+        names = sorted({Path(row["tuned"]).name for row in still})
+        remarks.append(f"warning: in {', '.join(names)} no magnitude of {len(still)} matrices has left its start: were "
+                       "they trained?")  # fmt: skip
+    return ["", *remarks] if remarks else []
+
+
+def save(rows: list[dict[str, Any]], path: Path) -> Path:
+    """Write the rows in the format of the file's ending; returns the path."""
+    frame = pd.DataFrame(rows)
+    if path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    elif path.suffix == ".jsonl":
+        frame.to_json(path, orient="records", lines=True, force_ascii=False, double_precision=15)
+    else:
+        frame.to_parquet(path, index=False)
+    return path
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> Path:
+    """ΔD against ΔM, a panel per kind, a marker per tuned model, dark to light from first layer to last."""
+    from matplotlib import colormaps
+    from matplotlib.lines import Line2D
+
+    frame: Any = pd.DataFrame(rows)
+    kinds, names = list(frame["kind"].unique()), list(frame["tuned"].unique())
+    columns = min(4, len(kinds))
+    lines = -(-len(kinds) // columns)
+    figure, axes = new_figure(lines, columns, width=3.2 * columns + 0.6, height=2.9 * lines + 0.5)
+    last = max(1, int(frame["layer"].max())) if frame["layer"].notna().any() else 1
+    for kind, axis in zip(kinds, axes.flat, strict=False):
+        for marker, name in zip(MARKERS * len(names), names, strict=False):
+            part = frame[(frame["kind"] == kind) & (frame["tuned"] == name)]
+            shades = [colormaps["viridis"](0.92 * layer / last) for layer in part["layer"].fillna(0)]
+            axis.scatter(
+                part["delta_d"], part["delta_m"], c=shades, marker=marker, s=26, linewidths=0.4, edgecolors="white"
+            )
+        axis.set(title=kind, xlabel="ΔD", ylabel="ΔM (units of the weight)")
+        axis.ticklabel_format(style="sci", scilimits=(-2, 3))
+    for axis in list(axes.flat)[len(kinds) :]:
+        axis.remove()
+    keys = [
+        Line2D([], [], color="0.3", marker=marker, linestyle="", label=Path(name).name)
+        for marker, name in zip(MARKERS * len(names), names, strict=False)
+    ]
+    title = "layers from the first, dark, to the last, light" if frame["layer"].notna().any() else None
+    figure.legend(
+        handles=keys, loc="outside lower center", ncols=min(4, len(keys)), frameon=False, fontsize=8,
+        title=title, title_fontsize=8,
+    )  # fmt: skip
+    figure.savefig(path, dpi=200)
+    return path

@@ -1,0 +1,216 @@
+"""What is wrong with a results folder, a run, or a saved adapter, and how to mend it: `dora-lab doctor`. No torch.
+
+Every look yields findings: (what is wrong where, how to mend it). A run that failed or was interrupted says so in its
+record and is no finding; one that says nothing, or other than its files, is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dora_lab.io.errors import CheckpointError
+from dora_lab.io.files import parse_json
+from dora_lab.io.files import verify as verify_files
+from dora_lab.runs import checkpoints
+from dora_lab.runs.errors import StoreError
+from dora_lab.runs.record import read_record
+from dora_lab.runs.streams import STREAMS, read_rows
+from dora_lab.spec import Spec, from_dict
+
+AGAIN = "run it again: it resumes"
+ANEW = "restore the file, or remove the run's folder and run it again"
+MANIFEST = "dora_lab.json"  # of an adapter or a model that the lab saved
+_KEYS = {
+    "probe": ("step", "fraction", "module"),
+    "eval": ("task", "protocol", "metric"),
+}  # of which a row is the only one
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong."""
+
+    where: Path
+    what: str
+    mend: str
+
+
+def examine(path: Path) -> Iterator[Finding]:
+    """Everything that is wrong in a results folder, a run directory, or a folder with a manifest.
+
+    Raises StoreError for a folder that is none of these.
+    """
+    path = Path(path)
+    if (path / "record.json").exists() or (path.parent.parent.name == "runs" and path.is_dir()):
+        yield from _run(path)
+    elif (path / "runs").is_dir():
+        for folder in sorted((path / "runs").glob("*/*")):
+            yield from _run(folder) if folder.is_dir() else _stray(folder)
+        yield from _bench(path / "bench")
+    elif (path / MANIFEST).is_file():
+        yield from _manifest(path)
+        yield from _leftovers(path)
+    else:
+        raise StoreError(f"{path}: neither a results folder (with runs/), nor a run, nor a folder with a manifest")
+
+
+def _run(path: Path) -> Iterator[Finding]:
+    owner, held = _lock(path / "lock")
+    if owner is not None and not held:
+        yield Finding(path / "lock", f"left by {owner}, which has ended", AGAIN)
+    try:
+        record = read_record(path)
+        spec = from_dict(record["spec"])
+    except StoreError as error:
+        yield of_error(path / "record.json", error)
+        return
+    if (path.parent.name, path.name) != (spec.experiment, record["spec_id"]):
+        right = f"{spec.experiment}/{record['spec_id']}"
+        yield Finding(path, f"its record is of the run {right}", f"move the folder to {right}")
+    status = record["status"]
+    if (status == "failed") != bool(record["error"]) and status in ("failed", "complete"):
+        yield Finding(path / "record.json", f"status {status} with error {record['error']!r}", ANEW)
+    if held:
+        return  # its streams and checkpoints are being written
+    if status == "running":
+        yield Finding(path / "record.json", "status running, and nobody runs it: it was killed", AGAIN)
+    yield from _streams(path, spec, record)
+    yield from _leftovers(path)
+    yield from _manifest(path / "adapter")
+    for folder in sorted((path / "checkpoints").glob("checkpoint-*")):
+        manifest, fault = checkpoints.read_manifest(folder)
+        if fault is not None:
+            yield Finding(folder, f"a broken checkpoint ({fault})", f"{AGAIN}, from an older one")
+        elif manifest is not None and manifest["spec_id"] != record["spec_id"]:
+            yield Finding(folder, f"a checkpoint of another run, {manifest['spec_id']}", "delete it")
+    for folder in sorted((path / "checkpoints" / checkpoints.QUARANTINE).glob("*")):
+        yield Finding(folder, "a damaged checkpoint that was put aside", "look at it, then delete it")
+
+
+def _streams(path: Path, spec: Spec, record: dict[str, Any]) -> Iterator[Finding]:
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name in STREAMS:
+        file = path / f"{name}.jsonl"
+        if file.exists() and (content := file.read_bytes()) and not content.endswith(b"\n"):
+            yield Finding(file, "a torn last line", AGAIN if record["status"] != "complete" else ANEW)
+        try:
+            rows[name] = read_rows(path, name)
+        except StoreError as error:
+            yield of_error(file, error)
+            continue
+        yield from (Finding(file, what, ANEW) for what in _disorder(name, rows[name]))
+    if record["status"] != "complete" or len(rows) < len(STREAMS):
+        return
+    for name, what in _counts(spec, record, rows):
+        yield Finding(path / f"{name}.jsonl", what, ANEW)
+
+
+def _disorder(name: str, rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Rows out of order, twice there, or with a number out of its range."""
+    steps = [row["step"] for row in rows if "step" in row]
+    if late := next((after for before, after in pairwise(steps) if after < before), None):
+        yield f"the row of step {late} comes after a later one"
+    keys = Counter(
+        tuple(str(row.get(key)) for key in _KEYS[name]) if name in _KEYS else (row.get("step"), tuple(row))
+        for row in rows
+    )
+    if twice := [key for key, count in keys.items() if count > 1]:
+        yield f"{len(twice)} rows are there twice, the first is {twice[0]}"
+    limits = {"delta_d": (0, 2), "delta_m": (0, math.inf), "relative_change": (0, math.inf), "value": (0, 1)}
+    for field, (low, high) in limits.items():
+        values = [row[field] for row in rows if row.get(field) is not None]
+        if strange := [value for value in values if not low <= value <= high + 1e-6]:
+            yield f"{field} = {strange[0]} is outside {low} .. {high}"
+
+
+def _counts(spec: Spec, record: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, str]]:
+    """(stream, what is wrong) where the rows of a complete run do not fit its spec and record."""
+    there = {(row["task"], row["protocol"]) for row in rows["eval"]}
+    wanted = {(task, protocol) for task in spec.data.tasks for protocol in spec.evaluation.protocols}
+    if lost := sorted(wanted - there):
+        yield "eval", f"{len(lost)} of {len(wanted)} scores are missing, the first is {' '.join(lost[0])}"
+    counts = ((record.get("inputs") or {}).get("items") or {}).get(spec.evaluation.split) or {}
+    for row in rows["eval"]:
+        if row["task"] in counts and row["n"] != counts[row["task"]]:
+            yield "eval", f"{row['task']}: n = {row['n']}, the record says {counts[row['task']]} items"
+    steps = (record.get("training") or {}).get("steps")
+    losses = [row["step"] for row in rows["metrics"] if "loss" in row]
+    if steps is not None and (not losses or losses[-1] != steps):
+        yield "metrics", f"the last loss is of step {losses[-1] if losses else None}, the run had {steps}"
+    if spec.probe is not None:
+        per = Counter(row.get("fraction") for row in rows["probe"])
+        if set(per) != set(spec.probe.fractions) or len(set(per.values())) > 1:
+            yield "probe", f"rows per fraction are {dict(per)}, the spec asks for {list(spec.probe.fractions)}"
+
+
+def _manifest(folder: Path) -> Iterator[Finding]:
+    """A saved adapter or model against its manifest, where it has one."""
+    if not (folder / MANIFEST).is_file():
+        return
+    try:
+        verify_files(folder / MANIFEST)
+    except CheckpointError as error:
+        yield of_error(folder / MANIFEST, error)
+
+
+def _leftovers(path: Path) -> Iterator[Finding]:
+    for file in sorted([*path.glob(".*"), *path.glob("checkpoints/.*"), *path.glob("adapter/.*")]):
+        yield Finding(file, "a temporary that was left behind", "delete it")
+
+
+def _lock(file: Path) -> tuple[str | None, bool]:
+    """(who is named in a lock file, whether it is held as far as can be told); (None, False) if there is none."""
+    try:
+        owner = json.loads(file.read_text(encoding="utf-8"))
+        host, pid = owner["host"], int(owner["pid"])
+    except FileNotFoundError:
+        return None, False
+    except (OSError, ValueError, KeyError, TypeError):
+        return "somebody without a name", False
+    name = f"process {pid} on host {host}"
+    if host != socket.gethostname():
+        return name, True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return name, False
+    except OSError:
+        pass
+    return name, True
+
+
+def _bench(folder: Path) -> Iterator[Finding]:
+    for file in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+            try:
+                row = parse_json(line)
+            except ValueError as error:
+                yield Finding(file, f"line {number}: {error}", "delete that line and measure it again")
+                continue
+            if not isinstance(row, dict):
+                yield Finding(file, f"line {number}: not a JSON object", "delete that line and measure it again")
+
+
+def _stray(file: Path) -> Iterator[Finding]:
+    yield Finding(file, "a file where runs lie", "delete it or move it away")
+
+
+def of_error(file: Path, error: Exception) -> Finding:
+    """What an error says of a file, its last half-sentence being how to mend it."""
+    what, semicolon, mend = str(error).removeprefix(f"{file}: ").removeprefix(f"{file}, ").rpartition("; ")
+    return Finding(file, what, mend) if semicolon else Finding(file, mend, ANEW)
+
+
+def report(findings: list[Finding]) -> str:
+    """Two lines per finding, for a terminal."""
+    lines = [f"{one.where}: {one.what}\n    mend: {one.mend}" for one in findings]
+    return "\n".join(
+        [*lines, f"{len(findings)} finding{'' if len(findings) == 1 else 's'}" if findings else "nothing is wrong"]
+    )

@@ -1,0 +1,98 @@
+"""What code, machine and packages a run had: for its record (standard library only)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import resource
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).resolve().parents[2]
+CODE = ("dora_lab", "experiments")  # what can change a result; analysis and documents cannot
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "safetensors",
+    "lm_eval",
+    "datasets",
+    "numpy",
+)
+
+
+def code() -> dict[str, str | None]:
+    """`commit` of the repository and `diff`, a hash of uncommitted changes to the code; None where there is none."""
+    commit = _git("rev-parse", "--verify", "HEAD")
+    if commit is None:
+        return {"commit": None, "diff": None}
+    changed = _git("diff", "HEAD", "--binary", "--", *CODE) or b""
+    listed = (_git("ls-files", "--others", "--exclude-standard", "-z", "--", *CODE) or b"").split(b"\0")
+    whole = hashlib.sha256(changed)
+    new = [SOURCE / os.fsdecode(name) for name in listed if name]
+    for file in new:
+        whole.update(f"{file.relative_to(SOURCE).as_posix()}\0".encode())
+        whole.update(file.read_bytes())
+    return {"commit": commit.decode().strip(), "diff": whole.hexdigest()[:12] if changed or new else None}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, number of cores and system; nothing that names the machine or its user."""
+    return {
+        "processor": _processor(),
+        "cores": cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def packages() -> dict[str, str]:
+    """Versions of Python and of the packages that take part in a run."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def reset_peak_memory() -> None:
+    """Start measuring the peak anew, where the system can (Linux); several runs may share one process."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process, since `reset_peak_memory` where that works, in bytes."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> bytes | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=SOURCE, capture_output=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

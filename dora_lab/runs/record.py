@@ -1,0 +1,57 @@
+"""record.json as it is read back: where runs lie, what each was, and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dora_lab.io.files import parse_json
+from dora_lab.runs.errors import StoreError
+from dora_lab.spec import Spec, SpecError, did_you_mean, from_dict, spec_id
+
+SCHEMA = 1
+ENDINGS = ("complete", "failed", "interrupted")
+
+
+def run_path(root: Path, spec: Spec) -> Path:
+    """Where the run of `spec` lies under the results folder `root`; whether or not it exists."""
+    if not spec.experiment.isidentifier():  # it names a folder
+        raise SpecError(f"experiment = {spec.experiment!r}: must be the name of a Python file, without .py")
+    return Path(root) / "runs" / spec.experiment / spec_id(spec)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of the run directory `path`; raises StoreError if there is none, or it is damaged or too new."""
+    file = Path(path) / "record.json"
+    try:
+        record = parse_json(file.read_bytes())
+    except FileNotFoundError:
+        raise StoreError(f"{file} does not exist; is this a run directory?") from None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{file} is not JSON ({error}); restore it or remove the run directory") from None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        schema = record.get("schema") if isinstance(record, dict) else None
+        raise StoreError(f"{file}: schema {schema!r}, this version reads {SCHEMA}; update dora_lab")
+    if missing := [name for name in ("spec", "spec_id", "status", "error") if name not in record]:
+        raise StoreError(f"{file}: field '{missing[0]}' is missing; restore it or remove the run directory")
+    if record["status"] not in ("running", *ENDINGS):
+        raise StoreError(f"{file}: unknown status {record['status']!r}; {did_you_mean(str(record['status']), ENDINGS)}")
+    try:
+        found = spec_id(from_dict(record["spec"]))
+    except SpecError as error:
+        raise StoreError(f"{file}: {error}; restore it, or update dora_lab") from None
+    if found != record["spec_id"]:
+        raise StoreError(f"{file}: spec_id {record['spec_id']!r:.40}, but its spec is {found}: restore it")
+    for name in ("code", "inputs", "machine", "packages", "params", "seconds"):
+        if not isinstance(record.get(name) or {}, dict):
+            raise StoreError(f"{file}: field '{name}' is no JSON object; restore it or remove the run directory")
+    if wrong := [name for name, count in (record.get("params") or {}).items() if type(count) is not int]:
+        raise StoreError(f"{file}: field 'params.{wrong[0]}' is no whole number; restore it")
+    return record
+
+
+def iter_runs(root: Path, experiment: str | None = None) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(run directory, record) of every run under the results folder `root`, sorted; of one experiment if named."""
+    for file in sorted((Path(root) / "runs").glob(f"{experiment or '*'}/*/record.json")):
+        yield file.parent, read_record(file.parent)

@@ -1,0 +1,110 @@
+"""The streams of a run as they are read back, row by row, each with the fields that readers need."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dora_lab.io.files import parse_json
+from dora_lab.runs.errors import StoreError
+from dora_lab.runs.record import read_record
+from dora_lab.spec import did_you_mean
+
+STREAMS = ("metrics", "probe", "timing", "eval")
+_NUMBER, _MAYBE = (int, float), (int, float, type(None))
+_REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {  # what a reader needs of a row
+    "metrics": {"step": (int,)},
+    "probe": {"step": (int,), "module": (str,), "kind": (str,), "delta_m": _NUMBER, "delta_d": _NUMBER},
+    "eval": {"task": (str,), "protocol": (str,), "metric": (str,), "value": _MAYBE, "n": (int,)},
+}
+_OPTIONAL: dict[str, dict[str, tuple[type, ...]]] = {  # of these types where they are there
+    "metrics": dict.fromkeys(("tokens", "loss", "eval_loss", "learning_rate", "grad_norm", "seconds"), _MAYBE),
+    "probe": dict.fromkeys(("layer", "fraction", "relative_change"), _MAYBE),
+    "eval": {
+        **dict.fromkeys(("stderr", "n_unparsed", "chance", "majority"), _MAYBE),
+        **dict.fromkeys(("correct", "prompt_sha256"), (str, type(None))),
+    },
+}
+
+
+def read_stream(path: Path, name: str) -> list[dict[str, Any]]:
+    """All rows of one stream of the run directory `path`, [] if it was never written.
+
+    A last line without its newline is a write in progress (or a torn one) and is left out; any other line that is not
+    a JSON object raises StoreError with file and line.
+    """
+    if name not in STREAMS:
+        raise StoreError(f"{path}: unknown stream '{name}'; {did_you_mean(name, STREAMS)}")
+    file = Path(path) / f"{name}.jsonl"
+    if not file.exists():
+        return []
+    rows = []
+    whole, _, _ = file.read_bytes().rpartition(b"\n")
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise StoreError(f"{file}, line {number}: {error}; restore the file or run again") from None
+        if not isinstance(row, dict):
+            raise StoreError(f"{file}, line {number}: not a JSON object; restore the file or run again")
+        rows.append(row)
+    return rows
+
+
+def read_rows(path: Path, name: str) -> list[dict[str, Any]]:
+    """`read_stream`, and every row has the fields that tables and figures read, of their types.
+
+    Raises StoreError naming file, line and field; for eval also where `correct` and `value` contradict each other, and
+    for a stream that has changed since the run was finished.
+    """
+    rows = read_stream(path, name)
+    file = Path(path) / f"{name}.jsonl"
+    wanted = stream_hash(read_record(path), name) if (Path(path) / "record.json").exists() else None
+    if wanted not in (None, hashlib.sha256(file.read_bytes() if file.exists() else b"").hexdigest()):
+        raise StoreError(f"{file}: is not what it was when the run was finished; restore the file or run again")
+    for number, row in enumerate(rows, start=1):
+        where = f"{Path(path) / f'{name}.jsonl'}, line {number}"
+        optional = {field: kinds for field, kinds in _OPTIONAL.get(name, {}).items() if field in row}
+        for field, kinds in (_REQUIRED.get(name, {}) | optional).items():
+            value = row.get(field, row)  # a field that is not there has no value of any of these types
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                value = row.get(field)
+                raise StoreError(f"{where}: field '{field}' = {value!r:.60}; restore the file or run again")
+        if name == "eval" and row["metric"] == "accuracy" and isinstance(text := row.get("correct"), str):
+            value, n = row["value"], row["n"]
+            if len(text) != n or set(text) - {"0", "1"} or value is None or abs(text.count("1") - value * n) > 1e-6 * n:
+                raise StoreError(
+                    f"{where}: value {value} of n {n} is not what its {len(text)} answers say; restore the file"
+                )
+    return rows
+
+
+def stream_hash(record: Mapping[str, Any], name: str) -> str | None:
+    """SHA-256 that a stream had when the run was finished; None where the record does not say."""
+    marks = record.get("streams")
+    mark = marks.get(name) if isinstance(marks, dict) else None
+    return mark.get("sha256") if isinstance(mark, dict) else None
+
+
+def repair(file: Path) -> str | None:
+    """Make the last line whole or remove it, if a crash tore it; a note on what was done, or None."""
+    if not file.exists():
+        return None
+    content = file.read_bytes()
+    whole, newline, tail = content.rpartition(b"\n")
+    if not tail:
+        return None
+    try:
+        complete = isinstance(json.loads(tail), dict)
+    except ValueError:
+        complete = False
+    if complete:
+        with file.open("ab") as out:
+            out.write(b"\n")
+        return None
+    os.truncate(file, len(whole) + len(newline))
+    return f"{file.name}: a torn last line of {len(tail)} bytes was removed"

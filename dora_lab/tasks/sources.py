@@ -1,0 +1,250 @@
+"""Training, validation and test items for a spec. Imports no torch.
+
+Sources: "mini" (the embedded world); "llm_adapters", a folder in the layout of that repository (``<task>/train.json``
+and ``<task>/test.json``, or these below ``dataset/``); "commonsense_170k" (training items only), the file
+``commonsense_170k.json`` of such a folder (in it or in ``ft-training_set/``), else the hub's copy at `data.revision`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from dora_lab import mini
+from dora_lab.io.errors import LoadError
+from dora_lab.io.files import hash_files
+from dora_lab.io.hub import snapshot
+from dora_lab.spec import Data, Spec, did_you_mean
+from dora_lab.tasks import ItemError, all_tasks, check_items, load_task, read_items
+from dora_lab.tasks.commonsense.released_files import MIX, describe
+
+Item = dict[str, Any]
+Pools = dict[str, list[Item]]  # items by task
+SOURCES = ("mini", "llm_adapters", MIX)
+HUB_DATA = {MIX: "zwhe99/commonsense_170k"}  # source name: hub dataset, the copy that public code loads
+HUB_FILES = ("*.json", "*.parquet")
+DATA_SEED = 42  # of the split and the subset: the same items for every run seed, as in the released code
+INSTEAD = (
+    "clone https://github.com/AGI-Edgerunners/LLM-Adapters (commit 8166572, read for this lab) and give its folder, "
+    "which holds ft-training_set/commonsense_170k.json and dataset/<task>/test.json, with --data-dir"
+)
+
+
+@dataclass(frozen=True)
+class Items:
+    """The items of a run, per task name; a source without a split has no key for it."""
+
+    train: Pools = field(default_factory=dict)
+    validation: Pools = field(default_factory=dict)
+    test: Pools = field(default_factory=dict)
+    sources: tuple[dict[str, Any], ...] = ()  # every file that was read, as `describe` has it; none for "mini"
+
+    def split(self, name: str) -> Pools:
+        """The items of "train", "validation" or "test"."""
+        return cast(Pools, getattr(self, name))
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Number of items per split and task, for the record."""
+        names = ("train", "validation", "test")
+        return {name: {task: len(items) for task, items in self.split(name).items()} for name in names}
+
+
+def items(spec: Spec, data_dir: Path | None = None) -> Items:
+    """The training, validation and test items of `spec`; `data_dir` is the folder of the source "llm_adapters".
+
+    Raises LoadError for an unknown source or a folder whose content is not what `data.sha256` says, ItemError for data
+    that cannot be used.
+    """
+    data = spec.data
+    own = spec.evaluation.protocols != ("builtin",)  # which brings its items along
+    tests = _read(data.eval_name or data.name, "test", data, data_dir) if own else {}
+    test = {task: found[: data.test_items] for task, found in tests.items()}
+    pools: Pools = {}
+    train: Pools = {}
+    validation: Pools = {}
+    if spec.optim is not None or spec.evaluation.split == "validation":
+        pools = _read(data.name, "train", data, data_dir)
+        train, validation = _split(pools, data, data_dir)
+        if spec.optim is not None and not train:
+            raise LoadError(f"data '{data.name}' has no training items for the tasks {', '.join(data.tasks)}")
+    if spec.evaluation.split == "validation" and not validation:
+        raise LoadError("evaluation.split is validation but data.validation_items is 0; set it")
+    sources: list[dict[str, Any]] = []
+    if (data.eval_name or data.name) != "mini":
+        asked = {item["instruction"] for pool in pools.values() for item in pool}
+        for task, found in tests.items():
+            again = sum(item["instruction"] in asked for item in found) if pools else None
+            sources.append(describe(task, "test", found) | {"used": len(test[task]), "asked_in_training": again})
+    if data.name != "mini":
+        for task, pool in pools.items():
+            used = len(train.get(task, ())) + len(validation.get(task, ()))
+            sources.append(describe(task, "train", pool) | {"used": used})
+    return Items(train=train, validation=validation, test=test, sources=tuple(sources))
+
+
+def hash_data(folder: Path) -> str:
+    """SHA-256 (64 hex digits) of the data files of a folder in the LLM-Adapters layout: their names and contents."""
+    found = _files(folder)
+    if not found:
+        wanted = ", ".join(task.folder for task in all_tasks())
+        raise LoadError(f"{folder} has no <task>/train.json or <task>/test.json; tasks: {wanted}")
+    return hash_files(found)
+
+
+def tasks_in(folder: Path) -> list[str]:
+    """Names of the tasks whose ``test.json`` is in a folder of the LLM-Adapters layout, in the paper's order."""
+    found = _files(folder)
+    return [task.name for task in all_tasks() if f"{task.folder}/test.json" in found]
+
+
+def data_identity(data: Data, source: str, data_dir: Path | None) -> dict[str, Any]:
+    """What identifies a source as it is on this machine now: the hash of a local one, the commit of the hub's."""
+    if source == "mini":
+        return {"revision": None, "sha256": mini.world_sha256()}
+    if data_dir is not None and (source == "llm_adapters" or _mix_file(data_dir) is not None):
+        return {"revision": None, "sha256": hash_data(data_dir)}
+    if source == "llm_adapters":
+        return {"revision": None, "sha256": data.sha256}
+    return {"revision": data.revision, "sha256": None}  # a hub commit is its own hash
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The data files of a folder in the LLM-Adapters layout, by their names in it."""
+    root = _tasks_folder(folder)
+    names = [f"{task.folder}/{split}.json" for task in all_tasks() for split in ("train", "test")]
+    found = {name: root / name for name in names if (root / name).exists()}
+    mix = _mix_file(folder)
+    return found | ({mix.name: mix} if mix else {})
+
+
+def _tasks_folder(folder: Path) -> Path:
+    below = Path(folder) / "dataset"
+    return below if below.is_dir() else Path(folder)
+
+
+def _mix_file(folder: Path) -> Path | None:
+    name = f"{MIX}.json"
+    places = (
+        Path(folder) / name,
+        Path(folder) / "ft-training_set" / name,
+        Path(folder) / ".." / "ft-training_set" / name,
+    )
+    return next((place for place in places if place.is_file()), None)
+
+
+def _read(source: str, split: str, data: Data, data_dir: Path | None) -> Pools:
+    """All items of one split, per task; {} where the source has none."""
+    if source == "mini":
+        found = {name: mini.items(name, cast(Any, split)) for name in data.tasks}
+        for name, given in found.items():
+            check_items(given, load_task(name), f"mini {name} {split}")
+        return found
+    if source == "llm_adapters":
+        return _read_folder(split, data, data_dir)
+    if source == MIX:
+        if split != "train":
+            raise LoadError(f"data '{MIX}' has training items only; set data.eval_name to 'llm_adapters'")
+        return {MIX: _read_mix(data, data_dir)}
+    raise LoadError(f"unknown data source '{source}'; {did_you_mean(source, SOURCES)}")
+
+
+def _read_folder(split: str, data: Data, data_dir: Path | None) -> Pools:
+    if data_dir is None:
+        raise LoadError(f"data 'llm_adapters' is a local folder; give it with --data-dir: {INSTEAD}")
+    _refuse_other(data, data_dir)
+    read = {}
+    for task in (load_task(name) for name in data.tasks):
+        file = _tasks_folder(data_dir) / task.folder / f"{split}.json"
+        if split == "test" or file.exists():  # a task may have no training file; one without a test is an error
+            read[task.name] = read_items(file, task)
+    return read
+
+
+def _refuse_other(data: Data, data_dir: Path) -> None:
+    found = hash_data(data_dir)
+    if data.sha256 is not None and found != data.sha256:
+        raise LoadError(f"{data_dir}: content hash {found[:12]}..., the spec asks for {data.sha256[:12]}...")
+
+
+def _read_mix(data: Data, data_dir: Path | None) -> list[Item]:
+    """The training mix: of the folder if it has one, else of the hub."""
+    if data_dir is not None and (file := _mix_file(data_dir)) is not None:
+        _refuse_other(data, data_dir)
+        return read_items(file, None)
+    folder = snapshot(HUB_DATA[MIX], data.revision, "dataset", HUB_FILES, "--with data.revision=COMMIT", INSTEAD)
+    named = [*folder.glob(f"**/{MIX}.json")] or sorted(folder.glob("**/*.json"))
+    if len(named) == 1:
+        return read_items(named[0], None)
+    tables = sorted(folder.glob("**/*.parquet"))
+    if named or not tables:
+        raise LoadError(f"{folder}: expected one JSON file or parquet files, found {[file.name for file in named]}")
+    import pandas as pd
+
+    found = pd.concat([pd.read_parquet(table) for table in tables]).to_dict("records")
+    check_items(found, None, str(folder))
+    return cast("list[Item]", found)
+
+
+def _split(pools: Pools, data: Data, data_dir: Path | None) -> tuple[Pools, Pools]:
+    """Training and validation items: the embedded world has its own validation split, others hold items out."""
+    if data.holdout == "mixed":
+        return _split_mixed(pools, data)
+    pools = {name: _shuffled(pool, name) for name, pool in pools.items()}
+    if data.name == "mini":
+        own = _read("mini", "validation", data, data_dir) if data.validation_items else {}
+        held = _shares(own, data.validation_items)
+        validation = {name: pool[: held[name]] for name, pool in own.items()}
+    else:
+        held = _shares(pools, data.validation_items)
+        validation = {name: pool[: held[name]] for name, pool in pools.items() if held[name]}
+        pools = {name: pool[held[name] :] for name, pool in pools.items()}
+    kept = _shares(pools, data.train_items if data.train_items is not None else sum(map(len, pools.values())))
+    return {name: pool[: kept[name]] for name, pool in pools.items() if kept[name]}, validation
+
+
+def _split_mixed(pools: Pools, data: Data) -> tuple[Pools, Pools]:
+    """As released: `train_test_split` with seed 42 over all items in file order; the first of the rest are trained."""
+    import datasets
+
+    everything = [(name, item) for name, pool in pools.items() for item in pool]
+    wanted = data.validation_items + (data.train_items or 1)
+    if wanted > len(everything):
+        raise LoadError(f"{wanted} items wanted, {len(everything)} there; ask for fewer")
+    train, held = list(range(len(everything))), []
+    if data.validation_items:
+        rows = datasets.Dataset.from_dict({"row": train})
+        both = rows.train_test_split(test_size=data.validation_items, shuffle=True, seed=DATA_SEED)
+        train, held = list(both["train"]["row"]), list(both["test"]["row"])
+
+    def by_task(chosen: list[int]) -> Pools:
+        found: Pools = {}
+        for row in chosen:
+            name, item = everything[row]
+            found.setdefault(name, []).append(item)
+        return found
+
+    return by_task(train[: data.train_items]), by_task(held)
+
+
+def _shares(pools: Pools, wanted: int) -> dict[str, int]:
+    """How many of `wanted` items each pool gives: evenly, and more from the others where one has too few."""
+    sizes = {name: len(pool) for name, pool in pools.items()}
+    if wanted > sum(sizes.values()):
+        raise LoadError(f"{wanted} items wanted, {sum(sizes.values())} there: {json.dumps(sizes)}; ask for fewer")
+    shares, left = {}, wanted
+    for place, name in enumerate(sorted(sizes, key=lambda name: sizes[name])):  # the others make up for small ones
+        shares[name] = min(sizes[name], left // (len(sizes) - place))
+        left -= shares[name]
+    return {name: shares[name] for name in sizes}
+
+
+def _shuffled(pool: list[Item], name: str) -> list[Item]:
+    order = list(range(len(pool)))
+    random.Random(f"{DATA_SEED} {name}").shuffle(order)
+    return [pool[index] for index in order]
+
+
+__all__ = ["ItemError", "Items", "data_identity", "hash_data", "items", "tasks_in"]
