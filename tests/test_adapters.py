@@ -21,7 +21,8 @@ from dora_lab.methods import dora, dora_autograd
 from dora_lab.methods.contract import AdaptedLinear
 from dora_lab.methods.dora import DoraLinear
 from dora_lab.methods.dora_autograd import Blocked, Decomposed
-from dora_lab.methods.inject import adapted, inject, merge, methods
+from dora_lab.methods.catalog import entry_of, methods
+from dora_lab.methods.inject import adapted, inject, merge
 from dora_lab.methods.lora import LoraLinear
 from dora_lab.spec import Method
 

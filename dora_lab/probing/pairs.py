@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from dora_lab.formats.manifest import digest, read_manifest
-from dora_lab.formats.read import CONFIG, Adapter, Factors, read_adapter
+from dora_lab.formats.neutral import CONFIG, Adapter, Factors
+from dora_lab.formats.read import read_adapter
 from dora_lab.formats.shards import FLOATS, INDEX, PICKLES, SINGLE, Shards, refuse_changed
 from dora_lab.io.errors import CheckpointError
 from dora_lab.spec import did_you_mean
