@@ -101,7 +101,7 @@ def spare_colour(label: str) -> str:
 
 def _entry(name: str) -> Entry:
     file = Path(__file__).parent / f"{name}.py"
-    said = {"label": name} | _literals(file)
+    said: dict[str, Any] = {"label": name} | _literals(file)
     if "fields" not in said:
         raise ValueError(f"{file}: no FIELDS; say which fields of spec.Method the method reads, () for none")
     return Entry(name=name, **({"words": said["label"], "colour": spare_colour(said["label"])} | said))
