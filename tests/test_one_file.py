@@ -61,7 +61,7 @@ def prepare(model: nn.Module, method: Method, generator: torch.Generator) -> Non
 # what a user says to run a method of their own in the place of full fine-tuning, on a small model and few items
 CHANGES = {
     "method.name": "gain", "method.target_modules": "q_proj,k_proj,v_proj,up_proj,down_proj", "data.train_items": 40,
-    "data.test_items": 12, "optim.batch_size": 8, "optim.micro_batch_size": 4, "optim.learning_rate": 0.02,
+    "data.test_items": 12, "optim.batch_size": 8, "optim.micro_batch_size": 4, "optim.learning_rate": 0.002,
     "optim.epochs": 40, "evaluation.protocols": "generate,loglikelihood", "evaluation.max_new_tokens": 12,
 }  # fmt: skip
 
@@ -110,8 +110,8 @@ def rows(run: Path, stream: str) -> list[dict[str, Any]]:
 
 
 def test_the_contract_is_kept(copy: Path) -> None:
-    text = done(python(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", "-k", "gain",
-                       "--ignore=tests/test_one_file.py", "tests/test_methods.py", "tests/test_adapters.py"))  # fmt: skip
+    asked = ("-q", "-p", "no:cacheprovider", "-k", "[gain", "tests/test_methods.py", "tests/test_adapters.py")
+    text = done(python(copy, "-m", "pytest", *asked))
     assert " passed" in text and "skipped" not in text, text
 
 
@@ -128,7 +128,7 @@ def test_it_is_trained_saved_and_probed(copy: Path, trained: Path) -> None:
     assert config["peft_type"] == "DORA_LAB" and config["method"]["name"] == "gain"
     last = {row["module"]: row for row in rows(trained, "probe") if row["fraction"] == 1.0}
     moved = {module for module, row in last.items() if row["delta_m"] > 0}
-    assert len(moved) == 10 and all(last[module]["delta_d"] < 1e-12 for module in moved), "gains turn nothing"
+    assert len(moved) == 10 and all(last[module]["delta_d"] < 1e-9 for module in moved), "gains turn nothing"
     done(python(copy, "-m", "dora_lab", "probe", "model", trained, "--out", "probed.jsonl", "--dynamics"))
     probed = {row["module"]: row for row in map(json.loads, (copy / "probed.jsonl").read_text().splitlines())}
     assert probed.keys() == moved
@@ -173,5 +173,5 @@ def test_it_has_a_row_in_the_table_and_a_line_in_the_figure(copy: Path, trained:
     (figure,) = (copy / "whole" / "figures").glob("trajectories*.png")
     pixels = np.round(matplotlib.image.imread(figure)[..., :3] * 255)
     assert (pixels == (0x11, 0x77, 0x33)).all(axis=-1).sum() > 100, "no line of its colour"
-    assert "Gain rank" not in (card := done(python(copy, "-m", "dora_lab", "card", trained, "--results", "whole")))
+    card = done(python(copy, "-m", "dora_lab", "card", trained, "--results", "whole"))
     assert "Gain on model, seed 0" in card and "`method.rank`" not in card
