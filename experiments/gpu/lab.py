@@ -1,0 +1,30 @@
+"""What the stages use of the library, imported in one place.
+
+The Trainer's side is imported where it is used (`child`): it needs more packages than the rest, and a machine that
+lacks one of them loses that cell alone.
+"""
+
+from __future__ import annotations
+
+from dora_lab import Method, detach, inject, merge, provenance
+from dora_lab.adapters import _products as products
+from dora_lab.adapters import adapted, methods
+from dora_lab.decompose import magnitude
+from dora_lab.measure import probe as probe_saved
+from dora_lab.probe import DecompositionCallback
+from dora_lab.ranks import shard
+
+__all__ = [
+    "DecompositionCallback",
+    "Method",
+    "adapted",
+    "detach",
+    "inject",
+    "magnitude",
+    "merge",
+    "methods",
+    "probe_saved",
+    "products",
+    "provenance",
+    "shard",
+]
