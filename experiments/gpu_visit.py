@@ -12,6 +12,7 @@ keep.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -90,6 +91,7 @@ def _stages(visit, chosen: list[str]) -> None:  # type: ignore[no-untyped-def]
         "whole": fast.run_whole, "more": fast.run_more, "compiled": layer.run_compiled, "llava": memory.run_llava,
         "probe": probe.run, "merge": probe.run_merge, "llm": _real_llm,
     }  # fmt: skip
+    gc.freeze()  # what the imports made is no garbage: memory is looked through after every cell
     for stage in STAGES:
         if stage in chosen:
             runs[stage](visit)
