@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := [name for name in chosen if name not in STAGES]:
         _leave(f"no stage is called {', '.join(unknown)}; there are: {', '.join(STAGES)}")
     begun = time.monotonic()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched, and nothing waits for a network
     warnings.filterwarnings("ignore", category=FutureWarning)  # names that transformers is about to change
     _refuse(options.cpu)
     from experiments.gpu import table

@@ -18,7 +18,8 @@ NOTES = (
     "Ours: the peak that PyTorch allocated in training steps, weights and AdamW's state included; the paper does not "
     "say how it measured. LLaMA-7B's shapes in float16 under autocast, micro-batch 4 x 256 tokens, targets q k v up "
     "down, rank 32, dropout 0.05, no checkpointing; bart-base's in float32 at batch 300, 56 tokens and 10 of the "
-    "answer, rank 128 on q and v, no dropout, without what VL-BART trains beside the adapters and without its 200 more tokens.",
+    "answer, rank 128 on q and v, no dropout, without what VL-BART trains beside the adapters and its 200 more "
+    "tokens.",
     "As released: the equations of the authors' code with a dense W + s B A, by autograd. Ours writes the gradients of "
     "both forms out, so the norm in the graph costs no dense matrix that is kept.",
 )

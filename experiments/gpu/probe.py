@@ -132,11 +132,13 @@ def _latency(visit: Visit) -> dict[str, Any]:
             found["merge_s"] = time.perf_counter() - start
         for what, step in _inference(visit, model, found["prompt"]).items():
             found[f"{what}_{whose}_s"] = statistics.median(visit.timed(step, warm=3, rounds=15))
-    visit.free(base=True)
+    visit.base = visit.base_of = None  # merged: no base for the cells after this one
     for what in ("prefill", "decode"):
         for whose in ("adapted", "merged"):
             found[f"{what}_{whose}_over_base"] = found[f"{what}_{whose}_s"] / found[f"{what}_base_s"]
-    return found | {"seconds": found["decode_merged_s"]}
+    read = 2 * sum(p.numel() for p in model.parameters())  # a token needs every weight once
+    share = visit.share("copy", read, found["decode_merged_s"])
+    return found | {"seconds": found["decode_merged_s"], "share": share}
 
 
 def _inference(visit: Visit, model: Any, prompt: int) -> dict[str, Callable[[], Any]]:

@@ -185,9 +185,9 @@ def _a_number(values: dict[str, Any], key: str) -> bool:
 
 
 def _failure(error: Exception) -> dict[str, Any]:
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
         peak = torch.cuda.max_memory_allocated()
-        return {"out_of_memory": str(error).partition(". GPU")[0], "peak_bytes": peak}
+        return {"out_of_memory": str(error).partition(". GPU")[0][:300], "peak_bytes": peak}
     return {"error": f"{type(error).__name__}: {error}"[:600], "traceback": frames(error)}
 
 
