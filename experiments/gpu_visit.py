@@ -3,7 +3,8 @@
 Stages come in order of worth, each cell with an estimate; one that no longer fits is skipped and says so. Rows go to
 DIR/gpu.jsonl as they come, so that a visit cut short is a valid shorter one; the table is printed last. What fails, or
 does not fit into memory, is a row. Nothing needs to be installed beyond torch, transformers and PEFT, and nothing is
-fetched. The card's settings are left alone. Without a GPU, `--cpu` runs every stage on tiny shapes: a dry run.
+fetched. The card's settings are left alone. Where the tree has no history, DORA_LAB_COMMIT says what it is of.
+Without a GPU, `--cpu` runs every stage on tiny shapes: a dry run.
 
 It reproduces table 7 of the paper (memory with the norm in the graph or not) and has no specs: it trains nothing to
 keep.
@@ -19,6 +20,10 @@ import time
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from experiments.gpu.visit import Visit
 
 NEEDED = ("torch", "transformers", "safetensors", "numpy", "tokenizers")
 USED = {"peft": "PEFT's contenders", "accelerate": "the resume check", "triton": "the kernels"}
@@ -84,7 +89,7 @@ def _refuse(cpu: bool) -> None:
         _leave(f"the GPU has {room / 2**30:.0f} GiB of memory and {ROOM / 2**30:.0f} are needed; --cpu is the dry run")
 
 
-def _stages(visit, chosen: list[str]) -> None:  # type: ignore[no-untyped-def]
+def _stages(visit: Visit, chosen: list[str]) -> None:
     from experiments.gpu import ceilings, fast, layer, memory, probe, right
 
     runs = {
@@ -98,7 +103,7 @@ def _stages(visit, chosen: list[str]) -> None:  # type: ignore[no-untyped-def]
             runs[stage](visit)
 
 
-def _real_llm(visit) -> None:  # type: ignore[no-untyped-def]
+def _real_llm(visit: Visit) -> None:
     """The experiment of a real model; only what is left to do is said here."""
 
     def there() -> dict[str, str]:

@@ -44,7 +44,7 @@ class Waiting:
         rows: dict[str, dict[str, Any]] = {}
         out, err = "", ""
         try:
-            out, err = self.process.communicate(timeout=max(1.0, min(120.0, visit.left())))
+            out, err = self.process.communicate(timeout=max(1.0, min(75.0, visit.left())))
         except subprocess.TimeoutExpired:
             self.process.kill()
             out, err = self.process.communicate()
@@ -68,7 +68,8 @@ def started(visit: Visit, stack: contextlib.ExitStack) -> list[Waiting]:
             continue
         command = [sys.executable, "-m", "experiments.gpu.child", visit.device, *what]
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | ALONE
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | ALONE | ({"TRITON_INTERPRET": "1"} if visit.cpu else {}),
         )  # fmt: skip
         stack.callback(process.kill)
         found.append(Waiting(process, cells))
@@ -78,8 +79,6 @@ def started(visit: Visit, stack: contextlib.ExitStack) -> list[Waiting]:
 def main(argv: list[str]) -> None:
     """Run the cells of each kind; a line "ROW [cell, row]" each."""
     device, kinds = argv[0], argv[1:]
-    if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
     visit = Visit(Path(tempfile.mkdtemp()), 600.0, device == "cpu", "child")
     measures = {"triton": _triton, "resume": _resume, "shard": _shard}
     for kind in kinds:
@@ -102,7 +101,12 @@ def _triton(visit: Visit, cell: str) -> dict[str, Any]:
     lab.products.FUSED_ON = ("cuda", visit.device)
     _, label, precision = cell.split(": ")
     fields = right.CASES.get(label, {"name": "dora"})
-    return right.against_float64(visit, fields, precision, fused=True)
+    try:
+        return right.against_float64(visit, fields, precision, fused=True)
+    except Exception as error:
+        if type(error).__name__ != "InterpreterError":  # of the dry run alone; it does not go with every numpy
+            raise
+        return {"skipped": f"triton's interpreter cannot run here: {error}"[:300]}
 
 
 def _resume(visit: Visit, cell: str) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def apart(found: Tensor, expected: Tensor) -> float:
 
 
 def _peft(visit: Visit, dropout: float) -> dict[str, Any]:
-    """Our DoRA and PEFT's in float32, the same mask; on a bfloat16 base, both against float64."""
+    """Our DoRA and PEFT's in float32, with the same dropout mask."""
     import peft
 
     seed = secrets.randbelow(2**31)

@@ -77,7 +77,7 @@ def _groups(timed: list[dict[str, Any]]) -> Iterator[str]:
     for group in dict.fromkeys(row["group"] for row in timed):
         here = [row for row in timed if row["group"] == group]
         parts = [_contender(row, here) for row in here]
-        yield f"-- {group}: ms, share, GB, / own LoRA (same dropout where there is one)"
+        yield f"-- {group}: ms, share, GB, / own LoRA"
         yield from (" | ".join(parts[start : start + 2]) for start in range(0, len(parts), 2))
 
 

@@ -117,12 +117,21 @@ class Visit:
         took = {"took_s": round(time.monotonic() - start, 2), "estimate_s": estimate}
         if failure is not None:
             self.write(stage, cell, **failure, **took)
-            if any(word in str(failure) for word in STICKY):
+            if any(word in str(failure) for word in STICKY) or not self._alive():
                 raise PoisonedError(cell)
             return False
         if found is not None:
             self.write(stage, cell, **found, **took)
         return found is None or "skipped" not in found
+
+    def _alive(self) -> bool:
+        """Whether the device still answers."""
+        if not self.cpu:
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                return False
+        return True
 
     def free(self, base: bool = False) -> None:
         """Give memory back; with `base` the kept model's too."""
