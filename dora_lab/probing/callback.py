@@ -208,7 +208,8 @@ def _ours(name: str, layer: Any) -> Layer:
         return layer.base_weight() if layer.weight is None else layer.kind.matrix(_whole(layer.weight))
 
     if isinstance(layer, MagnitudeLinear):
-        nothing = (torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0), 1.0)
+        like = layer.magnitude  # beside the base weight: on its device
+        nothing = (like.new_zeros(0, layer.in_features), like.new_zeros(layer.out_features, 0), 1.0)
         return Layer(name, base, lambda: nothing, lambda: _whole(layer.magnitude))
     # another method's layer can only be asked for its weight; FSDP makes classes of its own from these
     if type(layer).effective_weight not in (LoraLinear.effective_weight, DoraLinear.effective_weight):
