@@ -281,7 +281,8 @@ class MagnitudeLinear(AdaptedLinear):
 
     def factors(self) -> FactorsOf:
         """(A, B, 1, m), A and B of rank 0: there is no direction update."""
-        return torch.zeros(0, self.in_features), torch.zeros(self.out_features, 0), 1.0, self.magnitude
+        like = self.magnitude  # on its device
+        return like.new_zeros(0, self.in_features), like.new_zeros(self.out_features, 0), 1.0, like
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
