@@ -253,6 +253,17 @@ def test_what_no_format_holds_is_saved_with_its_method(bare: Path, inputs: Path,
         peft.PeftModel.from_pretrained(base_of(inputs), bare)
 
 
+def test_numbers_that_are_not_finite_are_not_saved(bare: Path, inputs: Path) -> None:
+    model = load_adapter(base_of(inputs), bare)
+    layer: Any = model.get_submodule("model.layers.0.self_attn.o_proj")
+    layer.magnitude.data[0] = float("inf")
+    with pytest.raises(CheckpointError, match=r"o_proj': magnitude holds numbers that are not finite"):
+        save_adapter(model, bare)
+    layer.factors = lambda: None
+    with pytest.raises(CheckpointError, match=r"o_proj\.magnitude' holds numbers that are not finite"):
+        save_adapter(model, bare)
+
+
 def edited(change: Any) -> Any:
     def edit(folder: Path) -> None:
         config = json.loads((folder / "adapter_config.json").read_text())

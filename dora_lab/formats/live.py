@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import dora_lab
 from dora_lab.formats import manifest
 from dora_lab.formats.manifest import MANIFEST
-from dora_lab.formats.neutral import CONFIG, OWN, WEIGHTS, Adapter, Factors
+from dora_lab.formats.neutral import CONFIG, OWN, WEIGHTS, Adapter, Factors, refuse_not_finite
 from dora_lab.formats.peft import write_config, write_tensors
 from dora_lab.formats.read import read_adapter
 from dora_lab.io.errors import CheckpointError
@@ -182,7 +182,9 @@ def _written(
     if layer.method is None:
         raise CheckpointError(f"'{name}' is of no method, so nothing could load it: put it on the model with `inject`")
     config = {"peft_type": OWN, "base_model_name_or_path": base, "method": asdict(layer.method)}
-    return "tensors", config, {name: part.detach().cpu().clone().contiguous() for name, part in _state(model).items()}
+    state = {name: part.detach().cpu().clone().contiguous() for name, part in _state(model).items()}
+    refuse_not_finite(state)
+    return "tensors", config, state
 
 
 def _factors_of(name: str, layer: AdaptedLinear) -> Factors | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,13 @@ from dora_lab.io.errors import CheckpointError
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 OWN = "DORA_LAB"  # peft_type of "tensors": PEFT knows no such type and says so
 PREFIX = "base_model.model."  # of every key in a PEFT file
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], where: object = None) -> None:
+    """Raise CheckpointError for the first tensor that holds nan or infinity."""
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{'' if where is None else f'{where}: '}'{name}' holds numbers that are not finite")
 
 
 @dataclass(frozen=True)

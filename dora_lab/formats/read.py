@@ -12,13 +12,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dora_lab.formats import lycoris, peft
-from dora_lab.formats.neutral import CONFIG, OWN, PICKLE, WEIGHTS, Adapter
+from dora_lab.formats.neutral import CONFIG, OWN, PICKLE, WEIGHTS, Adapter, refuse_not_finite
 from dora_lab.formats.shards import read_pickle
 from dora_lab.io.errors import CheckpointError
 from dora_lab.io.files import header, inside, parse_json, refuse_what_is_no_weights
@@ -40,8 +39,7 @@ def read_adapter(path: Path, modules: Iterable[str] = (), *, allow_pickle: bool 
     tensors = read_tensors(file, allow_pickle=allow_pickle)
     keys = " ".join(tensors)
     if config.get("peft_type") == OWN:
-        if strange := next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None):
-            raise CheckpointError(f"{file}: '{strange}' holds numbers that are not finite")
+        refuse_not_finite(tensors, file)
         return Adapter("tensors", {}, {}, config, tensors)
     if "dora_scale" in keys or "lora_down" in keys:
         return Adapter("lycoris", lycoris.read_layers(file, tensors, tuple(modules)), {}, config)

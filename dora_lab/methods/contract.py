@@ -88,7 +88,7 @@ class AdaptedLinear(nn.Module):
     def trained_state(self) -> dict[str, Tensor]:
         """What is saved and resumed, by name: the state of the layer that is not the base's, its own tensors."""
         state = self.state_dict(keep_vars=True)
-        return {name: state[name] for name in state if name not in ("weight", "bias") and name[:7] != "frozen."}
+        return {name: state[name] for name in state if name.partition(".")[0] not in ("weight", "bias", "frozen")}
 
     def unmoved(self) -> str | None:
         """After training: a part that was not trained though the rest was, in words; None if all is as it should be."""

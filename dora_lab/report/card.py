@@ -198,7 +198,8 @@ def _of_method(flat: Mapping[str, Any]) -> dict[str, Any]:
     known = catalog().get(flat["method.name"])
     unread = set() if flat["method.dropout"] else {"method.dropout_form"}
     if known is not None:
-        unread |= {field for field in flat if field[:7] == "method." and field[7:] not in ("name", *known.fields)}
+        read = {f"method.{field}" for field in ("name", *known.fields)}
+        unread |= {field for field in flat if field.startswith("method.") and field not in read}
     return {field: value for field, value in flat.items() if field not in unread}
 
 
