@@ -244,10 +244,10 @@ def test_what_differs_is_named() -> None:
     ]
 
 
-def snapshot(root: Path, step: int, spec: Spec) -> checkpoints.Snapshots:
-    """A snapshot of one file, in a run that is closed again."""
+def checkpoint(root: Path, step: int, spec: Spec) -> checkpoints.Checkpoints:
+    """A checkpoint of one file, in a run that is closed again."""
     with RunDir.open(root, spec) as run:
-        found = checkpoints.Snapshots(run, {"seed": spec.seed})
+        found = checkpoints.Checkpoints(run, {"seed": spec.seed})
         with found.writing(step, 0, []) as folder:
             (folder / "weights").write_bytes(bytes(100))
     return found
@@ -265,10 +265,10 @@ def test_a_broken_manifest_or_a_foreign_file_is_put_aside(tmp_path: Path) -> Non
     }.items():
         with RunDir.open(tmp_path / fault, spec) as run:
             run.append("metrics", {"step": 1})
-        found = snapshot(tmp_path / fault, 1, spec)
+        found = checkpoint(tmp_path / fault, 1, spec)
         harm(found.folder / "checkpoint-1")
         with RunDir.open(tmp_path / fault, spec) as run:
-            assert checkpoints.Snapshots(run, {"seed": 0}).newest() is None
+            assert checkpoints.Checkpoints(run, {"seed": 0}).newest() is None
             assert any(fault in note for note in read_record(run.path)["notes"])
         assert [path.name for path in (found.folder / "quarantine").iterdir()] == [f"checkpoint-1.{fault}"]
 
@@ -282,10 +282,10 @@ def edit(file: Path, old: str, new: str) -> None:
 def test_quarantine_outlives_the_run_and_keeps_both_of_a_name(tmp_path: Path) -> None:
     spec = CASES["dora"]
     for _ in range(2):
-        folder = snapshot(tmp_path, 3, spec).folder
+        folder = checkpoint(tmp_path, 3, spec).folder
         (folder / "checkpoint-3" / "weights").write_bytes(b"other")
         with RunDir.open(tmp_path, spec) as run:
-            assert checkpoints.Snapshots(run, {"seed": 0}).newest() is None
+            assert checkpoints.Checkpoints(run, {"seed": 0}).newest() is None
     checkpoints.clear(folder)
     left = sorted(path.name for path in (folder / "quarantine").iterdir())
     assert left == ["checkpoint-3.weights-changed", "checkpoint-3.weights-changed.2"]
