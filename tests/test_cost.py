@@ -16,7 +16,6 @@ from dora_lab.launch import cost
 from dora_lab.methods.inject import inject
 from dora_lab.models import shapes
 from dora_lab.spec import Method, Spec, SpecError
-from dora_lab.training import batches
 from experiments import commonsense
 
 SHAPE = shapes.Shape(hidden=64, intermediate=176, layers=3, heads=4, key_value_heads=2, vocabulary=300)
@@ -86,15 +85,6 @@ def test_flops_of_a_forward() -> None:
         assert 2 * LENGTH * cost.forward_flops(SHAPE, LENGTH, kept / LENGTH) == counted.get_total_flops()
 
 
-def test_steps_are_those_of_training() -> None:
-    for items in (1, 15, 16, 17, 170_300):
-        for epochs in (0.3, 1.0, 3.0):
-            spec = a_spec(epochs=epochs)
-            assert spec.optim is not None
-            assert cost.total_steps(items, spec) == batches.total_steps(items, spec.optim)
-    assert cost.total_steps(5, replace(a_spec(), method=Method(name="base"), optim=None, probe=None)) == 0
-
-
 def kept_bytes(shape: shapes.Shape, method: Method, half: bool, texts: int = 2, length: int = 48) -> int:
     """Bytes that autograd keeps for the backward of one forward, parameters aside."""
     model = a_model(shape, method, torch.bfloat16 if half else torch.float32, attention="sdpa")
@@ -154,7 +144,9 @@ def test_memory_of_the_paper_tier() -> None:
 def test_an_estimate_adds_up() -> None:
     spec, seven = a_spec(), shapes.PAPER["LLaMA-7B"][0]
     found = cost.estimate(spec, seven, 1600, 800, cost.gpu("A100-80GB"))
-    steps = cost.total_steps(1600, spec)
+    assert spec.optim is not None
+    steps = spec.optim.steps(1600)
+    assert steps == 300
     assert (found.steps, found.tokens) == (steps, steps * 16 * 256)
     assert found.train_flops == steps * cost.step_flops(spec, seven, 256)
     assert found.validation_flops == 3 * 120 * 256 * cost.forward_flops(seven, 256)

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from dora_lab.launch.run import run_spec
+from dora_lab.launch.runtime import Runtime
 from dora_lab.runs import checkpoints
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.record import read_record, run_path
@@ -135,7 +136,7 @@ def test_a_base_that_is_not_trained_is_not_cut(tmp_path: Path) -> None:
 
 def test_shares_of_one_process_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="start several with torchrun"):
-        run_spec(CASES["dora"], crash.paths(tmp_path), shard=True)
+        run_spec(CASES["dora"], crash.paths(tmp_path), Runtime(shard=True))
     assert not any(tmp_path.rglob("record.json"))
 
 
@@ -176,7 +177,7 @@ def test_an_evaluation_goes_on_after_its_whole_tasks(tmp_path: Path, monkeypatch
 SHARE = """
 import json, sys
 from pathlib import Path
-from dora_lab.launch.run import Paths
+from dora_lab.launch.runtime import Paths
 from dora_lab.spec import from_dict
 from dora_lab.launch.pool import run_many
 specs = [from_dict(given) for given in json.loads(sys.argv[1])]
@@ -319,7 +320,7 @@ def test_code_that_changed_under_a_run_is_noted(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(provenance, "code", lambda: {"commit": "0" * 40, "diff": None})
     run_spec(spec, crash.paths(tmp_path))
     notes = read_record(run_path(tmp_path, spec))["notes"]
-    assert any(note.startswith("went on with other code or packages: code.commit was") for note in notes)
+    assert any(note.startswith("went on with other code, packages or machine: code.commit was") for note in notes)
 
 
 def test_a_stopped_run_is_not_behind_its_checkpoint(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from typer.testing import CliRunner
 from dora_lab import __main__ as command
 from dora_lab.commands.run import summary
 from dora_lab.launch import select
+from dora_lab.launch.inputs import is_complete
 from dora_lab.launch.pool import run_many
-from dora_lab.launch.run import Paths, is_complete, run_spec
+from dora_lab.launch.run import run_spec
+from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.launch.select import chosen, load_experiment
 from dora_lab.models.base import hash_model
 from dora_lab.runs.record import read_record, run_path
@@ -48,6 +51,12 @@ def paths(inputs: Path, tmp_path: Path) -> Paths:
 
 def base_spec() -> Spec:
     return replace(make_spec(), method=Method(name="base"), optim=None, probe=None)
+
+
+def stopped(when: Callable[[str, int], bool]) -> Runtime:
+    """A runtime that asks its run to stop at a phase and a number of steps."""
+    stop = threading.Event()
+    return Runtime(stop=stop, progress=lambda phase, done, *_: stop.set() if when(phase, done) else None)
 
 
 def test_pipeline_end_to_end(paths: Paths) -> None:
@@ -96,9 +105,8 @@ def test_base_is_evaluated_without_training(paths: Paths) -> None:
 
 def test_interrupted_run_goes_on(paths: Paths) -> None:
     spec = make_spec()
-    stop = threading.Event()
     with pytest.raises(Interrupted):
-        run_spec(spec, paths, stop=stop, progress=lambda phase, done, *_: stop.set() if done == 7 else None)
+        run_spec(spec, paths, stopped(lambda _, done: done == 7))
     path = run_path(paths.results, spec)
     assert read_record(path)["status"] == "interrupted"
     run_spec(spec, paths)
@@ -107,9 +115,9 @@ def test_interrupted_run_goes_on(paths: Paths) -> None:
 
 
 def test_run_interrupted_while_evaluating_does_not_train_again(paths: Paths, tmp_path: Path) -> None:
-    spec, stop = make_spec(), threading.Event()
+    spec = make_spec()
     with pytest.raises(KeyboardInterrupt):
-        run_spec(spec, paths, stop=stop, progress=lambda phase, *_: stop.set() if phase == "evaluate" else None)
+        run_spec(spec, paths, stopped(lambda phase, _: phase == "evaluate"))
     run_spec(spec, paths)
     path = run_path(paths.results, spec)
     assert read_record(path)["training"]["resumed_from"] == 20
@@ -155,7 +163,7 @@ def start(paths: Paths, specs: list[Spec]) -> subprocess.Popen[str]:
     from dora_lab.spec import to_dict
 
     code = (
-        "import json, sys; from pathlib import Path; from dora_lab.launch.run import Paths\n"
+        "import json, sys; from pathlib import Path; from dora_lab.launch.runtime import Paths\n"
         "from dora_lab.spec import from_dict; from dora_lab.launch.pool import run_many\n"
         "specs = [from_dict(s) for s in json.loads(sys.argv[1])]\n"
         "print([o.status for o in run_many(specs, Paths(*map(Path, sys.argv[2:])), jobs=1)])\n"
@@ -188,9 +196,8 @@ def test_signal_interrupts_and_the_next_call_resumes(number: signal.Signals, pat
     assert record["status"] == "interrupted"
     assert not run_path(paths.results, make_spec(seed=1)).exists()
     steps = len(read_stream(run_path(paths.results, long), "metrics"))
-    stop = threading.Event()
     with pytest.raises(Interrupted):
-        run_spec(long, paths, stop=stop, progress=lambda phase, done, *_: stop.set() if done > steps + 2 else None)
+        run_spec(long, paths, stopped(lambda _, done: done > steps + 2))
     rows = read_stream(run_path(paths.results, long), "metrics")
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) > steps
 

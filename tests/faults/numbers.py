@@ -131,7 +131,7 @@ def dropout_in_probe(folder: Path, rng: random.Random) -> str:
 
 @fault("extra", "a magnitude that never moves while A and B are trained")
 def still_magnitude(folder: Path, rng: random.Random) -> str:
-    from dora_lab.launch.run import _save_adapter
+    from dora_lab.launch.stages import _save_adapter
     from dora_lab.runs.directory import RunDir
     from tests.tiny import make_spec
 
