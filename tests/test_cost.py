@@ -85,6 +85,12 @@ def test_flops_of_a_forward() -> None:
         assert 2 * LENGTH * cost.forward_flops(SHAPE, LENGTH, kept / LENGTH) == counted.get_total_flops()
 
 
+def test_steps() -> None:
+    for items, epochs, steps in ((1, 0.3, 1), (16, 1.0, 1), (17, 1.0, 2), (16, 3.0, 3), (170_300, 3.0, 31_932)):
+        spec = a_spec(epochs=epochs, batch_size=16)
+        assert spec.optim is not None and spec.optim.steps(items) == steps
+
+
 def kept_bytes(shape: shapes.Shape, method: Method, half: bool, texts: int = 2, length: int = 48) -> int:
     """Bytes that autograd keeps for the backward of one forward, parameters aside."""
     model = a_model(shape, method, torch.bfloat16 if half else torch.float32, attention="sdpa")
@@ -173,6 +179,7 @@ def test_the_dry_run_says_what_it_costs() -> None:
     lora, dora = (line for line in paper.splitlines() if "tokens, " in line)
     assert "130.8 M tokens, 4.0 EFLOP" in lora and "130.8 M tokens, 6.4 EFLOP" in dora
     assert "on one A100-80GB at an assumed 35% of its peak" in paper and "estimate, not a measurement" in paper
+    assert "hours for a GPU with --gpu" in told("--tier", "paper", "--only", "seed=0", "--device", "cpu")
     small = told("--tier", "paper", "--only", "seed=0", "--gpu", "RTX4090-24GB")
     assert small.count("does not fit") == 12
     mini = told()

@@ -25,7 +25,7 @@ def lines(
     Args: known: sizes of data that a spec takes whole; model_dir: a saved model to start from; gpu: a name that
         `cost.gpu` knows, None: A100-80GB for runs on a GPU, no hours for others; tokens: per text, None: the cutoff.
     """
-    gpu = gpu or ("A100-80GB" if all(runtime.wants_cuda(spec.tier) for spec in specs) else None)
+    gpu = gpu or ("A100-80GB" if all(runtime.of(spec.tier).device == "cuda" for spec in specs) else None)
     card = None if gpu is None else cost.gpu(gpu)
     found: list[cost.Cost] = []
     for spec in specs:

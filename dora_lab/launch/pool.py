@@ -70,7 +70,7 @@ def run_many(
     outcomes = {spec_id(spec): Outcome(spec, "skipped") for spec in specs if is_complete(spec, paths)}
     todo = [spec for spec in specs if spec_id(spec) not in outcomes]
     if todo:
-        count = min(jobs or min(runtime.jobs_of(spec.tier) for spec in todo), len(todo))
+        count = min(jobs or min(runtime.of(spec.tier).jobs for spec in todo), len(todo))
         with _screen(len(specs), len(outcomes), count, quiet) as screen:
             outcomes |= _Pool(todo, paths, runtime, count, screen).run()
     return [outcomes[spec_id(spec)] for spec in specs]
@@ -106,7 +106,7 @@ class _Pool:
     def __init__(self, todo: Sequence[Spec], paths: Paths, runtime: Runtime, count: int, screen: _Screen) -> None:
         self.waiting = list(reversed(todo))
         self.paths, self.runtime, self.screen = paths, runtime, screen
-        threads = {runtime.threads_of(spec.tier) for spec in todo}
+        threads = {runtime.of(spec.tier).threads for spec in todo}
         self.threads = threads.pop() if len(threads) == 1 else None
         self.events: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()
         self.outcomes: dict[str, Outcome] = {}

@@ -34,7 +34,7 @@ def run_spec(spec: Spec, paths: Paths, runtime: Runtime = AS_THE_TIER_SAYS) -> s
     """
     if runtime.shard and distributed.size() == 1:
         raise ValueError("a single process has nothing to share the weights with; start several with torchrun")
-    distributed.start(gpu=runtime.wants_cuda(spec.tier))
+    distributed.start(gpu=runtime.of(spec.tier).device == "cuda")
     if distributed.share(distributed.first() and is_complete(spec, paths)):
         return "skipped"
     runtime = runtime.settled(spec)

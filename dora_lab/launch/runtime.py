@@ -24,14 +24,20 @@ class Tier:
 
     device: Device  # "cuda": where there is one, else the processor
     threads: int | None  # None: as many as torch takes
-    jobs: int | None  # runs at a time; None: as many as the cores have threads for
+    alone: bool  # one run at a time
+
+    @property
+    def jobs(self) -> int:
+        """Runs at a time: as many as there are cores for, but one on a GPU."""
+        cores = provenance.cores()
+        return 1 if self.alone or self.device == "cuda" else max(1, cores // (self.threads or cores))
 
 
 TIERS = {
     # one thread adds sums up in the same order on every machine, so that numbers can be compared; runs go side by side
-    "mini": Tier("cpu", threads=1, jobs=None),
-    "small": Tier("cpu", threads=None, jobs=1),
-    "paper": Tier("cuda", threads=None, jobs=1),
+    "mini": Tier("cpu", threads=1, alone=False),
+    "small": Tier("cpu", threads=None, alone=True),
+    "paper": Tier("cuda", threads=None, alone=True),
 }
 
 
@@ -63,34 +69,25 @@ class Runtime:
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads = {self.threads} must be at least 1")
 
-    def wants_cuda(self, tier: str) -> bool:
-        """Whether a run of that tier goes to a GPU, if there is one."""
-        return (self.device or TIERS[tier].device) == "cuda"
-
-    def threads_of(self, tier: str) -> int | None:
-        """Threads of a run of that tier; None: as many as torch takes."""
-        return self.threads or TIERS[tier].threads
-
-    def jobs_of(self, tier: str) -> int:
-        """Runs of that tier at a time: never two on one GPU."""
-        if self.device == "cuda":
-            return 1
-        return TIERS[tier].jobs or max(1, provenance.cores() // (self.threads_of(tier) or provenance.cores()))
+    def of(self, tier: str) -> Tier:
+        """What the tier means, with what is given here in its place."""
+        says = TIERS[tier]
+        return replace(says, device=self.device or says.device, threads=self.threads or says.threads)
 
     def settled(self, spec: Spec) -> Runtime:
         """The runtime of one run, with nothing left to say: device, threads, and shares only where `spec` trains.
 
-        Imports torch. Raises ValueError for a device that is asked for and not there: the run would be another one.
+        Imports torch. Raises ValueError for CUDA that is asked for and not there: it would be another run.
         """
         import torch
 
-        there = torch.cuda.is_available()
+        there, here = torch.cuda.is_available(), self.of(spec.tier)
         if self.device == "cuda" and not there:
             raise ValueError("device cuda: torch finds no CUDA device here; leave it out, or say cpu")
         return replace(
             self,
-            device="cuda" if there and self.wants_cuda(spec.tier) else "cpu",
-            threads=self.threads_of(spec.tier) or torch.get_num_threads(),
+            device=here.device if there else "cpu",
+            threads=here.threads or torch.get_num_threads(),
             shard=self.shard and spec.optim is not None,  # the first process evaluates alone
         )
 
