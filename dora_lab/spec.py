@@ -106,6 +106,10 @@ class Optim(_Checked):
     keep: Literal["last", "best_loss"] = "last"  # which weights are evaluated; best_loss needs eval_steps
     eval_steps: int | None = None  # optimiser steps between validation losses; None = never
 
+    def steps(self, items: int) -> int:
+        """Optimiser steps on `items`: epochs x items, in full batches (the last one is filled from the next epoch)."""
+        return max(1, math.ceil(items * self.epochs / self.batch_size))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Probe(_Checked):
@@ -135,7 +139,7 @@ class Spec(_Checked):
     """One run, whole."""
 
     experiment: str  # name of a file in `experiments/`
-    tier: Literal["mini", "paper"]
+    tier: Literal["mini", "small", "paper"]
     seed: int  # every random number of the run comes from it; >= 0
     model: Model
     data: Data

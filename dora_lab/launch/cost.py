@@ -104,7 +104,7 @@ def estimate(
     Raises: ValueError where a method's parameters cannot be counted (`Shape.trained`).
     """
     length = tokens or spec.data.cutoff
-    steps = total_steps(train_items, spec)
+    steps = spec.optim.steps(train_items) if spec.optim else 0
     batch = spec.optim.batch_size if spec.optim else 0
     forwards = steps // spec.optim.eval_steps if spec.optim and spec.optim.eval_steps else 0
     asked = _evaluation_flops(spec, shape, test_items, length)
@@ -121,13 +121,6 @@ def estimate(
         hours = (trained + max(asked / peak, read / (UTILISATION * card.bandwidth))) / 3600
     memory = peak_memory(spec, shape, length)
     return Cost(steps=steps, tokens=steps * batch * length, memory_bytes=memory, hours=hours, **made)
-
-
-def total_steps(items: int, spec: Spec) -> int:
-    """Optimiser steps, as `batches.total_steps` counts them; 0 for a method that is not trained."""
-    if spec.optim is None:
-        return 0
-    return max(1, math.ceil(items * spec.optim.epochs / spec.optim.batch_size))
 
 
 def test_items(spec: Spec) -> int:
