@@ -125,7 +125,7 @@ def _fill(
 ) -> None:
     import torch
 
-    from dora_lab.evaluation.builtin import load_builtin
+    from dora_lab.evaluation import protocols
     from dora_lab.evaluation.evaluate import evaluate
     from dora_lab.methods.inject import merge
 
@@ -138,9 +138,7 @@ def _fill(
             found = inputs.fingerprints(spec, paths.data_dir, paths.model_dir, paths.adapter_dir)
             _compare(run, found)
             items = sources.items(spec, paths.data_dir)
-            if "builtin" in spec.evaluation.protocols:  # now, not after days of training
-                for task in spec.data.tasks:
-                    load_builtin(task)
+            protocols.ready(spec)
             model, tokenizer = model_and_tokenizer(spec, paths.model_dir)
         # the small tier runs on the processor everywhere, so that its numbers can be compared
         device = "cuda" if spec.tier == "paper" and torch.cuda.is_available() else "cpu"
