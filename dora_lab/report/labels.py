@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from dora_lab.tasks import all_tasks
+
 MISSING = "–"
 HALF_RANK = "†"
 
@@ -31,17 +33,8 @@ METHODS: dict[str, Style] = {
 }
 _OTHER = ("#6a51a3", "#31a354", "#d4a017", "#17869e")
 
-# Task name -> column head of the paper's table 1, in its order. Tasks that are not listed follow under their own name.
-TASKS: dict[str, str] = {
-    "boolq": "BoolQ",
-    "piqa": "PIQA",
-    "social_i_qa": "SIQA",
-    "hellaswag": "HellaSwag",
-    "winogrande": "WinoGrande",
-    "ARC-Easy": "ARC-e",
-    "ARC-Challenge": "ARC-c",
-    "openbookqa": "OBQA",
-}
+# Task name -> column head, in the order of the paper's table 1. What is not listed follows under its own name.
+TASKS: dict[str, str] = {task.name: task.column for task in all_tasks()}
 # Kind of matrix -> the paper's name of it.
 KINDS: dict[str, str] = {
     "q_proj": "query",
