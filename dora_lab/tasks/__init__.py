@@ -22,6 +22,7 @@ __all__ = [
     "Task",
     "all_tasks",
     "check_items",
+    "family",
     "load_task",
     "prompt",
     "read_items",
@@ -34,20 +35,27 @@ __all__ = [
 @cache
 def all_tasks() -> tuple[Task, ...]:
     """Every task of every family: those of the paper's table 1 in its order, then the others by name."""
-    modules = (
-        import_module(f"{__name__}.{family.name}.{file.name}")
-        for family in pkgutil.iter_modules(__path__)
-        if family.ispkg
-        for file in pkgutil.iter_modules([f"{__path__[0]}/{family.name}"])
-        if not file.ispkg  # what a family has beside its tasks may need more than the standard library
-    )
-    found = [module.TASK for module in modules if hasattr(module, "TASK")]
-    return tuple(sorted(found, key=lambda task: (math.inf if task.position is None else task.position, task.name)))
+    found = [task for folder in pkgutil.iter_modules(__path__) if folder.ispkg for task in family(folder.name)]
+    return tuple(sorted(found, key=_order))
+
+
+@cache
+def family(name: str) -> tuple[Task, ...]:
+    """The tasks of one family ("commonsense"), in the same order."""
+    package = import_module(f"{__name__}.{name}")
+    # not the packages below it: what a family has beside its tasks may need more than the standard library
+    files = [file.name for file in pkgutil.iter_modules(package.__path__) if not file.ispkg]
+    modules = [import_module(f"{package.__name__}.{file}") for file in files]
+    return tuple(sorted((module.TASK for module in modules if hasattr(module, "TASK")), key=_order))
 
 
 def table_1() -> tuple[Task, ...]:
     """The tasks of the paper's table 1, in its order: those that its average is over."""
     return tuple(task for task in all_tasks() if task.position is not None)
+
+
+def _order(task: Task) -> tuple[float, str]:
+    return math.inf if task.position is None else task.position, task.name
 
 
 def load_task(name: str) -> Task:
