@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dora_lab.io.atomic import write_text
-from dora_lab.runs.errors import StoreError
 
+from dora_lab.io.atomic import write_text
 from dora_lab.methods import dora_autograd
 from dora_lab.methods.inject import inject
 from dora_lab.runs import provenance
+from dora_lab.runs.errors import StoreError
 from dora_lab.spec import Method
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -10,7 +10,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from dora_lab.io.errors import CheckpointError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 import dora_lab
 from dora_lab.formats.live import export, fingerprint, load_adapter, save_adapter
 from dora_lab.formats.read import read_adapter
+from dora_lab.io.errors import CheckpointError
 from dora_lab.methods.inject import adapted
 from dora_lab.spec import Method
 

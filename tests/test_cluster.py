@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from dora_lab.runs.record import read_record, run_path
-from dora_lab.runs.streams import read_stream
 from tiny import make_spec, save_data, save_model
 
 from dora_lab.launch import slurm
 from dora_lab.launch.run import Paths
+from dora_lab.runs.record import read_record, run_path
+from dora_lab.runs.streams import read_stream
 
 submitit = pytest.importorskip("submitit")
 HOUSE = Path(__file__).resolve().parents[1]

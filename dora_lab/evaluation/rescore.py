@@ -7,14 +7,14 @@ that decision speaking, not the model: here it can be changed and its weight see
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dora_lab.io.atomic import write_text
+from dora_lab.io.files import hash_bytes
 from dora_lab.runs.errors import StoreError
 from dora_lab.runs.record import read_record
 from dora_lab.runs.streams import read_stream
@@ -43,12 +43,10 @@ def rescore(run: Path, patterns: Sequence[str] = ()) -> tuple[list[dict[str, Any
         )
     chosen = _patterns(patterns, list(old))
     rows = [_row(task, chosen[task], _samples(files, task, run), row) for task, row in old.items()]
-    identity = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
+    identity = hash_bytes(json.dumps(chosen, sort_keys=True).encode())[:8]
     file = run / "rescored" / f"{identity}.jsonl"
     file.parent.mkdir(exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, file)
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return rows, file
 
 

@@ -22,6 +22,7 @@ import dora_lab
 from dora_lab.formats import manifest
 from dora_lab.formats.manifest import MANIFEST
 from dora_lab.formats.read import CONFIG, WEIGHTS, Adapter, Factors, read_adapter, write_config, write_tensors
+from dora_lab.io.atomic import replacing, write_text
 from dora_lab.io.errors import CheckpointError
 from dora_lab.io.files import sha256
 from dora_lab.methods.contract import AdaptedLinear
@@ -64,7 +65,7 @@ def save_adapter(model: nn.Module, folder: Path | str, format: str = "peft", bas
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # until the new one is there, the folder is not whole
-    with _renamed(folder / WEIGHTS) as file:
+    with replacing(folder / WEIGHTS) as file:
         save_file(write_tensors(layers, format, shapes), file, metadata={"format": "pt"})
     _write(folder / CONFIG, config)
     whole = {module: layer.weight for module, layer in found.items() if layer.weight is not None}
@@ -239,19 +240,5 @@ def _check_base(model: nn.Module, path: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def _renamed(file: Path) -> Iterator[Path]:
-    """A name to write to, which takes the place of `file`, flushed to disk, if all went well."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write(file: Path, values: dict[str, Any]) -> None:
-    with _renamed(file) as temporary:
-        temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -6,12 +6,12 @@ protocol, differ. The reading side: imports no torch.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dora_lab.io.files import hash_bytes
 from dora_lab.models import shapes
 from dora_lab.runs.record import read_record
 from dora_lab.runs.streams import read_stream
@@ -249,7 +249,7 @@ def _list(title: str, lines: list[str]) -> str:
 
 
 def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hash_bytes(text.encode())[:12]
 
 
 def _shown(text: str) -> str:
