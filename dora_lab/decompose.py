@@ -204,7 +204,7 @@ def squares(W_OI: Tensor) -> Tensor:
 
 
 def row(module: str, change: Change, axis: str, magnitude: Tensor | None) -> dict[str, Any]:
-    """The columns that a probed matrix has, of saved models and while training; `probing.saved_models` says what each is."""
+    """The columns of a probed matrix, of saved models and while training; `probing.saved_models` says what each is."""
     parts = module.split(".")
     known = change.delta_d[~change.delta_d.isnan()]
     moved, whole = change.delta_m.abs(), change.norm0.square().sum().sqrt().item()

@@ -131,7 +131,7 @@ def test_several_or_merged_adapters_of_peft_are_refused() -> None:
         DecompositionCallback(lambda row: None, kinds=KINDS).begin(model)
 
 
-def relative_change(W0_OI: Tensor, W_OI: Tensor) -> float:
+def relative_change(W0_OI: torch.Tensor, W_OI: torch.Tensor) -> float:
     """Frobenius norm of W - W0 over that of W0: what the column of committed records is."""
     return (torch.linalg.vector_norm(W_OI - W0_OI) / torch.linalg.vector_norm(W0_OI)).item()
 
