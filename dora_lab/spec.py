@@ -12,11 +12,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from dora_lab.io.values import coerce, parse, parts
 
@@ -175,6 +176,10 @@ class Optim(_Checked):
     }] = "last"  # fmt: skip
     eval_steps: Annotated[int | None, "steps between validation losses", COUNT] = None  # optimiser steps; None = never
 
+    def steps(self, items: int) -> int:
+        """Optimiser steps on `items`: epochs x items, in full batches (the last one is filled from the next epoch)."""
+        return max(1, math.ceil(items * self.epochs / self.batch_size))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Probe(_Checked):
@@ -206,7 +211,7 @@ class Spec(_Checked):
     """One run, whole."""
 
     experiment: Annotated[str, "experiment", IN_EXPERIMENTS]  # name of a file in `experiments/`
-    tier: Annotated[Literal["mini", "paper"], "tier"]
+    tier: Annotated[Literal["mini", "small", "paper"], "tier"]
     seed: Annotated[int, "seed", SEED]  # every random number of the run comes from it
     model: Model
     data: Data
@@ -216,14 +221,16 @@ class Spec(_Checked):
     evaluation: Evaluation
 
 
-Checked = TypeVar("Checked", bound=_Checked)
-
-
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Words for an error message: the nearest of `choices` if one is near, and all of them."""
     known = sorted(choices)
     near = difflib.get_close_matches(name, known, n=1)
     return (f"did you mean '{near[0]}'? " if near else "") + "choices: " + (", ".join(known) or "none")
+
+
+def pattern_matches(pattern: str, module: str) -> bool:
+    """Whether a `rank_pattern` names a module, as in PEFT: the pattern is the end of its name, from a dot on."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
 def to_dict(spec: Spec) -> dict[str, Any]:
@@ -350,11 +357,11 @@ def _plain(value: Any, *, omit_defaults: bool) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _read(cls: type[Checked], values: Any, prefix: str) -> Checked:
+def _read(cls: Any, values: Any, prefix: str) -> Any:
     where = prefix.rstrip(".") or "spec"
     if not isinstance(values, Mapping):
         raise SpecError(f"{where}: expected a JSON object, got {values!r}")
-    known = {item.name: item for item in fields(cast(Any, cls))}
+    known = {item.name: item for item in fields(cls)}
     for key in values:
         if key not in known:
             raise SpecError(f"unknown field '{prefix}{key}'; {did_you_mean(str(key), known)}")
