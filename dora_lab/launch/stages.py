@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,15 +60,8 @@ def load(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir) -> Loaded:
             for task in spec.data.tasks:
                 load_builtin(task)
         model, tokenizer = model_and_tokenizer(spec, paths.model_dir)
-    run.record(
-        inputs={
-            **found,
-            "items": items.counts(),
-            "sources": list(items.sources),
-            "pad_token": tokenizer.pad_token,
-            "tokens": token_policy(tokenizer),
-        }
-    )
+    tokens = {"pad_token": tokenizer.pad_token, "tokens": token_policy(tokenizer)}
+    run.record(inputs={**found, "items": items.counts(), "sources": list(items.sources), **tokens})
     return Loaded(model, tokenizer, items)
 
 
@@ -85,16 +79,9 @@ def train(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir, loaded: Loade
     """Fine-tune, probe, and save the adapter; after it the first process has the model in one piece."""
     with _probes(spec, paths, run) as callbacks:
         summary = fit.train(
-            spec,
-            loaded.model,
-            loaded.tokenizer,
-            loaded.items,
-            run,
-            runtime.stop,
-            lambda step, steps, loss: runtime.progress("train", step, steps, loss),
-            callbacks,
-            runtime.checkpoint_steps,
-        )
+            spec, loaded.model, loaded.tokenizer, loaded.items, run, runtime.stop,
+            partial(runtime.progress, "train"), callbacks, runtime.checkpoint_steps,
+        )  # fmt: skip
     if runtime.shard:
         _put_together(spec, paths, runtime, loaded)
     if distributed.first():
@@ -108,14 +95,9 @@ def score(spec: Spec, runtime: Runtime, run: RunDir, loaded: Loaded) -> None:
     if weights == "merged" or (weights == "exact" and spec.model.dtype == "float32"):  # narrower types round
         merge(loaded.model, keep=False)
     evaluate(
-        spec,
-        loaded.model,
-        loaded.tokenizer,
-        loaded.items.split(spec.evaluation.split),
-        run,
-        runtime.stop,
+        spec, loaded.model, loaded.tokenizer, loaded.items.split(spec.evaluation.split), run, runtime.stop,
         lambda done, of: runtime.progress("evaluate", done, of, None),
-    )
+    )  # fmt: skip
 
 
 def _put_on(model: PreTrainedModel, spec: Spec, paths: Paths, runtime: Runtime) -> dict[str, int]:
@@ -153,16 +135,11 @@ def _probes(spec: Spec, paths: Paths, run: RunDir) -> Iterator[list[Any]]:
             for file in [stack.enter_context(safe_open(path, "pt"))]
             for name in file.keys()  # noqa: SIM118  (a safetensors file is not a mapping)
         }
-        yield [
-            DecompositionCallback(
-                lambda row: run.append("probe", row),
-                spec.probe.fractions,
-                initial=lambda name: _initial(files, name, spec),
-            )
-        ]
+        initial = partial(_initial, files, spec)
+        yield [DecompositionCallback(partial(run.append, "probe"), spec.probe.fractions, initial=initial)]
 
 
-def _initial(files: dict[str, safe_open], name: str, spec: Spec) -> Any:
+def _initial(files: dict[str, safe_open], spec: Spec, name: str) -> Any:
     """W0 as the run loaded it: in `model.dtype`."""
     if name not in files:
         raise LoadError(f"'{name}' is not in the base model's files, so its change cannot be measured")
