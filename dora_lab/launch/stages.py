@@ -17,12 +17,11 @@ from safetensors import safe_open
 from dora_lab import distributed
 from dora_lab.evaluation.builtin import load_builtin
 from dora_lab.evaluation.evaluate import evaluate
-from dora_lab.formats.live import load_adapter, save_adapter
+from dora_lab.formats.live import load_adapter, save_trained
 from dora_lab.io.errors import LoadError
 from dora_lab.launch import inputs
 from dora_lab.launch.runtime import Paths, Runtime
-from dora_lab.methods.dora import unmoved
-from dora_lab.methods.inject import adapted, inject, merge
+from dora_lab.methods.inject import inject, merge
 from dora_lab.models.base import adapter_folder, model_and_tokenizer, model_folder, token_policy
 from dora_lab.probing.callback import DecompositionCallback
 from dora_lab.runs import provenance
@@ -85,7 +84,7 @@ def train(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir, loaded: Loade
     if runtime.shard:
         _put_together(spec, paths, runtime, loaded)
     if distributed.first():
-        _save_adapter(loaded.model, spec, run)
+        save_trained(loaded.model, run.adapter, spec.model.name)
     run.record(training=summary)
 
 
@@ -144,14 +143,3 @@ def _initial(files: dict[str, safe_open], spec: Spec, name: str) -> Any:
     if name not in files:
         raise LoadError(f"'{name}' is not in the base model's files, so its change cannot be measured")
     return files[name].get_tensor(name).to(getattr(torch, spec.model.dtype))
-
-
-def _save_adapter(model: PreTrainedModel, spec: Spec, run: RunDir) -> None:
-    """What was trained, in forms that others read: a PEFT folder, or the model where all of it was trained."""
-    if (name := unmoved(model)) is not None:
-        raise RuntimeError(f"'{name}': A and B were trained, the magnitude never moved: the optimiser does not have it")
-
-    if any(True for _ in adapted(model)):
-        save_adapter(model, run.adapter, base_name=spec.model.name)
-    else:
-        model.save_pretrained(run.adapter)
