@@ -3,8 +3,8 @@
 The axis, once and for all: a weight W_OI is that of `torch.nn.Linear`, (out, in), and has one magnitude per output
 feature, the Euclidean norm of its row. The paper writes W as (in, out) and therefore says "column".
 
-Everything is computed in float32, or in float64 for a float64 weight, whatever the weight's own type: in bfloat16 the
-changes of early training are below one unit in the last place. Shape suffixes: O = out features, I = in features.
+Everything is computed in float32 or float64, whatever the weight's own type: in bfloat16 the changes of early training
+are below one unit in the last place. Shape suffixes: O = out features, I = in features.
 """
 
 from __future__ import annotations
@@ -89,10 +89,15 @@ class Products:
 
     @property
     def doubtful(self) -> Tensor:
-        """Where sums of float32 products have too few digits left for a relative error of about 1e-5."""
+        """Where sums of float32 products have too few digits left for a relative error of about 1e-5.
+
+        So too where products are so small that float32 rounds them to zero or loses their digits: a row of norm 1e-20
+        is no row of zeros.
+        """
         across = self.e2 - self.a.square() / _safe(self.w2)
         left = self.w2 + 2 * self.a + self.e2
-        return ((across < CANCELS * self.e2) | (left < CANCELS * (self.w2 + self.e2))) & (self.e2 > 0)
+        cancelled = ((across < CANCELS * self.e2) | (left < CANCELS * (self.w2 + self.e2))) & (self.e2 > 0)
+        return cancelled | (self.w2 < SMALL)
 
     def settle(self, where: Tensor, exact: Products) -> None:
         """Put better sums in place of those at `where` (indices)."""
@@ -120,6 +125,8 @@ class Products:
         return Change(norm0, moved, torch.where(alive, turned, torch.nan), square, norm)
 
 
+# |W0|^2 below which the smallest change that float32 can hold, 6e-8 of it, has a square that float32 cannot
+SMALL = 1e-12
 CANCELS = 0.03  # share of its terms below which a difference of float32 sums is taken again in float64
 # products that are added up in the tensor's own type, along rows (more of them BLAS would share among threads), columns
 RUN = {1: 4096, 0: 64}
@@ -262,7 +269,7 @@ def _safe(values: Tensor) -> Tensor:
 
 def _pair(W0_OI: Tensor, W_OI: Tensor) -> tuple[Tensor, Tensor]:
     _refuse_unlike(W0_OI, W_OI)
-    return wide(W0_OI.detach()), wide(W_OI.detach())
+    return W0_OI.detach().double(), W_OI.detach().double()  # float32 has no square of 1e-20
 
 
 def _refuse_unlike(W0_OI: Tensor, W_OI: Tensor) -> None:

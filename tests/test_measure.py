@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 import dora_lab
 from dora_lab import __main__ as command
-from dora_lab.decompose import change
+from dora_lab.decompose import change, delta_d, delta_m, factored_change
 from dora_lab.formats.live import save_adapter
 from dora_lab.formats.shards import FLOATS, Shards
 from dora_lab.io.errors import CheckpointError
@@ -96,6 +96,32 @@ def test_rows_without_a_direction_and_turned_ones() -> None:
     assert seen.delta_m.tolist() == [0.0, 1.0, -1.0, 0.0]
     with pytest.raises(ValueError, match="axis = 'rows': must be 'out' or 'in'"):
         change(W0, W, axis="rows")
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("scale", [1e-10, 1e-17, 1e-22, 1e-30])
+def test_rows_too_small_for_float32_squares_are_no_rows_of_zeros(scale: float, axis: str, tmp_path: Path) -> None:
+    source = torch.Generator().manual_seed(0)
+    W0 = torch.randn(6, 40, generator=source)
+    W = W0 + 0.1 * torch.randn(6, 40, generator=source)
+    for side in (W0, W):
+        (side[:3] if axis == "out" else side[:, :10]).mul_(scale)
+    expected, found = truth(W0, W, axis), change(W0, W, axis=axis)
+    seen = streamed(W0, W, axis, tmp_path)
+    for name in ("delta_m", "delta_d"):
+        assert seen[name] == pytest.approx(expected[name], rel=1e-5)
+        assert getattr(found, name).abs().mean().item() == pytest.approx(expected[name], rel=1e-5)
+    small, (A, B) = W0[:3], (torch.randn(2, 40, generator=source), scale * torch.randn(3, 2, generator=source))
+    m = 1.1 * small.double().norm(dim=1)
+    V = small.double() + 2 * B.double() @ A.double()
+    for magnitude, W64 in ((None, V), (m, m[:, None] * V / V.norm(dim=1, keepdim=True))):
+        factored = factored_change(small, A, B, 2.0, magnitude) if axis == "out" else change(small, W64, axis="in")
+        expected = truth(small, W64, axis)
+        assert factored.delta_d.nanmean().item() == pytest.approx(expected["delta_d"], rel=1e-5)
+        assert factored.delta_m.abs().mean().item() == pytest.approx(expected["delta_m"], rel=1e-5)
+    if axis == "out":
+        assert delta_m(W0[:3], W[:3]) == pytest.approx(truth(W0[:3], W[:3])["delta_m"], rel=1e-5)
+        assert delta_d(W0[:3], W[:3]) == pytest.approx(truth(W0[:3], W[:3])["delta_d"], rel=1e-5)
 
 
 # --- saved models
