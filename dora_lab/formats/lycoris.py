@@ -13,11 +13,18 @@ from torch import Tensor
 
 from dora_lab.formats.neutral import Factors
 from dora_lab.io.errors import CheckpointError
+from dora_lab.io.files import parse_json
 from dora_lab.spec import did_you_mean
 
 
-def read_layers(file: Path, tensors: Mapping[str, Tensor], modules: tuple[str, ...]) -> dict[str, Factors]:
-    """Layers by module name; modules: names of the base's, to resolve keys by. Raises CheckpointError."""
+def read_layers(
+    file: Path, tensors: Mapping[str, Tensor], modules: tuple[str, ...], said: Mapping[str, str]
+) -> dict[str, Factors]:
+    """Layers by module name; modules: names of the base's, to resolve keys by; said: the file's metadata.
+
+    Raises CheckpointError, also for a layer without a magnitude in a file that says that it is of DoRA.
+    """
+    dora = _is_dora(said)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         flat, _, part = key.partition(".")
@@ -28,9 +35,22 @@ def read_layers(file: Path, tensors: Mapping[str, Tensor], modules: tuple[str, .
     for flat, part in parts.items():
         try:
             layers[_unflatten(flat, modules)] = _lycoris_factors(part)
+            if dora and "dora_scale" not in part:
+                raise CheckpointError(
+                    "has no dora_scale, but the file's metadata says dora_wd: without it DoRA is LoRA"
+                )
         except CheckpointError as error:
             raise CheckpointError(f"{file}: '{flat}': {error}") from None
     return layers
+
+
+def _is_dora(said: Mapping[str, str]) -> bool:
+    """Whether a file's metadata (``ss_network_args``, a JSON text) says that it was trained with ``dora_wd``."""
+    try:
+        how = parse_json(said.get("ss_network_args") or "{}")
+    except ValueError:
+        return False
+    return isinstance(how, dict) and str(how.get("dora_wd")).lower() in ("true", "1")
 
 
 def _lycoris_factors(part: Mapping[str, Tensor]) -> Factors:

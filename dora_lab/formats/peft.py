@@ -19,6 +19,11 @@ from typing import Any
 
 from torch import Tensor
 
+try:
+    from re import _parser  # type: ignore[attr-defined]
+except ImportError:  # Python 3.10
+    import sre_parse as _parser
+
 from dora_lab.formats.neutral import CONFIG, PREFIX, Factors
 from dora_lab.io.errors import CheckpointError
 from dora_lab.spec import pattern_matches
@@ -105,6 +110,11 @@ _SILENT = {
 _STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others (pissa, olora, corda, loftq) change the base
 
 
+MOST_PATTERNS = 20_000  # of one kind in a configuration
+LONG, MOST_WAYS = 64, 1e7  # characters of a module's name, and what may be tried on it: a second
+_REPEATS = tuple(getattr(_parser, f"{how}_REPEAT", None) for how in ("MAX", "MIN", "POSSESSIVE"))
+
+
 @dataclass(frozen=True)
 class _Settings:
     """Scale of every module, from a configuration."""
@@ -152,18 +162,53 @@ def _settings(where: Path, config: dict[str, Any]) -> _Settings:
         table = config.get(name) or {}
         if not isinstance(table, dict):
             raise CheckpointError(f"{where}: {name} = {table!r} must be a JSON object")
+        if len(table) > MOST_PATTERNS:
+            raise CheckpointError(f"{where}: {name}: {len(table)} patterns; more than {MOST_PATTERNS} are not read")
         for key, value in table.items():
             positive(f"{name}[{key!r}]", value, kinds)
             try:
                 re.compile(key)
+                ways = ways_to_match(key)
             except (re.error, RecursionError, OverflowError) as error:
                 raise CheckpointError(f"{where}: {name}: {key!r} is not a regular expression: {error}") from None
+            if ways > MOST_WAYS:
+                raise CheckpointError(
+                    f"{where}: {name}: {key!r:.200} can match in too many ways to be tried: write the modules' names"
+                )
         patterns.append(table)
     rank = positive("r", config.get("r"), (int,))
     alpha = positive("lora_alpha", config.get("lora_alpha"), (int, float))
     return _Settings(
         rank, alpha, bool(config.get("use_rslora")), patterns[0], patterns[1], bool(config.get("fan_in_fan_out"))
     )
+
+
+def ways_to_match(pattern: str) -> float:
+    """A bound on what a backtracking search tries for a pattern on a name of `LONG` characters; never runs it."""
+    return _ways(_parser.parse(pattern))
+
+
+def _ways(tree: Any) -> float:
+    """The product over what follows one another, the sum over alternatives; a repeat of what varies, to the power."""
+    product = 1.0
+    for operation, argument in tree:
+        if operation is _parser.BRANCH:
+            product *= sum(_ways(branch) for branch in argument[1])
+        elif operation in _REPEATS:
+            least, most, inner = argument
+            times = min(int(most), LONG)
+            once = _ways(inner)
+            varied = once > 1 or any(one[0] in _REPEATS for one in inner)
+            product *= (times - min(int(least), times) + 1) * (once**times if varied and times > 1 else once)
+        elif operation is _parser.SUBPATTERN:
+            product *= _ways(argument[-1])
+        elif operation in (_parser.ASSERT, _parser.ASSERT_NOT):
+            product *= _ways(argument[1])
+        elif operation in (_parser.GROUPREF, _parser.GROUPREF_EXISTS, getattr(_parser, "ATOMIC_GROUP", None)):
+            return math.inf  # nobody needs these in a name
+        if product > MOST_WAYS:
+            return math.inf
+    return product
 
 
 _KEY = re.compile(

@@ -20,7 +20,7 @@ from dora_lab.formats import lycoris, peft
 from dora_lab.formats.neutral import CONFIG, OWN, PICKLE, WEIGHTS, Adapter, refuse_not_finite
 from dora_lab.formats.shards import read_pickle
 from dora_lab.io.errors import CheckpointError
-from dora_lab.io.files import header, inside, parse_json, refuse_what_is_no_weights
+from dora_lab.io.files import PICKLED, header, inside, metadata, parse_json, refuse_what_is_no_weights
 
 
 def read_adapter(path: Path, modules: Iterable[str] = (), *, allow_pickle: bool = False) -> Adapter:
@@ -42,7 +42,8 @@ def read_adapter(path: Path, modules: Iterable[str] = (), *, allow_pickle: bool 
         refuse_not_finite(tensors, file)
         return Adapter("tensors", {}, {}, config, tensors)
     if "dora_scale" in keys or "lora_down" in keys:
-        return Adapter("lycoris", lycoris.read_layers(file, tensors, tuple(modules)), {}, config)
+        said = {} if file.suffix in PICKLED else metadata(file)
+        return Adapter("lycoris", lycoris.read_layers(file, tensors, tuple(modules), said), {}, config)
     if not path.is_dir():
         raise CheckpointError(f"{path}: give the folder that holds {CONFIG} and {WEIGHTS}, not the file alone")
     if "weight_m_wdecomp" in keys:
@@ -56,7 +57,7 @@ def read_adapter(path: Path, modules: Iterable[str] = (), *, allow_pickle: bool 
 def read_tensors(file: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
     """Every tensor of a safetensors file; CheckpointError says what the file is if it is something else."""
     refuse_what_is_no_weights(file)
-    if file.suffix in (".bin", ".pt", ".pth"):
+    if file.suffix in PICKLED:
         if not allow_pickle:
             raise CheckpointError(
                 f"{file}: a pickle can run code when it is read; convert it to safetensors, or allow_pickle"

@@ -145,12 +145,16 @@ class Shards:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not an index of shards ({error}); fetch it again") from None
         places: dict[str, Place] = {}
-        for file in sorted(set(names.values())):
+        by_file: dict[str, list[str]] = {}
+        for name, file in names.items():
+            by_file.setdefault(file, []).append(name)
+        if (there := sum(1 for _ in self.folder.iterdir())) < len(by_file) > 1000:  # else the first that lacks is told
+            raise CheckpointError(f"{index}: names {len(by_file)} shards, the folder has {there} files; fetch it again")
+        for file, wanted in sorted(by_file.items()):
             try:
                 there = read_header(inside(self.folder, file, index))
             except OSError as error:  # a name too long, say
                 raise CheckpointError(f"{index}: names a file that cannot be read: {error.strerror}") from None
-            wanted = [name for name, where in names.items() if where == file]
             if lost := sorted(name for name in wanted if name not in there):
                 raise CheckpointError(f"{self.folder / file}: '{lost[0]}' should be in it and is not; fetch it again")
             places |= {name: there[name] for name in wanted}

@@ -17,6 +17,7 @@ from typing import Any
 from dora_lab.io.errors import CheckpointError
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit; of an index too
+PICKLED = (".bin", ".pt", ".pth")
 LONGEST = 255  # bytes of a file's name
 # bits per number
 _BITS = {
@@ -147,8 +148,10 @@ def refuse_what_is_no_weights(file: Path) -> None:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
     if not head:
         raise CheckpointError(f"{file}: is empty; fetch it again")
+    if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= min(MAX_HEADER, file.stat().st_size - 8):
+        return  # of safetensors: a header's length, whatever its bytes look like, and a header
     for start, words in _OTHERS:
-        if head.lstrip().startswith(start) and file.suffix not in (".bin", ".pt", ".pth"):
+        if head.lstrip().startswith(start) and file.suffix not in PICKLED:
             raise CheckpointError(f"{file}: {words}")
 
 
@@ -179,6 +182,14 @@ def header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     if end != whole - 8 - length:
         raise _broken(file, f"its tensors have {end} bytes, the file has {whole - 8 - length} for them")
     return {name: (kind, shape) for name, (kind, shape, _, _) in found.items()}
+
+
+def metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says of itself beside its tensors; {} if nothing. Raises CheckpointError as `header`."""
+    header(file)
+    with file.open("rb") as handle:
+        found = parse_json(handle.read(int.from_bytes(handle.read(8), "little"))).get("__metadata__")
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
