@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dora_lab.spec import Data, Optim
-from dora_lab.tasks import ItemError, train_prefix, train_text
+from dora_lab.tasks import ItemError, train_prefix
+from dora_lab.tasks.tokens import code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,17 +52,10 @@ def encode(items: dict[str, list[dict[str, Any]]], data: Data, tokenizer: PreTra
     examples, shortened, answers_cut = [], 0, 0
     end = cast(int, tokenizer.eos_token_id)
     for task, pool in items.items():
-        texts = [train_text(item, data.template) for item in pool]
-        if not texts:
-            continue
-        coded = cast(Any, tokenizer(texts, return_offsets_mapping=True))
-        for number, (item, ids, offsets) in enumerate(
-            zip(pool, coded["input_ids"], coded["offset_mapping"], strict=True)
-        ):
-            # a token that reaches past the prefix predicts the answer, also where it begins inside the prefix
-            prefix = len(train_prefix(item, data.template))
-            answer = sum(stop > prefix for _, stop in offsets)
-            kept = _cut(ids, answer, data, end, f"training item {number} of {task}")
+        prefixes = [train_prefix(item, data.template) for item in pool]
+        coded = code(tokenizer, prefixes, [item["output"] for item in pool])
+        for number, text in enumerate(coded):
+            kept = _cut(text.ids, text.answer, data, end, f"training item {number} of {task}")
             learnt = len(kept.ids) if data.train_on_prompt else kept.answer
             shortened += kept.dropped > 0
             answers_cut += kept.answer_dropped
