@@ -53,10 +53,13 @@ class Model(cast(Any, HFLM)):
         return super().generate_until(requests, disable_tqdm=True)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        pairs = [(request.args, self._cut(request.args[0], request.args[1], self.tokenizer)) for request in requests]
-        if any(pair is None for _, pair in pairs):
-            return super().loglikelihood(requests, disable_tqdm=True)
-        return self._loglikelihood_tokens([(args, *pair) for args, pair in pairs], disable_tqdm=True)
+        cut: list[Any] = []
+        for request in requests:
+            pair = self._cut(request.args[0], request.args[1], self.tokenizer)
+            if pair is None:
+                return super().loglikelihood(requests, disable_tqdm=True)
+            cut.append((request.args, *pair))
+        return self._loglikelihood_tokens(cut, disable_tqdm=True)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
         self._tick()
