@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ class Limits:
         """A token id that the model has no embedding of, or None: looked up, it ends in an IndexError or worse."""
         worst = max(ids, default=0)
         return worst if worst >= self.rows else None
+
+
+NO_LIMITS = Limits(None, sys.maxsize)  # of no model
 
 
 def limits(model: PreTrainedModel) -> Limits:
