@@ -36,7 +36,8 @@ class RunDir:
     """One run directory, locked and open for writing; use ``with RunDir.open(root, spec) as run``.
 
     Leaving the block without `finish` marks the run: `interrupted` (Ctrl-C, a full disk, nothing said, anything at all
-    once its training is done), `failed` (any other exception, whose text becomes the error). A complete run is never written to: check `complete` after opening.
+    once its training is done), `failed` (any other exception, whose text becomes the error). A complete run is never
+    written to: check `complete` after opening.
     """
 
     def __init__(self, path: Path) -> None:
