@@ -73,8 +73,12 @@ def _check_item(item: Any, task: Task | None, at: Callable[[str], str]) -> None:
         return
     if item["answer"] not in task.labels:
         raise ItemError(f"{at('answer')}: '{item['answer']}' is not a label of {task.name}: {', '.join(task.labels)}")
-    if item["answer"] not in task.options(item):
-        offered = "/".join(task.options(item))
+    try:
+        options = task.options(item)
+    except ValueError as error:
+        raise ItemError(f"{at('instruction')}: {error}; correct it or leave the item out") from None
+    if item["answer"] not in options:
+        offered = "/".join(options)
         raise ItemError(f"{at('answer')}: '{item['answer']}' is not among the answers that the item offers, {offered}")
     if task.parse(item["output"]) != item["answer"]:
         raise ItemError(f"{at('output')}: '{item['output']:.80}' does not say the answer '{item['answer']}'")
