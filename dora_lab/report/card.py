@@ -14,6 +14,7 @@ from typing import Any
 from dora_lab.io.files import hash_bytes
 from dora_lab.methods.catalog import catalog
 from dora_lab.models import shapes
+from dora_lab.runs.caveats import caveats
 from dora_lab.runs.record import read_record
 from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Spec, from_dict, leaves, to_dict, words
@@ -48,6 +49,7 @@ def card(path: Path) -> str:
     flat = leaves(to_dict(spec))
     train, asked = TEMPLATES[spec.data.template]
     evals = read_stream(path, "eval")
+    known = [*caveats(record), *record.get("notes", [])]
     parts = [
         f"# Protocol card: {name(spec)}",
         f"Run {record['spec_id']}, {record['status']}" + (f": {record['error']}" if record["error"] else "") + ".",
@@ -59,6 +61,9 @@ def card(path: Path) -> str:
         _list("Training", [*_said(flat, ("seed", "optim.")), *_trained(record)]) if spec.optim else None,
         _list("Evaluation", [*_said(flat, ("evaluation.",)), *_decoding(spec)]),
         _scores(evals),
+        _list("To be known with the scores", known)
+        if (known := [*caveats(record), *record.get("notes", [])])
+        else None,
         _list("Code and machine", _machine(record)),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
