@@ -31,6 +31,7 @@ from dora_lab.methods.inject import adapted, wrap
 from dora_lab.methods.layers import Opaque
 from dora_lab.methods.lora import FIELDS as LORA_FIELDS
 from dora_lab.methods.lora import LoraLinear
+from dora_lab.methods.narrow import How, Narrow, by_factor, narrow_type
 from dora_lab.spec import Method
 
 FIELDS: tuple[str, ...] = (*LORA_FIELDS, "dropout_form", "detach_norm", "magnitude_modules")
@@ -60,8 +61,9 @@ class DoraLinear(LoraLinear):
         self.detach_norm = method.detach_norm
         self.published_dropout = method.dropout_form == "published"
         self._forget()
+        self.magnitude = nn.Parameter(torch.ones_like(self.lora_B[:, 0]))
         # by the same routine as in the forward, so that m / ||V|| is exactly 1 before training
-        self.magnitude = _initial(self._norm())
+        self.magnitude.data.copy_(_initial(self._norm()))
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
@@ -76,6 +78,9 @@ class DoraLinear(LoraLinear):
             norm_O = self._norm() if self.detach_norm else self._direct_norm()
             return self._onto_base(x, scale(self.magnitude, norm_O, False), second)
         layer = (x, self.matrix, self.bias, self.lora_A, self.lora_B)
+        if dtype := narrow_type(x, self.lora_A):
+            begun = How(dtype, self.scaling, dropout, second, not self.detach_norm, self._settle)
+            return Narrow.apply(*layer, self.magnitude, self._begun_norm(), begun)
         if not self._one_type(x) or (second and not self._sparse(x)):
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -134,6 +139,13 @@ class DoraLinear(LoraLinear):
 
         WA_OR: W0 A^T, if it is at hand.
         """
+        norm_O = self._begun_norm(WA_OR)
+        self._settle()
+        return norm_O
+
+    @torch.no_grad()
+    def _begun_norm(self, WA_OR: Tensor | None = None) -> Tensor:
+        """The same, but rows whose sum cancelled are right only after `_settle`."""
         if self.lora_A.is_meta:
             return self.lora_A.new_empty(self.out_features)
         if torch.compiler.is_compiling():  # versions and addresses are no part of a graph
@@ -161,7 +173,8 @@ class DoraLinear(LoraLinear):
     def _stamps(self) -> tuple[Any, ...]:
         # a norm from an evaluation may differ in its last bit from one of training, which must not depend on whether
         # there was an evaluation before: a resumed run has to go on exactly
-        return (_steps[0], self.scaling, self.training, *self._stamp(self.lora_A), *self._stamp(self.lora_B))
+        trained = map(self._stamp, (self.lora_A, self.lora_B, self.magnitude))
+        return (_steps[0], self.scaling, self.training, *trained)
 
     @staticmethod
     def _stamp(tensor: Tensor) -> tuple[Any, ...]:
@@ -192,6 +205,8 @@ class DoraLinear(LoraLinear):
         W_OI = self.kind.matrix(self.weight)
         if W_OI.dtype == A_RI.dtype:
             return W_OI @ A_RI.t()
+        if narrow_type(W_OI, A_RI):
+            return by_factor(W_OI, A_RI)
         return torch.cat([wide(W_OI[rows]) @ A_RI.t() for rows in self._blocks()])
 
     def _factored_norm(self, square_O: Tensor, WA_OR: Tensor | None = None) -> Tensor:
@@ -204,15 +219,28 @@ class DoraLinear(LoraLinear):
         new_O = (half_OR * B_OR).sum(1).add_(square_O)
         if torch.compiler.is_compiling():
             return new_O.clamp_min(0).sqrt()
-        sound_O = new_O > CANCELS * square_O
-        self._alive = bool(sound_O.all())
-        if self._alive:  # the usual case
-            return new_O.sqrt_()
         norm_O = new_O.clamp_min(0).sqrt()
-        rows = (~sound_O & (square_O > 0)).nonzero()[:, 0]
-        if len(rows):
-            norm_O[rows] = torch.cat([magnitude(self._direction(some)) for some in rows.split(1024)])
+        sound_O = new_O > CANCELS * square_O
+        zero_free = sound_O.all() & self.magnitude.all()
+        flag, done = zero_free.to("cpu", non_blocking=True), None
+        if zero_free.is_cuda:  # the processor goes on giving the device work, and waits where it has to know
+            done = torch.cuda.Event()
+            done.record()
+        self._doubt = (flag, done, sound_O, square_O, norm_O)
         return norm_O
+
+    @torch.no_grad()
+    def _settle(self) -> bool:
+        """Is no row of V and no magnitude zero? Takes the rows of the begun norm whose sum cancelled directly."""
+        if self._doubt is not None:
+            flag, done, sound_O, square_O, norm_O = self._doubt
+            self._doubt = None
+            if done is not None:
+                done.synchronize()
+            self._alive = bool(flag)
+            if not self._alive and len(rows := (~sound_O & (square_O > 0)).nonzero()[:, 0]):
+                norm_O[rows] = torch.cat([magnitude(self._direction(some)) for some in rows.split(1024)])
+        return self._alive
 
     def _direct_norm(self) -> Tensor:
         """||V|| of each row through V itself, block of rows by block: the oracle, and part of the graph."""
@@ -221,7 +249,8 @@ class DoraLinear(LoraLinear):
     def _forget(self) -> None:
         self._square_O: Tensor | None = None
         self._norm_O: Tensor | None = None
-        self._alive = False  # is it known that no row of V is zero?
+        self._alive = False  # is it known that no row of V and no magnitude is zero?
+        self._doubt: tuple[Any, ...] | None = None  # what `_settle` has still to look at
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._weight_stamp: tuple[Any, ...] = ()
         self._norm_stamp: tuple[Any, ...] = ()
@@ -255,14 +284,14 @@ class MagnitudeLinear(AdaptedLinear):
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """m W0 / ||W0||, (out, in)."""
-        return scale(self.magnitude, self.norm, bool(self.norm.all()))[:, None] * self.base_weight()
+        return scale(self.magnitude, self.norm, False)[:, None] * self.base_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         base = self._base(x)
         bias = self.bias if self.frozen is None else getattr(self.frozen, "bias", None)
         again = base if bias is None else base - self.kind.across(bias)
-        g_O = scale(self.magnitude, self.norm, bool(self.norm.all()))
+        g_O = scale(self.magnitude, self.norm, False)
         return torch.addcmul(base, again, self.kind.across(g_O - 1)).to(base.dtype)
 
 
