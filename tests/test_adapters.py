@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import dora_lab
 from dora_lab.decompose import magnitude
-from dora_lab.methods import dora, dora_autograd
+from dora_lab.methods import dora, dora_autograd, narrow
 from dora_lab.methods.contract import AdaptedLinear
 from dora_lab.methods.dora import DoraLinear
 from dora_lab.methods.dora_autograd import Blocked, Decomposed
@@ -660,10 +660,14 @@ def narrow_twins(dtype: torch.dtype, **fields: Any) -> tuple[DoraLinear, DoraLin
     return layer, copy.deepcopy(layer).double()
 
 
+@pytest.mark.parametrize("on", [("cuda",), ("cuda", "cpu")], ids=["in blocks", "in narrow parts"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("fields", [{}, {"detach_norm": False}, {"dropout": 0.3}], ids=str)
-def test_gradients_on_a_narrow_base(dtype: torch.dtype, fields: dict[str, Any]) -> None:
+def test_gradients_on_a_narrow_base(
+    dtype: torch.dtype, fields: dict[str, Any], on: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As near to float64 as rounding once to the narrow type allows; blocks of tokens change nothing."""
+    monkeypatch.setattr(narrow, "ON", on)
     layer, truth = narrow_twins(dtype, **fields)
     x, upstream = torch.randn(40, 96).to(dtype), torch.randn(40, 80).to(dtype)
     x.requires_grad_()
@@ -686,6 +690,50 @@ def test_gradients_on_a_narrow_base(dtype: torch.dtype, fields: dict[str, Any]) 
         assert apart(one.double(), other) <= 2 * step
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_factors_are_not_rounded_in_narrow_parts(
+    name: str, dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x and dy are as they are, so the gradients of A and B are float32's, though no product has a float32 operand."""
+    monkeypatch.setattr(narrow, "ON", ("cpu",))
+    kind = {"lora": LoraLinear, "dora": DoraLinear}[name]
+    plain = nn.Linear(96, 80, bias=bias).to(dtype)
+    layer = kind(plain, method("dora", rank=8), torch.Generator())
+    x, upstream = torch.randn(40, 96).to(dtype), torch.randn(40, 80).to(dtype)
+    assert torch.equal(layer(x), plain(x)), "not the base at the start"
+    nn.init.normal_(layer.lora_B, std=1e-4)  # its low parts are below float16's normal numbers
+    truth = copy.deepcopy(layer).double()
+    seen, expected = layer(x), truth(x.double())
+    assert apart(seen.double(), expected) <= torch.finfo(dtype).eps
+    mine = torch.autograd.grad(seen, [layer.lora_A, layer.lora_B], upstream)
+    theirs = torch.autograd.grad(expected, [truth.lora_A, truth.lora_B], upstream.double())
+    for one, other in zip(mine, theirs, strict=True):
+        assert apart(one.double(), other) <= 5e-5  # 2^-16 a factor
+
+
+def test_zeros_and_writing_models_in_narrow_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A magnitude of zero learns, a row of zeros has gradients, and an output that was written into costs nothing."""
+    monkeypatch.setattr(narrow, "ON", ("cpu",))
+    plain = nn.Linear(96, 80).bfloat16()
+    with torch.no_grad():
+        plain.weight[5] = 0
+    layer = DoraLinear(plain, method("dora", rank=8), torch.Generator())
+    nn.init.normal_(layer.lora_B, std=0.02)
+    layer.magnitude.data[7] = 0
+    truth = copy.deepcopy(layer).double()
+    x, upstream = torch.randn(40, 96).bfloat16(), torch.randn(40, 80).bfloat16()
+    expected = torch.autograd.grad(truth(x.double()), [truth.lora_B, truth.magnitude], upstream.double())
+    for written in (False, True):
+        y = layer(x)
+        y = y.add_(1.0) if written else y
+        seen = torch.autograd.grad(y, [layer.lora_B, layer.magnitude], upstream)
+        assert seen[1][7] != 0
+        assert apart(seen[0].double(), expected[0]) <= 5e-5
+        assert apart(seen[1].double(), expected[1]) <= 2 * torch.finfo(torch.bfloat16).eps
+
+
 def test_triton_kernels_are_the_eager_form(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="triton comes with CUDA builds of torch alone")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -694,16 +742,17 @@ def test_triton_kernels_are_the_eager_form(monkeypatch: pytest.MonkeyPatch) -> N
         done = subprocess.run(again, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
         return
-    monkeypatch.setattr(dora_autograd, "FUSED_ON", (device,))
-    for bias in (True, False):
-        layer, _ = narrow_twins(torch.bfloat16)
+    monkeypatch.setattr(narrow, "ON", (device,))
+    for bias, form in ((True, "branch"), (False, "branch"), (True, "published")):
+        layer, _ = narrow_twins(torch.bfloat16, dropout=0.3, dropout_form=form)
         layer = layer.to(device)
         layer.bias = layer.bias if bias else None
         x = torch.randn(50, 96, device=device).bfloat16().requires_grad_()
         upstream = torch.randn(50, 80, device=device).bfloat16()
         found = []
         for fused in (False, True):
-            monkeypatch.setattr(dora_autograd, "FUSED", fused)
+            monkeypatch.setattr(narrow, "FUSED", fused)
+            torch.manual_seed(4)
             y = layer(x)
             found.append([y, *torch.autograd.grad(y, [x, layer.lora_A, layer.lora_B, layer.magnitude], upstream)])
         for eager, other in zip(*found, strict=True):

@@ -116,6 +116,33 @@ def test_a_cell_that_raises_is_a_row_and_a_lost_device_a_new_process(
     assert rows(tmp_path)[-1]["out_of_memory"] == "CUDA out of memory. Tried to allocate 2 GiB"
 
 
+def test_a_ratio_of_what_was_timed_in_turns_is_round_by_round() -> None:
+    rows = [
+        {"group": "g", "contender": name, "seconds": 9.0, "taken": taken, "in_turns": True}
+        for name, taken in (("a", [2.0, 20.0, 30.0]), ("b", [1.0, 10.0, 10.0]))
+    ]
+    assert table.ratio(rows[0], rows, "b") == 2.0
+    assert table.ratio(rows[0] | {"in_turns": False}, rows, "b") == 1.0
+
+
+def test_the_commit_that_is_told_is_the_one_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from experiments.gpu.visit import stamp
+
+    monkeypatch.delenv("DORA_LAB_COMMIT", raising=False)
+    assert stamp(True)["commit"] != "0123abc"
+    monkeypatch.setenv("DORA_LAB_COMMIT", "0123abc")
+    assert stamp(True)["commit"] == "0123abc" and stamp(True)["diff"] is None
+
+
+def test_what_is_asked_for_by_name_runs_too(tmp_path: Path) -> None:
+    done = visit(tmp_path, "--cpu", "--seconds", "100", "--only", "passes,profile")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = rows(tmp_path)
+    assert {row["stage"] for row in found} == {"right", "passes", "profile"}
+    assert not [row for row in found if "error" in row]
+    assert any("kernels in" in line and "waits" in line for line in done.stdout.splitlines())
+
+
 def test_the_tables_read_what_a_card_gave(dry: tuple[Path, str], tmp_path: Path) -> None:
     assert gpu.build(tmp_path) == memory.build(tmp_path) == []
     found = rows(dry[0])

@@ -205,7 +205,7 @@ class DoraLinear(LoraLinear):
         W_OI = self.kind.matrix(self.weight)
         if W_OI.dtype == A_RI.dtype:
             return W_OI @ A_RI.t()
-        if narrow_type(W_OI, A_RI):
+        if narrow_type(W_OI, A_RI) and not torch.compiler.is_compiling():
             return by_factor(W_OI, A_RI)
         return torch.cat([wide(W_OI[rows]) @ A_RI.t() for rows in self._blocks()])
 

@@ -4,7 +4,8 @@ A float32 copy of x, y or dy costs as much as half the dense product, and float3
 float32 number is two narrow ones, X = hi + lo (to 2^-17 in bfloat16), products are of narrow numbers and summed in
 float32, and what is a parameter or a gradient of one is float32 as everywhere. With z = x W0^T + s drop(x) A^T B^T:
 - LoRA: y = z + bias; DoRA, ``branch`` dropout or none: y = g z + bias, g = m / ||V||;
-- DoRA with a second product (the authors' dropout): y = x W0^T + s h B^T + (g - 1) z' + bias, z' = drop(x) W0^T + s h B^T.
+- DoRA with a second product, the authors' dropout, h = drop(x) A^T: y = x W0^T + s h B^T + (g - 1) z' + bias with
+  z' = drop(x) W0^T + s h B^T.
 At g = 1 and B = 0 all are the base's own output, bit for bit. Of the size of the output, DoRA keeps its output for the
 gradient of m, dm = sum_t dy (y - bias) / m, and with a second product z'; LoRA keeps nothing.
 Shape suffixes: O = out features, I = in features, R = rank, T = tokens, K = 3 R (three narrow parts).
@@ -22,8 +23,8 @@ from torch import Tensor
 from dora_lab.methods.dora_autograd import living, saved, scale
 
 ON = ("cuda",)  # devices that it is for
-FUSED = True  # the passes over outputs as Triton kernels, where there is Triton; the eager form is their reference
-SUM_WIDTH = 32  # columns whose sums are the diagonal of one product
+FUSED = False  # the passes over outputs as Triton kernels; the eager form is their reference
+SUM_WIDTH = 32  # columns whose sums are the diagonal of one product; 0: the products are written out
 
 
 class How(NamedTuple):
@@ -196,7 +197,7 @@ def _back(G_TO: Tensor, value_TO: Tensor, gain_O: Tensor) -> tuple[Tensor, Tenso
         return kernels.back(G_TO, value_TO, gain_O)
     moved_TO = torch.mul(G_TO, gain_O, out=torch.empty_like(G_TO))
     tokens, width = G_TO.shape
-    if width % SUM_WIDTH or G_TO.device.type == "cpu":
+    if not SUM_WIDTH or width % SUM_WIDTH or G_TO.device.type == "cpu":
         return moved_TO, (G_TO * value_TO.float()).sum(0)
     G, value = (t_TO.view(tokens, -1, SUM_WIDTH).transpose(0, 1) for t_TO in (G_TO, value_TO))
     squares = torch.bmm(G.transpose(1, 2), value, out_dtype=torch.float32)  # of these only the diagonals are wanted

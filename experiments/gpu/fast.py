@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.gpu.child import kernels_are_right
 from experiments.gpu.models import SEVEN, kept_llama, operations, put_on, step_of
 from experiments.gpu.visit import Visit
 
@@ -39,12 +40,6 @@ def _group(visit: Visit, stage: str, group: str, contenders: tuple[str, ...]) ->
             continue
         estimate = SECONDS.get(name, 9)
         visit.cell(stage, f"{group}: {name}", estimate, lambda name=name: _contender(visit, name, group))
-
-
-def kernels_are_right(visit: Visit) -> bool:
-    """Whether the Triton kernels ran and agreed, in a process of their own: they may take a process down."""
-    rows = [row for row in visit.known if row["stage"] == "right" and row["cell"].startswith("triton")]
-    return bool(rows) and all(row.get("ok") for row in rows)
 
 
 def _contender(visit: Visit, name: str, group: str) -> dict[str, Any]:
