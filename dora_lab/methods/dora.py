@@ -222,7 +222,7 @@ class DoraLinear(LoraLinear):
         norm_O = new_O.clamp_min(0).sqrt()
         sound_O = new_O > CANCELS * square_O
         zero_free = sound_O.all() & self.magnitude.all()
-        flag, done = zero_free.to("cpu", non_blocking=True), None
+        flag, done = zero_free.to("cpu", non_blocking=zero_free.is_cuda), None
         if zero_free.is_cuda:  # the processor goes on giving the device work, and waits where it has to know
             done = torch.cuda.Event()
             done.record()
