@@ -155,6 +155,11 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return (f"did you mean '{near[0]}'? " if near else "") + "choices: " + (", ".join(known) or "none")
 
 
+def pattern_matches(pattern: str, module: str) -> bool:
+    """Whether a `rank_pattern` names a module, as in PEFT: the pattern is the end of its name, from a dot on."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
 def to_dict(spec: Spec) -> dict[str, Any]:
     """The spec as plain JSON values (tuples become lists), every field present; `from_dict` reads it back."""
     return _plain(spec, omit_defaults=False)

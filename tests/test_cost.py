@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from dora_lab import __main__ as command
 from dora_lab.launch import cost
+from dora_lab.methods.catalog import entry_of
 from dora_lab.methods.inject import inject
 from dora_lab.models import shapes
 from dora_lab.spec import Method, Spec, SpecError
@@ -131,7 +132,9 @@ def test_memory_for_the_backward_is_what_autograd_keeps(name: str, half: bool) -
         for layers in (1, 3)
     ]
     measured = (per_layer[1] - per_layer[0]) / 2 / (2 * 48)
-    hidden, intermediate = cost.SAVED[method.name, method.dropout > 0][2 if half else 4]
+    saved = entry_of(method.name).saved
+    assert saved is not None
+    hidden, intermediate = saved[method.dropout > 0][2 if half else 4]
     assert measured == pytest.approx(hidden * 256 + intermediate * 704, rel=0.03)
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from dora_lab.methods.contract import AdaptedLinear
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from dora_lab.decompose import delta_d, delta_m, relative_change
+from dora_lab.methods.contract import AdaptedLinear
 from dora_lab.methods.inject import inject
 from dora_lab.probing.callback import DecompositionCallback, probe_step
 from dora_lab.spec import Method

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dora_lab.launch import cost
+from dora_lab.methods.catalog import is_counted
 from dora_lab.models import shapes
 from dora_lab.models.base import model_folder
 from dora_lab.spec import Spec, spec_id
@@ -29,14 +30,14 @@ def lines(
             f"seed {spec.seed:<3} {_steps(spec, known)}"
         )
         shape, items = _shape(spec, model_dir), _train_items(spec, known)
-        if shape is not None and items is not None:
+        if shape is not None and items is not None and is_counted(spec.method):
             found.append(cost.estimate(spec, shape, items, cost.test_items(spec), card, tokens))
             yield f"{'':14}{cost.words(found[-1], card)}"
     yield f"{len(specs)} specs"
     if found:
         yield cost.total(found, gpu, tokens)
     if len(found) < len(specs):
-        yield f"{len(specs) - len(found)} of them have no estimate: their model or data is not known here"
+        yield f"{len(specs) - len(found)} of them have no estimate: their model, data or method is not counted here"
 
 
 def _shape(spec: Spec, model_dir: Path | None) -> shapes.Shape | None:

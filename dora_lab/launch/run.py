@@ -287,18 +287,9 @@ def _initial(files: dict[str, safe_open], name: str, spec: Spec) -> Any:
 
 
 def _save_adapter(model: PreTrainedModel, spec: Spec, run: RunDir) -> None:
-    """What was trained, in forms that others read: a PEFT folder, or the model where all of it was trained."""
-    from dora_lab.formats.live import save_adapter
-    from dora_lab.methods.dora import unmoved
-    from dora_lab.methods.inject import adapted
+    from dora_lab.formats.live import save_trained
 
-    if (name := unmoved(model)) is not None:
-        raise RuntimeError(f"'{name}': A and B were trained, the magnitude never moved: the optimiser does not have it")
-
-    if any(True for _ in adapted(model)):
-        save_adapter(model, run.adapter, base_name=spec.model.name)
-    else:
-        model.save_pretrained(run.adapter)
+    save_trained(model, run.adapter, spec.model.name)
 
 
 def _changed_inputs(spec: Spec, paths: Paths, record: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dora_lab.methods.catalog import catalog
 from dora_lab.models import shapes
 from dora_lab.runs.record import read_record
 from dora_lab.runs.streams import read_stream
@@ -185,23 +186,20 @@ def nearest(spec: Spec, published: Iterable[Spec]) -> Spec:
 
 def name(spec: Spec) -> str:
     """A run in a few words: "commonsense, tier mini, DoRA rank 8 on mini, seed 0"."""
-    label = {"lora": "LoRA", "dora": "DoRA", "ft": "full fine-tuning", "base": "base model"}.get(spec.method.name)
+    known = catalog().get(spec.method.name)
     rank = f" rank {spec.method.rank}" if spec.method.rank is not None else ""
-    return (
-        f"{spec.experiment}, tier {spec.tier}, {label or spec.method.name}{rank} on {spec.model.name}, seed {spec.seed}"
-    )
+    words = spec.method.name if known is None else known.words
+    return f"{spec.experiment}, tier {spec.tier}, {words}{rank} on {spec.model.name}, seed {spec.seed}"
 
 
 # ------------------------------------------------------------------------------------------------------------ fields
 def _of_method(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Without the fields that the method does not read."""
-    unread = set()
-    if flat["method.name"] != "dora":
-        unread |= {"method.detach_norm", "method.dropout_form"}
-    if not flat["method.dropout"]:
-        unread.add("method.dropout_form")
-    if flat["method.rank"] is None:
-        unread |= {"method.dropout", "method.rslora"}
+    known = catalog().get(flat["method.name"])
+    unread = set() if flat["method.dropout"] else {"method.dropout_form"}
+    if known is not None:
+        read = {f"method.{field}" for field in ("name", *known.fields)}
+        unread |= {field for field in flat if field.startswith("method.") and field not in read}
     return {field: value for field, value in flat.items() if field not in unread}
 
 

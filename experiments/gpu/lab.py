@@ -11,7 +11,8 @@ from dora_lab.decompose import magnitude
 from dora_lab.distributed import shard
 from dora_lab.methods import dora_autograd as products
 from dora_lab.methods import narrow
-from dora_lab.methods.inject import adapted, methods
+from dora_lab.methods.catalog import methods
+from dora_lab.methods.inject import adapted
 from dora_lab.probing.callback import DecompositionCallback
 from dora_lab.probing.saved_models import probe as probe_saved
 from dora_lab.runs import provenance
