@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=420.0, help="time in all (default: 420)")
     parser.add_argument("--out", type=Path, default=Path("results/local/bench"), help="folder of gpu.jsonl")
-    parser.add_argument("--only", default="", help=f"stages, by commas: {', '.join((*STAGES, *ASKED))}")
+    parser.add_argument("--only", default="", help=f"stages, by commas, in this order: {', '.join((*STAGES, *ASKED))}")
     parser.add_argument("--cpu", action="store_true", help="the dry run: tiny shapes, without a GPU")
     parser.add_argument("--go-on", help=argparse.SUPPRESS)  # the visit that a lost process was in
     options = parser.parse_args(argv)
@@ -102,9 +102,8 @@ def _stages(visit: Visit, chosen: list[str]) -> None:
     gc.freeze()  # what the imports made is no garbage: memory is looked through after every cell
     if visit.cpu:
         child.as_on_a_gpu()
-    for stage in (*STAGES, *ASKED):
-        if stage in chosen:
-            runs[stage](visit)
+    for stage in chosen:
+        runs[stage](visit)
 
 
 def _real_llm(visit: Visit) -> None:
