@@ -16,7 +16,6 @@ from dora_lab import paper
 from dora_lab.models import shapes
 from dora_lab.report import statistics
 from dora_lab.spec import Spec, derive, to_dict
-from dora_lab.tasks import all_tasks
 from experiments import commonsense, commonsense_ablations
 
 PUBLISHED = [*commonsense.specs("paper"), *commonsense_ablations.specs("paper")]
@@ -195,5 +194,3 @@ def test_the_table_with_runs(tmp_path: Path, run_writer: Writer) -> None:
 
 def test_every_model_of_the_paper_tier_has_a_shape() -> None:
     assert {shapes.printed_name(spec.model.name) for spec in PUBLISHED} == set(shapes.PAPER)
-    assert [task.column for task in all_tasks()] == ["BoolQ", "PIQA", "SIQA", "HellaSwag", "WinoGrande", "ARC-e",
-                                                     "ARC-c", "OBQA"]  # fmt: skip

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from dora_lab import __main__ as command
+from dora_lab.launch import select
 from dora_lab.launch.select import experiment_names, load_experiment
 from dora_lab.spec import from_dict, spec_id, to_dict, validate
-from dora_lab.tasks import all_tasks, load_task
+from dora_lab.tasks import load_task, table_1
 
+HOUSE = Path(__file__).resolve().parents[1]
 NAMES = experiment_names()
 
 
@@ -43,9 +50,22 @@ def test_dry_run(name: str) -> None:
         assert "steps" in done.output
 
 
+def test_an_experiment_that_takes_from_another_one_loads_from_anywhere(tmp_path: Path) -> None:
+    copied = shutil.copy(select.EXPERIMENTS / "decomposition.py", tmp_path / "mine.py")
+    code = (
+        f"import sys; from pathlib import Path; from dora_lab.launch import select; sys.path.remove({str(HOUSE)!r})\n"
+        f"select.EXPERIMENTS = Path({str(tmp_path)!r}); print(len(select.load_experiment('mine').specs('mini')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=copied.parent, check=False,
+        env={**os.environ, "PYTHONPATH": str(HOUSE)},
+    )  # fmt: skip
+    assert done.stdout.strip() == "125", done.stderr
+
+
 def test_commonsense_mini() -> None:
     specs = load_experiment("commonsense").specs("mini")
-    assert all(spec.data.tasks == tuple(task.name for task in all_tasks()) for spec in specs)
+    assert all(spec.data.tasks == tuple(task.name for task in table_1()) for spec in specs)
     runs = Counter((spec.method.name, spec.method.rank) for spec in specs)
     ranks = sorted(rank for name, rank in runs if name == "dora" and rank is not None)
     assert ranks[1] == 2 * ranks[0]

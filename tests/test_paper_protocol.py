@@ -252,7 +252,8 @@ def test_merged_and_unmerged_agree(dtype: str, tmp_path: Path) -> None:
 
 def test_the_run_merges_as_its_spec_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import dora_lab.methods.inject
-    from dora_lab.launch.run import Paths, run_spec
+    from dora_lab.launch.run import run_spec
+    from dora_lab.launch.runtime import Paths
 
     calls: list[str] = []
     real = dora_lab.methods.inject.merge

@@ -104,7 +104,7 @@ def estimate(
     Raises: ValueError where a method's parameters cannot be counted (`Shape.trained`).
     """
     length = tokens or spec.data.cutoff
-    steps = total_steps(train_items, spec)
+    steps = spec.optim.steps(train_items) if spec.optim else 0
     batch = spec.optim.batch_size if spec.optim else 0
     forwards = steps // spec.optim.eval_steps if spec.optim and spec.optim.eval_steps else 0
     asked = _evaluation_flops(spec, shape, test_items, length)
@@ -123,17 +123,12 @@ def estimate(
     return Cost(steps=steps, tokens=steps * batch * length, memory_bytes=memory, hours=hours, **made)
 
 
-def total_steps(items: int, spec: Spec) -> int:
-    """Optimiser steps, as `batches.total_steps` counts them; 0 for a method that is not trained."""
-    if spec.optim is None:
-        return 0
-    return max(1, math.ceil(items * spec.optim.epochs / spec.optim.batch_size))
-
-
-def test_items(spec: Spec) -> int:
-    """Items that are scored: of a spec that takes all there are, those of the released files."""
-    tasks = [load_task(name) for name in spec.data.tasks]
-    return sum(spec.data.test_items or KNOWN[task.name, "test"].items for task in tasks)
+def test_items(spec: Spec) -> int | None:
+    """Items that are scored: of a spec that takes all there are, those of the released files; None for others."""
+    if spec.data.test_items is not None:
+        return spec.data.test_items * len(spec.data.tasks)
+    known = [KNOWN.get((name, "test")) for name in spec.data.tasks]
+    return None if None in known else sum(file.items for file in known if file)
 
 
 def words(cost: Cost, card: Gpu | None) -> str:

@@ -1,6 +1,6 @@
 """What is trained: out of a model and into it, in one piece, also where its weights are shared out over processes.
 
-With shares (`ranks.shard`) every process has to call each of these functions.
+With shares (`distributed.shard`) every process has to call each of these functions.
 """
 
 from __future__ import annotations
