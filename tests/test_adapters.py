@@ -654,13 +654,24 @@ def test_gradcheck_of_blocks(second: bool, through_norm: bool, bias: bool, monke
     assert torch.autograd.gradcheck(output, (x, layer.lora_A, layer.lora_B, layer.magnitude))
 
 
-def narrow_twins(dtype: torch.dtype, **fields: Any) -> tuple[DoraLinear, DoraLinear]:
+def narrow_twins(dtype: torch.dtype, kind: Any = DoraLinear, rank: int = 8, **fields: Any) -> tuple[Any, Any]:
     """A layer on a narrow base with trained-looking values, and the same in float64."""
     torch.manual_seed(2)
-    layer = DoraLinear(nn.Linear(96, 80).to(dtype), method("dora", rank=8, **fields), torch.Generator())
+    layer = kind(nn.Linear(96, 80).to(dtype), method("dora", rank=rank, **fields), torch.Generator())
     nn.init.normal_(layer.lora_B, std=0.02)
-    layer.magnitude.data *= 1 + 0.05 * torch.randn(80)
+    if kind is DoraLinear:
+        layer.magnitude.data *= 1 + 0.05 * torch.randn(80)
     return layer, copy.deepcopy(layer).double()
+
+
+@torch.no_grad()
+def strange(layer: DoraLinear) -> None:
+    """Row 3 of V is a small share of W0, row 5 is zero, W0's row 6 is zero, and the magnitude of row 7 is zero."""
+    layer.lora_B[5] = 0
+    layer.weight[5:7] = 0
+    layer.weight[3] = (-layer.scaling * 0.98 * layer.lora_B[3] @ layer.lora_A).to(layer.weight.dtype)
+    layer.magnitude[7] = 0
+    layer.magnitude[5] = 0.7
 
 
 @pytest.mark.parametrize("on", [("cuda",), ("cuda", "cpu")], ids=["in blocks", "in narrow parts"])
@@ -719,13 +730,10 @@ def test_factors_are_not_rounded_in_narrow_parts(
 def test_zeros_and_writing_models_in_narrow_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A magnitude of zero learns, a row of zeros has gradients, and an output that was written into costs nothing."""
     monkeypatch.setattr(narrow, "ON", ("cpu",))
-    plain = nn.Linear(96, 80).bfloat16()
-    with torch.no_grad():
-        plain.weight[5] = 0
-    layer = DoraLinear(plain, method("dora", rank=8), torch.Generator())
-    nn.init.normal_(layer.lora_B, std=0.02)
-    layer.magnitude.data[7] = 0
+    layer, _ = narrow_twins(torch.bfloat16)
+    strange(layer)
     truth = copy.deepcopy(layer).double()
+    assert truth._norm()[3] < 0.1 * magnitude(truth.weight)[3], "nothing cancels"
     x, upstream = torch.randn(40, 96).bfloat16(), torch.randn(40, 80).bfloat16()
     expected = torch.autograd.grad(truth(x.double()), [truth.lora_B, truth.magnitude], upstream.double())
     for written in (False, True):
@@ -734,10 +742,14 @@ def test_zeros_and_writing_models_in_narrow_parts(monkeypatch: pytest.MonkeyPatc
         seen = torch.autograd.grad(y, [layer.lora_B, layer.magnitude], upstream)
         assert seen[1][7] != 0
         assert apart(seen[0].double(), expected[0]) <= 5e-5
+        assert torch.isfinite(seen[1]).all()
+        seen[1][3] = expected[1][3]  # of a V that is a fiftieth of W0, and x W0^T is rounded
         assert apart(seen[1].double(), expected[1]) <= 2 * torch.finfo(torch.bfloat16).eps
+        torch.testing.assert_close(layer._norm().double(), truth._norm(), rtol=1e-5, atol=0)
 
 
 def test_triton_kernels_are_the_eager_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float16: the interpreter multiplies no bfloat16. Rows of zeros, rows that cancel and an m of zero are there."""
     pytest.importorskip("triton", reason="triton comes with CUDA builds of torch alone")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and "TRITON_INTERPRET" not in os.environ:  # read when triton is first imported
@@ -746,17 +758,46 @@ def test_triton_kernels_are_the_eager_form(monkeypatch: pytest.MonkeyPatch) -> N
         assert done.returncode == 0, done.stdout
         return
     monkeypatch.setattr(narrow, "ON", (device,))
-    for bias, form in ((True, "branch"), (False, "branch"), (True, "published")):
-        layer, _ = narrow_twins(torch.bfloat16, dropout=0.3, dropout_form=form)
+    for kind, bias, form, zero in (
+        (LoraLinear, True, "branch", False), (DoraLinear, True, "branch", False), (DoraLinear, False, "branch", True),
+        (DoraLinear, True, "published", True),
+    ):  # fmt: skip
+        layer, _ = narrow_twins(torch.float16, kind, dropout=0.3, dropout_form=form)
         layer = layer.to(device)
         layer.bias = layer.bias if bias else None
-        x = torch.randn(50, 96, device=device).bfloat16().requires_grad_()
-        upstream = torch.randn(50, 80, device=device).bfloat16()
+        if zero:
+            strange(layer)
+        x = torch.randn(50, 96, device=device).half().requires_grad_()
+        upstream = torch.randn(50, 80, device=device).half()
         found = []
         for fused in (False, True):
             monkeypatch.setattr(narrow, "FUSED", fused)
             torch.manual_seed(4)
-            y = layer(x)
-            found.append([y, *torch.autograd.grad(y, [x, layer.lora_A, layer.lora_B, layer.magnitude], upstream)])
-        for eager, other in zip(*found, strict=True):
-            assert apart(other.float(), eager.float()) <= 2 * torch.finfo(torch.bfloat16).eps
+            trained = [p for p in layer.parameters() if p.requires_grad]
+            for written in (False, True):
+                y = layer(x)
+                y = y.add_(1.0) if written else y
+                found.append([y, *torch.autograd.grad(y, [x, *trained], upstream)])
+            layer._forget() if isinstance(layer, DoraLinear) else None
+        for eager, other in zip(found[0] + found[1], found[2] + found[3], strict=True):
+            assert apart(other.float(), eager.float()) <= 2 * torch.finfo(torch.float16).eps
+
+
+def test_norms_by_the_kernel() -> None:
+    """Of narrow and of float32 weights, rows that cancel to nearly or wholly nothing among them."""
+    triton_norm = pytest.importorskip("dora_lab.methods.narrow_triton", reason="no triton here").norm
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and "TRITON_INTERPRET" not in os.environ:
+        again = [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_norms_by_the_kernel"]
+        done = subprocess.run(again, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        return
+    for dtype, rank in ((torch.float16, 8), (torch.float16, 40), (torch.float32, 8)):
+        layer, _ = narrow_twins(dtype, rank=rank)
+        strange(layer)
+        W, A, B = (p.detach().double() for p in (layer.weight, layer.lora_A, layer.lora_B))
+        exact = magnitude(W + layer.scaling * B @ A)
+        parts = (layer.weight.to(device), layer.lora_A.detach().to(device), layer.lora_B.detach().to(device))
+        seen = triton_norm(*parts, layer.scaling).cpu()
+        assert seen[5] == 0 and 0 < exact[3] < 0.1 * magnitude(W)[3]
+        torch.testing.assert_close(seen.double(), exact, rtol=2e-6, atol=0)

@@ -30,7 +30,7 @@ from dora_lab.methods.dora_autograd import SPARSE, Blocked, Decomposed, Publishe
 from dora_lab.methods.inject import adapted, wrap
 from dora_lab.methods.layers import Opaque
 from dora_lab.methods.lora import LoraLinear
-from dora_lab.methods.narrow import How, Narrow, by_factor, narrow_type
+from dora_lab.methods.narrow import How, Narrow, kernels, narrow_type
 from dora_lab.spec import Method
 
 FIELDS = (
@@ -71,9 +71,8 @@ class DoraLinear(LoraLinear):
         self.detach_norm = method.detach_norm
         self.published_dropout = method.dropout_form == "published"
         self._forget()
-        self.magnitude = nn.Parameter(torch.ones_like(self.lora_B[:, 0]))
         # by the same routine as in the forward, so that m / ||V|| is exactly 1 before training
-        self.magnitude.data.copy_(_initial(self._norm()))
+        self.magnitude = _initial(self._norm())
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
@@ -89,8 +88,8 @@ class DoraLinear(LoraLinear):
             return self._onto_base(x, scale(self.magnitude, norm_O, False), second)
         layer = (x, self.matrix, self.bias, self.lora_A, self.lora_B)
         if dtype := narrow_type(x, self.lora_A):
-            begun = How(dtype, self.scaling, dropout, second, not self.detach_norm, self._settle)
-            return Narrow.apply(*layer, self.magnitude, self._begun_norm(), begun)
+            how = How(dtype, self.scaling, dropout, second, not self.detach_norm)
+            return Narrow.apply(*layer, self.magnitude, self._norm(), how)
         if not self._one_type(x) or (second and not self._sparse(x)):
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -161,22 +160,19 @@ class DoraLinear(LoraLinear):
 
         WA_OR: W0 A^T, if it is at hand.
         """
-        norm_O = self._begun_norm(WA_OR)
-        self._settle()
-        return norm_O
-
-    @torch.no_grad()
-    def _begun_norm(self, WA_OR: Tensor | None = None) -> Tensor:
-        """The same, but rows whose sum cancelled are right only after `_settle`."""
         if self.lora_A.is_meta:
             return self.lora_A.new_empty(self.out_features)
         if torch.compiler.is_compiling():  # versions and addresses are no part of a graph
             return self._factored_norm(self._squares())
         if (kept_O := self._kept()) is not None:
             return kept_O
-        if self._square_O is None:
-            self._square_O = self._squares()
-        self._norm_O = self._factored_norm(self._square_O, WA_OR)
+        run = kernels(self.lora_A) if self.lora_A.dtype == torch.float32 else None
+        if run is not None and not isinstance(self.kind, Opaque):  # which rows are zero it keeps to itself
+            W_OI, self._alive = self.kind.matrix(self.weight), False
+            self._norm_O = run.norm(W_OI, self.lora_A, self.lora_B, self.scaling)
+        else:
+            self._square_O = self._squares() if self._square_O is None else self._square_O
+            self._norm_O = self._factored_norm(self._square_O, WA_OR)
         self._norm_stamp = self._stamps()
         if self.lora_A.device.type == "cpu":
             self._seen = [(bits, bits.clone()) for bits in map(_bits, (self.lora_A, self.lora_B))]
@@ -195,8 +191,7 @@ class DoraLinear(LoraLinear):
     def _stamps(self) -> tuple[Any, ...]:
         # a norm from an evaluation may differ in its last bit from one of training, which must not depend on whether
         # there was an evaluation before: a resumed run has to go on exactly
-        trained = map(self._stamp, (self.lora_A, self.lora_B, self.magnitude))
-        return (_steps[0], self.scaling, self.training, *trained)
+        return (_steps[0], self.scaling, self.training, *self._stamp(self.lora_A), *self._stamp(self.lora_B))
 
     @staticmethod
     def _stamp(tensor: Tensor) -> tuple[Any, ...]:
@@ -227,8 +222,6 @@ class DoraLinear(LoraLinear):
         W_OI = self.kind.matrix(self.weight)
         if W_OI.dtype == A_RI.dtype:
             return W_OI @ A_RI.t()
-        if narrow_type(W_OI, A_RI) and not torch.compiler.is_compiling():
-            return by_factor(W_OI, A_RI)
         return torch.cat([wide(W_OI[rows]) @ A_RI.t() for rows in self._blocks()])
 
     def _factored_norm(self, square_O: Tensor, WA_OR: Tensor | None = None) -> Tensor:
@@ -241,28 +234,15 @@ class DoraLinear(LoraLinear):
         new_O = (half_OR * B_OR).sum(1).add_(square_O)
         if torch.compiler.is_compiling():
             return new_O.clamp_min(0).sqrt()
-        norm_O = new_O.clamp_min(0).sqrt()
         sound_O = new_O > CANCELS * square_O
-        zero_free = sound_O.all() & self.magnitude.all()
-        flag, done = zero_free.to("cpu", non_blocking=zero_free.is_cuda), None
-        if zero_free.is_cuda:  # the processor goes on giving the device work, and waits where it has to know
-            done = torch.cuda.Event()
-            done.record()
-        self._doubt = (flag, done, sound_O, square_O, norm_O)
+        self._alive = bool(sound_O.all())
+        if self._alive:  # the usual case
+            return new_O.sqrt_()
+        norm_O = new_O.clamp_min(0).sqrt()
+        rows = (~sound_O & (square_O > 0)).nonzero()[:, 0]
+        if len(rows):
+            norm_O[rows] = torch.cat([magnitude(self._direction(some)) for some in rows.split(1024)])
         return norm_O
-
-    @torch.no_grad()
-    def _settle(self) -> bool:
-        """Is no row of V and no magnitude zero? Takes the rows of the begun norm whose sum cancelled directly."""
-        if self._doubt is not None:
-            flag, done, sound_O, square_O, norm_O = self._doubt
-            self._doubt = None
-            if done is not None:
-                done.synchronize()
-            self._alive = bool(flag)
-            if not self._alive and len(rows := (~sound_O & (square_O > 0)).nonzero()[:, 0]):
-                norm_O[rows] = torch.cat([magnitude(self._direction(some)) for some in rows.split(1024)])
-        return self._alive
 
     def _direct_norm(self) -> Tensor:
         """||V|| of each row through V itself, block of rows by block: the oracle, and part of the graph."""
@@ -271,8 +251,7 @@ class DoraLinear(LoraLinear):
     def _forget(self) -> None:
         self._square_O: Tensor | None = None
         self._norm_O: Tensor | None = None
-        self._alive = False  # is it known that no row of V and no magnitude is zero?
-        self._doubt: tuple[Any, ...] | None = None  # what `_settle` has still to look at
+        self._alive = False  # is it known that no row of V is zero?
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._weight_stamp: tuple[Any, ...] = ()
         self._norm_stamp: tuple[Any, ...] = ()
