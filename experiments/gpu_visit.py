@@ -91,7 +91,7 @@ def _refuse(cpu: bool) -> None:
 
 
 def _stages(visit: Visit, chosen: list[str]) -> None:
-    from experiments.gpu import ceilings, child, fast, layer, memory, passes, probe, right
+    from experiments.gpu import ceilings, child, fast, lab, layer, memory, passes, probe, right
 
     runs = {
         "ceilings": ceilings.run, "right": right.run, "fast": fast.run, "linears": layer.run, "table7": memory.run,
@@ -103,6 +103,8 @@ def _stages(visit: Visit, chosen: list[str]) -> None:
     if visit.cpu:
         child.as_on_a_gpu()
     for stage in chosen:
+        if stage not in ("ceilings", "right"):  # what is not right there is not timed
+            lab.narrow.FUSED = not visit.cpu and child.kernels_are_right(visit)
         runs[stage](visit)
 
 

@@ -749,7 +749,7 @@ def test_zeros_and_writing_models_in_narrow_parts(monkeypatch: pytest.MonkeyPatc
 
 
 def test_triton_kernels_are_the_eager_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float16: the interpreter multiplies no bfloat16. Rows of zeros, rows that cancel and an m of zero are there."""
+    """In float16: the interpreter multiplies no bfloat16. Rows of zeros, that cancel, and of an m of zero are there."""
     pytest.importorskip("triton", reason="triton comes with CUDA builds of torch alone")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and "TRITON_INTERPRET" not in os.environ:  # read when triton is first imported

@@ -138,7 +138,7 @@ def test_what_is_asked_for_by_name_runs_too(tmp_path: Path) -> None:
     done = visit(tmp_path, "--cpu", "--seconds", "100", "--only", "passes,profile")
     assert done.returncode == 0, done.stderr[-3000:]
     found = rows(tmp_path)
-    assert {row["stage"] for row in found} == {"right", "passes", "profile"}
+    assert {row["stage"] for row in found} == {"passes", "profile"}
     assert not [row for row in found if "error" in row]
     assert any("kernels in" in line and "waits" in line for line in done.stdout.splitlines())
 
@@ -150,6 +150,7 @@ def test_the_tables_read_what_a_card_gave(dry: tuple[Path, str], tmp_path: Path)
     file = tmp_path / "bench" / "gpu.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in found))
     assert gpu.build(tmp_path) == memory.build(tmp_path) == [], "a dry run measures nothing"
+    found = [row for row in found if row.get("contender") != "ours/dora-branch"]  # as if there had been no time for it
     for row in found:  # as if on a card
         row["card"] = "a card"
         if "contender" in row and "peak_bytes" in row:
@@ -158,7 +159,7 @@ def test_the_tables_read_what_a_card_gave(dry: tuple[Path, str], tmp_path: Path)
     texts = {path.name: path.read_text() for one in (gpu, memory) for path in one.build(tmp_path)}
     line = next(line for line in texts["memory.md"].splitlines() if "as released" in line and "| norm detached" in line)
     assert "| 28.2 | 21.0 | 25.0 |" in " ".join(line.split()), line
-    assert "| linears | ours/dora-triton / ours/lora |" in texts["gpu.md"] and "not run" in texts["gpu.md"]
+    assert "| linears | ours/dora / ours/lora |" in texts["gpu.md"] and "not run" in texts["gpu.md"]
     assert "dora, norm in the graph: float32" in texts["gpu.md"]
 
 

@@ -169,14 +169,15 @@ class DoraLinear(LoraLinear):
         run = kernels(self.lora_A) if self.lora_A.dtype == torch.float32 else None
         if run is not None and not isinstance(self.kind, Opaque):  # which rows are zero it keeps to itself
             W_OI, self._alive = self.kind.matrix(self.weight), False
-            self._norm_O = run.norm(W_OI, self.lora_A, self.lora_B, self.scaling)
+            norm_O: Tensor = run.norm(W_OI, self.lora_A, self.lora_B, self.scaling)
         else:
             self._square_O = self._squares() if self._square_O is None else self._square_O
-            self._norm_O = self._factored_norm(self._square_O, WA_OR)
+            norm_O = self._factored_norm(self._square_O, WA_OR)
+        self._norm_O = norm_O
         self._norm_stamp = self._stamps()
         if self.lora_A.device.type == "cpu":
             self._seen = [(bits, bits.clone()) for bits in map(_bits, (self.lora_A, self.lora_B))]
-        return self._norm_O
+        return norm_O
 
     def _kept(self) -> Tensor | None:
         """The norm that is kept, if it is that of the A, B and W0 of now; forgets ||W0||^2 if that is another W0's."""

@@ -76,7 +76,7 @@ class Narrow(torch.autograd.Function):
             A_KI = run.factor(A_RI, how.dtype)
             h_TK = run.activation(product(dropped_TI, A_KI[len(A_RI) :].t()), how.dtype, 1.0)
             B_OK = run.gained(B_OR, how.dtype, how.scaling * lift, m_O, norm_O)  # of g s B
-            if m_O is None:
+            if m_O is None or norm_O is None:
                 y_TO.addmm_(h_TK, B_OK.t(), alpha=1 / lift)
             else:
                 run.onto(y_TO, z_TO, h_TK, B_OK, m_O, norm_O, bias_O, 1 / lift)
@@ -111,12 +111,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         bias = None if of_base else bias_O
         moved_TO, sums_PO = run.back(G_TO, value_TO, bias, m_O, norm_O, int(how.second))
         dB_OR, dm_O = run.rows(sums_PO, raw_OL, B_OR, m_O, norm_O, how.scaling, of_base, G_TO, x_TI, weight_OI)
+        if how.through_norm:
+            c_O = torch.where(norm_O == 0, 0.0, -m_O * dm_O / norm_O.square())
+            _by_way_of_the_norm(weight_OI, A_RI, B_OR, c_O, how.scaling, dA_RI, dB_OR)
     dx = None
     if ctx.needs_input_grad[0]:
         dx = _to_input(G_TO, moved_TO, weight_OI, dh_TK, A_KI, rest_TI, how).view_as(x)
-    if how.through_norm:
-        c_O = torch.where(norm_O == 0, 0.0, -m_O * dm_O / norm_O.square())
-        _by_way_of_the_norm(weight_OI, A_RI, B_OR, c_O, how.scaling, dA_RI, dB_OR)
     dbias_O = G_TO.sum(0) if ctx.needs_input_grad[2] else None
     return dx, None, dbias_O, dA_RI, dB_OR, dm_O, None, None
 

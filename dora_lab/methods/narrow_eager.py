@@ -34,7 +34,7 @@ def gained(B_OR: Tensor, dtype: torch.dtype, by: float, m_O: Tensor | None, norm
 
 def onto(y_TO: Tensor, z_TO: Tensor | None, h_TK: Tensor, B_OK: Tensor, m_O: Tensor, norm_O: Tensor,
          bias_O: Tensor | None, by: float) -> None:  # fmt: skip
-    """From the base's output to the layer's, in place; with z = drop(x) W0^T: y + (g - 1) z and the low-rank product."""
+    """From the base's output to the layer's, in place; with z = drop(x) W0^T: y + (g - 1) z + the low-rank product."""
     g_O = scale(m_O, norm_O, False)
     low_TO = product(h_TK, B_OK.t()).mul_(by)
     if z_TO is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 ONTO = (64, 64, 4)  # tokens and outputs of a program, warps
 BACK = (64, 64, 4, 4)  # the same, with the steps that a program takes down the tokens before the warps
-NORM = (32, 256, 8)  # outputs, inputs at a time, warps
+NORM = (32, 128, 8)  # outputs, inputs at a time, warps
 CANCELS = tl.constexpr(1e-2)  # share of ||W0||^2 below which the two parts of B and A are too few digits of V
 
 
@@ -131,59 +131,54 @@ def _rows(sums, raw, b, m, norm, db, dm, grad, x, w, s, pieces, tokens, width, i
 
 
 @triton.jit
+def _squares(w, a, b, o, s, lift, width, inner, rank, PARTS: tl.constexpr, TILE_O: tl.constexpr, TILE_I: tl.constexpr,
+             TILE_R: tl.constexpr):  # fmt: skip
+    square, whole = tl.zeros((TILE_O,), dtype=tl.float32), tl.zeros((TILE_O,), dtype=tl.float32)
+    in_o = o[:, None] < width
+    for start in range(0, inner, TILE_I):
+        i = start + tl.arange(0, TILE_I)[None, :]
+        w_tile = tl.load(w + o[:, None].to(tl.int64) * inner + i, mask=in_o & (i < inner), other=0.0).to(tl.float32)
+        low = tl.zeros((TILE_O, TILE_I), dtype=tl.float32)
+        for first in range(0, rank, TILE_R):
+            r = first + tl.arange(0, TILE_R)
+            a_tile = tl.load(a + r[:, None] * inner + i, mask=(r[:, None] < rank) & (i < inner), other=0.0)
+            b_tile = tl.load(b + o[:, None] * rank + r[None, :], mask=in_o & (r[None, :] < rank), other=0.0) * lift
+            if PARTS:
+                a_high, b_high = a_tile.to(w.dtype.element_ty), b_tile.to(w.dtype.element_ty)
+                low = tl.dot(b_high, a_high, low)
+                low = tl.dot((b_tile - b_high.to(tl.float32)).to(w.dtype.element_ty), a_high, low)
+                low = tl.dot(b_high, (a_tile - a_high.to(tl.float32)).to(w.dtype.element_ty), low)
+            else:
+                low = tl.dot(b_tile, a_tile, low, input_precision="ieee")
+        v = w_tile + low * (s / lift)
+        square += tl.sum(v * v, axis=1)
+        whole += tl.sum(w_tile * w_tile, axis=1)
+    return square, whole
+
+
+@triton.jit
 def _norm(w, a, b, out, s, lift, width, inner, rank, NARROW: tl.constexpr, TILE_O: tl.constexpr, TILE_I: tl.constexpr,
           TILE_R: tl.constexpr):  # fmt: skip
     o = tl.program_id(0) * TILE_O + tl.arange(0, TILE_O)
-    in_o = o[:, None] < width
-    square, lost = tl.zeros((TILE_O,), dtype=tl.float32), 1
-    if NARROW:
-        whole = tl.zeros((TILE_O,), dtype=tl.float32)
-        for start in range(0, inner, TILE_I):
-            i = start + tl.arange(0, TILE_I)[None, :]
-            w_tile = tl.load(w + o[:, None].to(tl.int64) * inner + i, mask=in_o & (i < inner), other=0.0)
-            v = tl.zeros((TILE_O, TILE_I), dtype=tl.float32)
-            for first in range(0, rank, TILE_R):
-                r = first + tl.arange(0, TILE_R)
-                a_tile = tl.load(a + r[:, None] * inner + i, mask=(r[:, None] < rank) & (i < inner), other=0.0)
-                b_tile = tl.load(b + o[:, None] * rank + r[None, :], mask=in_o & (r[None, :] < rank), other=0.0) * lift
-                a_high, b_high = a_tile.to(w.dtype.element_ty), b_tile.to(w.dtype.element_ty)
-                v = tl.dot(b_high, a_high, v)
-                v = tl.dot((b_tile - b_high.to(tl.float32)).to(w.dtype.element_ty), a_high, v)
-                v = tl.dot(b_high, (a_tile - a_high.to(tl.float32)).to(w.dtype.element_ty), v)
-            wide = w_tile.to(tl.float32)
-            v = wide + v * (s / lift)
-            square += tl.sum(v * v, axis=1)
-            whole += tl.sum(wide * wide, axis=1)
-        sound = (square > CANCELS * whole) & (square < float("inf"))
-        lost = tl.max(((whole > 0) & (sound == 0)).to(tl.int32), axis=0)
-    if lost > 0:  # a row of these at the least: all once more in float32
-        square = tl.zeros((TILE_O,), dtype=tl.float32)
-        for start in range(0, inner, TILE_I):
-            i = start + tl.arange(0, TILE_I)[None, :]
-            v = tl.zeros((TILE_O, TILE_I), dtype=tl.float32)
-            for first in range(0, rank, TILE_R):
-                r = first + tl.arange(0, TILE_R)
-                a_tile = tl.load(a + r[:, None] * inner + i, mask=(r[:, None] < rank) & (i < inner), other=0.0)
-                b_tile = tl.load(b + o[:, None] * rank + r[None, :], mask=in_o & (r[None, :] < rank), other=0.0)
-                v = tl.dot(b_tile, a_tile, v, input_precision="ieee")
-            w_tile = tl.load(w + o[:, None].to(tl.int64) * inner + i, mask=in_o & (i < inner), other=0.0)
-            v = w_tile.to(tl.float32) + v * s
-            square += tl.sum(v * v, axis=1)
+    square, whole = _squares(w, a, b, o, s, lift, width, inner, rank, NARROW, TILE_O, TILE_I, TILE_R)
+    sound = (square > CANCELS * whole) & (square < float("inf"))
+    if NARROW and tl.max(((whole > 0) & (sound == 0)).to(tl.int32), axis=0) > 0:
+        square, whole = _squares(w, a, b, o, s, 1.0, width, inner, rank, False, TILE_O, TILE_I, TILE_R)
     tl.store(out + o, tl.sqrt_rn(square), mask=o < width)
 
 
-def factor(A_RI: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: D103  these are said in `narrow_eager`
+def factor(A_RI: Tensor, dtype: torch.dtype) -> Tensor:
     rank, inner = A_RI.shape
     return _parted(A_RI, A_RI.new_empty(3 * rank, inner, dtype=dtype), rank, inner, inner, rank * inner, 1.0)
 
 
-def activation(both_TL: Tensor, dtype: torch.dtype, by: float) -> Tensor:  # noqa: D103
+def activation(both_TL: Tensor, dtype: torch.dtype, by: float) -> Tensor:
     tokens, rank = both_TL.shape[0], both_TL.shape[1] // 2
     out_TK = both_TL.new_empty(tokens, 3 * rank, dtype=dtype)
     return _parted(both_TL, out_TK, tokens, rank, 3 * rank, rank, by, two=True, low_last=False)
 
 
-def gained(B_OR: Tensor, dtype: torch.dtype, by: float, m_O: Tensor | None, norm_O: Tensor | None) -> Tensor:  # noqa: D103
+def gained(B_OR: Tensor, dtype: torch.dtype, by: float, m_O: Tensor | None, norm_O: Tensor | None) -> Tensor:
     width, rank = B_OR.shape
     return _parted(B_OR, B_OR.new_empty(width, 3 * rank, dtype=dtype), width, rank, 3 * rank, rank, by, m_O, norm_O)
 
@@ -200,7 +195,7 @@ def _parted(
 
 
 def onto(y_TO: Tensor, z_TO: Tensor | None, h_TK: Tensor, B_OK: Tensor, m_O: Tensor, norm_O: Tensor,
-         bias_O: Tensor | None, by: float) -> None:  # noqa: D103  # fmt: skip
+         bias_O: Tensor | None, by: float) -> None:  # fmt: skip
     (tokens, width), (tile_t, tile_o, warps) = y_TO.shape, ONTO
     _onto[triton.cdiv(width, tile_o), triton.cdiv(tokens, tile_t)](
         y_TO, y_TO if z_TO is None else z_TO, h_TK, B_OK, m_O, norm_O, m_O if bias_O is None else bias_O, by, tokens,
@@ -211,7 +206,7 @@ def onto(y_TO: Tensor, z_TO: Tensor | None, h_TK: Tensor, B_OK: Tensor, m_O: Ten
 
 def back(
     G_TO: Tensor, value_TO: Tensor, bias_O: Tensor | None, m_O: Tensor, norm_O: Tensor, less: int
-) -> tuple[Tensor, Tensor]:  # noqa: D103
+) -> tuple[Tensor, Tensor]:
     (tokens, width), (tile_t, tile_o, steps, warps) = G_TO.shape, BACK
     grid = (triton.cdiv(width, tile_o), triton.cdiv(tokens, tile_t * steps))
     moved_TO, sums_PO = torch.empty_like(G_TO), m_O.new_empty(grid[1], width)
@@ -222,7 +217,7 @@ def back(
 
 
 def rows(sums_PO: Tensor, raw_OL: Tensor, B_OR: Tensor, m_O: Tensor, norm_O: Tensor, s: float, of_base: bool,
-         G_TO: Tensor, x_TI: Tensor, W_OI: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D103  # fmt: skip
+         G_TO: Tensor, x_TI: Tensor, W_OI: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
     (width, rank), (tokens, inner) = B_OR.shape, x_TI.shape
     dB_OR, dm_O = torch.empty_like(B_OR), torch.empty_like(m_O)
     _rows[(triton.cdiv(width, 32),)](
@@ -235,9 +230,12 @@ def rows(sums_PO: Tensor, raw_OL: Tensor, B_OR: Tensor, m_O: Tensor, norm_O: Ten
 def norm(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, s: float) -> Tensor:
     """||W0 + s B A|| of each row, (out,), float32, of a W0 of any type; where V is small beside W0 as well."""
     (width, inner), (tile_o, tile_i, warps), norm_O = W_OI.shape, NORM, B_OR.new_empty(len(B_OR))
-    _norm[(triton.cdiv(width, tile_o),)](
-        W_OI.contiguous(), A_RI.contiguous(), B_OR.contiguous(), norm_O, s, 256.0 if W_OI.dtype == torch.float16 else 1.0,
-        width, inner, len(A_RI), NARROW=W_OI.element_size() == 2, TILE_O=tile_o, TILE_I=tile_i,
-        TILE_R=16 if len(A_RI) <= 16 else 32, num_warps=warps,
-    )  # fmt: skip
+    tensors, lift = (
+        (W_OI.contiguous(), A_RI.contiguous(), B_OR.contiguous()),
+        256.0 if W_OI.dtype == torch.half else 1.0,
+    )
+    with torch.cuda.device_of(W_OI):
+        _norm[(triton.cdiv(width, tile_o),)](*tensors, norm_O, s, lift, width, inner, len(A_RI),
+                                         NARROW=W_OI.element_size() == 2, TILE_O=tile_o, TILE_I=tile_i,
+                                         TILE_R=16 if len(A_RI) <= 16 else 32, num_warps=warps)  # fmt: skip
     return norm_O

@@ -20,13 +20,21 @@ from typing import Any
 from experiments.gpu.visit import Visit, frames
 
 CELLS = {
-    "triton": (
-        "triton: lora: bfloat16",
-        "triton: dora: bfloat16",
-        "triton: dora: float16",
-        "triton: dora: autocast",
-        "triton: dora, branch dropout: bfloat16",
-        "triton: dora, published dropout: bfloat16",
+    "triton": tuple(
+        f"triton: {what}"
+        for what in (
+            "lora: bfloat16",
+            "lora: float16",
+            "lora, dropout: bfloat16",
+            "dora: bfloat16",
+            "dora: float16",
+            "dora: autocast",
+            "dora: float32",
+            "dora, branch dropout: bfloat16",
+            "dora, published dropout: bfloat16",
+            "dora, published dropout: float16",
+            "dora, norm in the graph: bfloat16",
+        )
     ),
     "resume": ("resume: dora", "resume: ft"),
     "shard": ("shard: one rank",),
@@ -128,6 +136,8 @@ def _triton(visit: Visit, cell: str) -> dict[str, Any]:
     if find_spec("triton") is None:
         return {"skipped": "no triton here"}
     _, label, precision = cell.split(": ")
+    if visit.cpu and precision in ("bfloat16", "autocast"):
+        return {"skipped": "triton's interpreter multiplies no bfloat16"}
     fields = right.CASES.get(label, {"name": label})
     try:
         return right.against_float64(visit, fields, precision, fused=True)

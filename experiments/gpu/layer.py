@@ -1,7 +1,8 @@
-"""One decoder layer's seven linear layers alone, and one whole decoder layer: eager, with the kernels, compiled.
+"""One decoder layer's seven linear layers alone, and one whole decoder layer: as they are, without kernels, compiled.
 
 The contenders of a group are there together and are timed in turns, round by round, in an order that moves on by one:
-what is divided is what one round gave, and clocks, heat and neighbours are the same for all.
+what is divided is what one round gave, and clocks, heat and neighbours are the same for all. A turn is some steps one
+after the other and begins with an idle device, so that nobody profits from what the one before has in the queue.
 """
 
 from __future__ import annotations
@@ -15,20 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.gpu.child import kernels_are_right
 from experiments.gpu.models import SEVEN, Linears, adamw, llama, put_on, switched
 from experiments.gpu.right import apart
 from experiments.gpu.visit import Visit, failure
 
 LINEARS, DECODER = "linears", "decoder layer"
-EAGER = (
-    "ours/lora", "ours/lora-triton", "ours/dora", "ours/dora-triton", "ours/dora-branch", "ours/dora-branch-triton",
-    "ours/dora-published", "ours/dora-published-triton", "ours/lora-dropped", "ours/lora-dropped-triton",
-    "ours/dora-graph", "peft/lora", "peft/dora", "ours/lora-again",
+ALONE = (
+    "ours/lora", "ours/lora-eager", "ours/dora", "ours/dora-eager", "ours/dora-branch", "ours/dora-published",
+    "ours/lora-dropped", "ours/dora-graph", "peft/lora", "peft/dora", "ours/lora-again", "peft/dora-dropped",
 )  # fmt: skip
 COMPILED = ("ours/lora-compiled", "ours/dora-compiled")
-WHOLE_LAYER = ("ours/lora", "ours/dora", "ours/dora-triton", "peft/lora", "peft/dora", *COMPILED)
-ROUNDS, WARM = 12, 3
+WHOLE_LAYER = ("ours/lora", "ours/dora", "peft/lora", "peft/dora", *COMPILED)
+ROUNDS, STEPS, WARM = 8, 3, 3
 
 
 @dataclass
@@ -51,13 +50,13 @@ class Inputs:
 
 
 def run(visit: Visit) -> None:
-    """The linear layers, eager and with the kernels; PEFT's with dropout takes longer than all others together."""
-    _group(visit, "linears", LINEARS, (*EAGER, "peft/dora-dropped"), 14)
+    """The linear layers; PEFT's with dropout takes longer than all others together."""
+    _group(visit, "linears", LINEARS, ALONE, 14)
 
 
 def run_compiled(visit: Visit) -> None:
     """The decoder layer in every form, and the linear layers compiled beside eager ones."""
-    _group(visit, "compiled", LINEARS + ", compiled", ("ours/lora", "ours/dora", "ours/dora-triton", *COMPILED), 30)
+    _group(visit, "compiled", LINEARS + ", compiled", ("ours/lora", "ours/dora", *COMPILED), 30)
     _group(visit, "compiled", DECODER, WHOLE_LAYER, 45)
 
 
@@ -74,9 +73,6 @@ def _in_turns(visit: Visit, stage: str, group: str, names: tuple[str, ...]) -> N
     with contextlib.ExitStack() as stack:
         there: list[Contender] = []
         for name in names:
-            if name.endswith("-triton") and not kernels_are_right(visit):
-                visit.write(stage, f"{group}: {name}", skipped="the kernels were not found right before")
-                continue
             try:
                 there.append(_contender(visit, group, name, inputs, stack))
             except Exception as error:  # any: the others go on
@@ -85,9 +81,9 @@ def _in_turns(visit: Visit, stage: str, group: str, names: tuple[str, ...]) -> N
         taken: dict[str, list[float]] = {one.name: [] for one in there}
         for number in range(rounds):
             first = number % max(1, len(there))
-            turns = visit.timed_once([one.step for one in there[first:] + there[:first]])
-            for one, seconds in zip(there[first:] + there[:first], turns, strict=True):
-                taken[one.name].append(seconds)
+            for one in there[first:] + there[:first]:
+                (seconds,) = visit.timed_once([lambda one=one: [one.step() for _ in range(STEPS)]])
+                taken[one.name].append(seconds / STEPS)
     size, tokens = visit.size, inputs.x.shape[0]
     done = 4.0 * tokens * sum(out * width for out, width in size.shapes().values())
     done += 6.0 * tokens * inputs.length * size.hidden if group == DECODER else 0.0
@@ -169,9 +165,7 @@ def _steps(model: Any, inputs: Inputs, decoder: bool) -> tuple[Callable[[], list
 
 def run_profile(visit: Visit) -> None:
     """Where the device's time goes in a step of the linear layers: the longest kernels, and waits for the device."""
-    for name in ("ours/lora", "ours/dora", "ours/dora-triton", "ours/dora-published-triton"):
-        if name.endswith("-triton") and not kernels_are_right(visit):
-            continue
+    for name in ("ours/dora", "ours/lora", "ours/dora-published"):
         visit.cell("profile", name, 4, lambda name=name: _profile(visit, name))
 
 

@@ -31,13 +31,14 @@ FORMS: dict[str, tuple[dict[str, Any], bool]] = {
     "magnitudes": ({"magnitude_modules": ("o_proj",)}, False),
     "compiled": ({}, False),
 }
-TRITON = "-triton"  # at a name's end: the same with the kernels
+PLAIN = "-eager"  # at a name's end: the same without the kernels
 
 
 @contextlib.contextmanager
 def switched(name: str) -> Iterator[None]:
-    """The kernels as a contender wants them, while its step runs."""
-    kept, lab.narrow.FUSED = lab.narrow.FUSED, name.endswith(TRITON)
+    """No kernels for a contender that wants none, while its step runs."""
+    kept = lab.narrow.FUSED
+    lab.narrow.FUSED = kept and not name.endswith(PLAIN)
     try:
         yield
     finally:
@@ -109,7 +110,7 @@ def put_on(
     base: Any, name: str, targets: tuple[str, ...], rank: int, alpha: float, dropout: float = DROPOUT
 ) -> Iterator[Any]:
     """The base with that contender on it, trained values as if after some steps; taken off at the end."""
-    whose, _, method = name.removesuffix(TRITON).partition("/")
+    whose, _, method = name.removesuffix(PLAIN).partition("/")
     kind, _, form = method.partition("-")
     fields, drops = FORMS[form]
     p, model = (dropout if drops else 0.0), base
