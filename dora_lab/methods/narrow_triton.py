@@ -230,12 +230,10 @@ def rows(sums_PO: Tensor, raw_OL: Tensor, B_OR: Tensor, m_O: Tensor, norm_O: Ten
 def norm(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, s: float) -> Tensor:
     """||W0 + s B A|| of each row, (out,), float32, of a W0 of any type; where V is small beside W0 as well."""
     (width, inner), (tile_o, tile_i, warps), norm_O = W_OI.shape, NORM, B_OR.new_empty(len(B_OR))
-    tensors, lift = (
-        (W_OI.contiguous(), A_RI.contiguous(), B_OR.contiguous()),
-        256.0 if W_OI.dtype == torch.half else 1.0,
-    )
+    tensors = (W_OI.contiguous(), A_RI.contiguous(), B_OR.contiguous(), norm_O)
+    lift = 256.0 if W_OI.dtype == torch.float16 else 1.0
     with torch.cuda.device_of(W_OI):
-        _norm[(triton.cdiv(width, tile_o),)](*tensors, norm_O, s, lift, width, inner, len(A_RI),
+        _norm[(triton.cdiv(width, tile_o),)](*tensors, s, lift, width, inner, len(A_RI),
                                          NARROW=W_OI.element_size() == 2, TILE_O=tile_o, TILE_I=tile_i,
                                          TILE_R=16 if len(A_RI) <= 16 else 32, num_warps=warps)  # fmt: skip
     return norm_O
