@@ -120,18 +120,15 @@ def submit(
 
 
 def _parameters(resources: Resources, spec: Spec) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    found = {
         "name": f"dora_lab-{spec.experiment}",
         "timeout_min": max(1, round(60 * resources.hours)),
         "cpus_per_task": resources.cpus,
         "mem_gb": resources.memory_gb,
         "gpus_per_node": resources.gpus,
         "slurm_signal_delay_s": WARNING,
+        "slurm_partition": resources.partition,
+        "slurm_array_parallelism": resources.at_once,
+        "slurm_additional_parameters": dict(resources.more) or None,
     }
-    if resources.partition is not None:
-        found["slurm_partition"] = resources.partition
-    if resources.at_once is not None:
-        found["slurm_array_parallelism"] = resources.at_once
-    if resources.more:
-        found["slurm_additional_parameters"] = dict(resources.more)
-    return found
+    return {name: value for name, value in found.items() if value is not None}
