@@ -666,11 +666,11 @@ def narrow_twins(dtype: torch.dtype, kind: Any = DoraLinear, rank: int = 8, **fi
 
 @torch.no_grad()
 def strange(layer: DoraLinear) -> None:
-    """Row 3 of V is a small share of W0, row 5 is zero, W0's row 6 is zero, and the magnitude of row 7 is zero."""
+    """V's row 3 is a small share of W0's, its row 5 is zero, W0's row 6 too, and the magnitude of row 7 alone."""
     layer.lora_B[5] = 0
     layer.weight[5:7] = 0
     layer.weight[3] = (-layer.scaling * 0.98 * layer.lora_B[3] @ layer.lora_A).to(layer.weight.dtype)
-    layer.magnitude[7] = 0
+    layer.magnitude[7], layer.lora_B[7] = 0, 1.0
     layer.magnitude[5] = 0.7
 
 
