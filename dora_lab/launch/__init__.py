@@ -1,5 +1,5 @@
-"""Specs to finished runs: which ones (select), what they would take (plan, cost), on what machine (runtime), one (run, through its
-stages, with the inputs that it began with), many (pool, slurm).
+"""Specs to finished runs: which ones (select), what they would take (plan, cost), one (run, stages), many (pool, slurm).
 
-What a run computes lies below: training, probing, evaluation.
+Beside these, what a machine gives a run (runtime) and whether its inputs are those it began with (inputs). What a run
+computes lies below: training, probing, evaluation.
 """
