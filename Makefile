@@ -7,7 +7,7 @@ RUN := $(BIN)/dora-lab
 export PYTHONHASHSEED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check format results notebooks mini-base bench bench-probe gpu-visit torture parameters clean-local
+.PHONY: help setup test check format results notebooks mini-base lm-eval-tasks bench bench-probe gpu-visit torture parameters clean-local
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ notebooks: setup  ## open the notebooks
 
 mini-base: setup  ## pretrain the embedded base again (24 M tokens, about an hour on one core)
 	$(BIN)/python -m dora_lab.mini.pretrain
+
+lm-eval-tasks: setup  ## write lm-eval's definitions of the tasks anew, after one was added or changed
+	$(BIN)/python -m dora_lab.tasks.commonsense.lm_eval.write
 
 bench: setup  ## time of a step and its memory: our LoRA and DoRA, PEFT's, full fine-tuning (about 12 minutes)
 	$(BIN)/python -m experiments.speed --results $(RESULTS)

@@ -16,7 +16,6 @@ from dora_lab import paper
 from dora_lab.models import shapes
 from dora_lab.report import statistics
 from dora_lab.spec import Spec, derive, to_dict
-from dora_lab.tasks import all_tasks
 from experiments import commonsense, commonsense_ablations
 
 PUBLISHED = [*commonsense.specs("paper"), *commonsense_ablations.specs("paper")]
@@ -68,7 +67,8 @@ def test_the_prediction_interval_is_that_of_one_more_draw() -> None:
 
 def test_without_runs_no_cell_has_a_number(tmp_path: Path) -> None:
     cells = found(tmp_path)
-    assert len(cells) == 360 and set(cells["verdict"]) == {"not run"} and not cells["n"].any()
+    assert len(cells) == len(paper.claims().query("kind == 'number'")) >= 360
+    assert set(cells["verdict"]) == {"not run"} and not cells["n"].any()
     assert cells[["mean", "sd", "low", "high", "unparsed_percent"]].isna().all(axis=None)
 
 
@@ -195,5 +195,3 @@ def test_the_table_with_runs(tmp_path: Path, run_writer: Writer) -> None:
 
 def test_every_model_of_the_paper_tier_has_a_shape() -> None:
     assert {shapes.printed_name(spec.model.name) for spec in PUBLISHED} == set(shapes.PAPER)
-    assert [task.column for task in all_tasks()] == ["BoolQ", "PIQA", "SIQA", "HellaSwag", "WinoGrande", "ARC-e",
-                                                     "ARC-c", "OBQA"]  # fmt: skip

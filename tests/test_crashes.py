@@ -152,15 +152,15 @@ def test_an_evaluation_goes_on_after_its_whole_tasks(tmp_path: Path, monkeypatch
 
     spec = crash.small_spec("dora", data__tasks="boolq,ARC-Easy", evaluation__protocols="generate,loglikelihood")
     asked: list[tuple[str, str]] = []
-    score = evaluate._run
+    score = evaluate._samples
 
     def counted(*arguments: Any) -> Any:
-        asked.append((arguments[5], arguments[3]))
+        asked.append((arguments[3].protocol.name, arguments[3].task.name))
         if len(asked) == 3:
             raise KeyboardInterrupt
         return score(*arguments)
 
-    monkeypatch.setattr(evaluate, "_run", counted)
+    monkeypatch.setattr(evaluate, "_samples", counted)
     with pytest.raises(KeyboardInterrupt):
         run_spec(spec, crash.paths(tmp_path))
     assert len(read_stream(run_path(tmp_path, spec), "eval")) == 2

@@ -12,7 +12,9 @@ import pytest
 import torch
 from tiny import arc_items, boolq_items, make_spec, save_model
 
+from dora_lab import spec as specs
 from dora_lab.evaluation.evaluate import evaluate
+from dora_lab.evaluation.protocols import PROTOCOLS
 from dora_lab.models.base import model_and_tokenizer
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.streams import read_stream
@@ -37,6 +39,10 @@ def go(spec: Spec, root: Path, loaded: tuple[Any, Any], items: Any = None) -> tu
             for file in sorted(run.samples.iterdir())
         }
         return read_stream(run.path, "eval"), samples
+
+
+def test_the_protocols_of_a_spec_are_those_there_are() -> None:
+    assert tuple(PROTOCOLS) == specs.PROTOCOLS
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -16,7 +16,7 @@ from dora_lab import __main__ as command
 from dora_lab.launch import select
 from dora_lab.launch.select import experiment_names, load_experiment
 from dora_lab.spec import from_dict, spec_id, to_dict, validate
-from dora_lab.tasks import all_tasks, load_task
+from dora_lab.tasks import load_task, table_1
 
 HOUSE = Path(__file__).resolve().parents[1]
 NAMES = experiment_names()
@@ -65,7 +65,7 @@ def test_an_experiment_that_takes_from_another_one_loads_from_anywhere(tmp_path:
 
 def test_commonsense_mini() -> None:
     specs = load_experiment("commonsense").specs("mini")
-    assert all(spec.data.tasks == tuple(task.name for task in all_tasks()) for spec in specs)
+    assert all(spec.data.tasks == tuple(task.name for task in table_1()) for spec in specs)
     runs = Counter((spec.method.name, spec.method.rank) for spec in specs)
     ranks = sorted(rank for name, rank in runs if name == "dora" and rank is not None)
     assert ranks[1] == 2 * ranks[0]

@@ -18,8 +18,11 @@ from tiny import arc_items, boolq_items, make_spec, save_model
 from dora_lab.evaluation.evaluate import evaluate
 from dora_lab.models.base import model_and_tokenizer
 from dora_lab.runs.directory import RunDir
-from dora_lab.tasks import Task, all_tasks, prompt
+from dora_lab.tasks import Task, family, prompt, table_1
 from dora_lab.tasks.commonsense.lm_eval import FOLDER
+from dora_lab.tasks.commonsense.lm_eval import items as loader
+from dora_lab.tasks.commonsense.lm_eval.write import definitions, lm_eval_name
+from dora_lab.tasks.task import FIELDS
 
 VARIANTS = [("published", ""), ("clean", "_clean")]
 OUTPUTS = [
@@ -36,14 +39,12 @@ OUTPUTS = [
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All eight test files, of items of our own."""
+    """A test file for every task, of items of our own."""
     folder = tmp_path_factory.mktemp("data")
-    for task in all_tasks():
-        items = {"boolq": boolq_items, "ARC-Easy": arc_items}.get(task.name, lambda count, task=task: own(task, count))(
-            5
-        )
+    for task in family("commonsense"):
+        made = {"boolq": boolq_items(5), "ARC-Easy": arc_items(5)}.get(task.name) or own(task, 5)
         (folder / task.folder).mkdir()
-        (folder / task.folder / "test.json").write_text(json.dumps(items))
+        (folder / task.folder / "test.json").write_text(json.dumps(made))
     return folder
 
 
@@ -67,12 +68,20 @@ def loaded(names: list[str], data_dir: Path | None) -> dict[str, Any]:
     return manager.load(names)["tasks"]
 
 
+def test_definitions_are_those_of_the_tasks() -> None:
+    """Written from them (`make lm-eval-tasks`), no more and no fewer; the loader that travels along reads our items."""
+    assert {file.name: file.read_text() for file in FOLDER.glob("dora_*.yaml")} == definitions()
+    assert loader.FIELDS == FIELDS
+
+
 @pytest.mark.parametrize(("template", "suffix"), VARIANTS)
 def test_prompts_targets_and_patterns_are_the_labs(template: str, suffix: str, data_dir: Path) -> None:
-    found = loaded([f"dora_commonsense{suffix}"], data_dir)
-    assert len(found) == 8
-    for task in all_tasks():
-        theirs = found[f"dora_{task.name.lower().replace('-', '_')}{suffix}"]
+    assert loaded([f"dora_commonsense{suffix}"], data_dir).keys() == {
+        lm_eval_name(task.name, suffix) for task in table_1()
+    }
+    found = loaded([lm_eval_name(task.name, suffix) for task in family("commonsense")], data_dir)
+    for task in family("commonsense"):
+        theirs = found[lm_eval_name(task.name, suffix)]
         items = json.loads((data_dir / task.folder / "test.json").read_text())
         docs = list(theirs.test_docs())
         assert [theirs.doc_to_text(doc).encode() for doc in docs] == [prompt(item, template).encode() for item in items]

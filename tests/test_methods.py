@@ -24,7 +24,8 @@ from dora_lab.decompose import delta_d, delta_m
 from dora_lab.formats.live import load_adapter, save_adapter, save_trained
 from dora_lab.io.errors import CheckpointError
 from dora_lab.launch import plan
-from dora_lab.launch.run import Paths, run_spec
+from dora_lab.launch.run import run_spec
+from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.methods import catalog
 from dora_lab.methods.catalog import entry_of, methods
 from dora_lab.methods.contract import AdaptedLinear
@@ -168,12 +169,14 @@ def test_a_dry_run_has_an_estimate(name: str, inputs: Path) -> None:
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from dora_lab.launch.run import Paths, run_spec
+from dora_lab.launch.run import run_spec
+from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.spec import from_dict
 def progress(phase, done, of, loss):
     if phase == "train" and done == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-run_spec(from_dict(json.loads(sys.argv[1])), Paths(*map(Path, sys.argv[2:])), progress=progress, checkpoint_steps=2)
+runtime = Runtime(progress=progress, checkpoint_steps=2)
+run_spec(from_dict(json.loads(sys.argv[1])), Paths(*map(Path, sys.argv[2:])), runtime)
 """
 
 
@@ -186,7 +189,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(name: str, inputs: Path, tmp_pat
     done = subprocess.run([sys.executable, "-c", KILLED, *given], env=house, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     for paths in (whole, killed):
-        assert run_spec(spec, paths, checkpoint_steps=2) == "complete"
+        assert run_spec(spec, paths, Runtime(checkpoint_steps=2)) == "complete"
     assert read_record(run_path(killed.results, spec))["training"]["resumed_from"] == 4
     adapters = [run_path(paths.results, spec) / "adapter" for paths in (whole, killed)]
     files = sorted(file.name for file in adapters[0].glob("*.safetensors"))

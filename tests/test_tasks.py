@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import arc_items, boolq_items
 
-from dora_lab.tasks import ItemError, all_tasks, load_task, prompt, read_items, train_prefix, train_text
+from dora_lab.tasks import ItemError, all_tasks, load_task, prompt, read_items, table_1, train_prefix, train_text
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "llm_adapters"
 S16 = " " * 16
@@ -23,8 +25,23 @@ ITEM = {
 
 
 def test_tasks_are_in_the_papers_order() -> None:
-    columns = [task.column for task in all_tasks()]
+    columns = [task.column for task in table_1()]
     assert columns == ["BoolQ", "PIQA", "SIQA", "HellaSwag", "WinoGrande", "ARC-e", "ARC-c", "OBQA"]
+    assert all_tasks()[: len(columns)] == table_1()
+
+
+def test_to_know_the_tasks_takes_the_standard_library_alone() -> None:
+    """A family has more beside its tasks: definitions for lm-eval, which load `datasets`."""
+    code = """
+import sys
+before = set(sys.modules)
+from dora_lab.tasks import all_tasks
+all_tasks()
+rooms = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(*sorted(rooms - sys.stdlib_module_names - {"dora_lab"}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_unknown_task_lists_the_known_ones() -> None:

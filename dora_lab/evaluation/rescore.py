@@ -7,14 +7,14 @@ that decision speaking, not the model: here it can be changed and its weight see
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dora_lab.io.atomic import write_text
+from dora_lab.io.files import hash_bytes
 from dora_lab.runs.errors import StoreError
 from dora_lab.runs.record import read_record
 from dora_lab.runs.streams import read_stream
@@ -43,12 +43,10 @@ def rescore(run: Path, patterns: Sequence[str] = ()) -> tuple[list[dict[str, Any
         )
     chosen = _patterns(patterns, list(old))
     rows = [_row(task, chosen[task], _samples(files, task, run), row) for task, row in old.items()]
-    identity = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
+    identity = hash_bytes(json.dumps(chosen, sort_keys=True).encode())[:8]
     file = run / "rescored" / f"{identity}.jsonl"
     file.parent.mkdir(exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, file)
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return rows, file
 
 
@@ -81,7 +79,8 @@ def _patterns(given: Sequence[str], tasks: Sequence[str]) -> dict[str, str | Non
 
 
 def _row(task: str, pattern: str | None, samples: Sequence[dict[str, Any]], old: Mapping[str, Any]) -> dict[str, Any]:
-    parsed = [_parse(task, pattern, sample["output"]) for sample in samples]
+    parse = _parser(task, pattern)
+    parsed = [parse(sample["output"]) for sample in samples]
     correct = [answer == sample["gold"] for answer, sample in zip(parsed, samples, strict=True)]
     if len(samples) != old["n"]:
         raise StoreError(f"task {task}: {len(samples)} samples, the record scored {old['n']}; restore the samples")
@@ -97,13 +96,17 @@ def _row(task: str, pattern: str | None, samples: Sequence[dict[str, Any]], old:
     }
 
 
-def _parse(task: str, pattern: str | None, output: str) -> str | None:
+def _parser(task: str, pattern: str | None) -> Callable[[str], str | None]:
+    """What reads the answer in a text: the task's own rule, or the first match of a pattern."""
     if pattern is None:
-        return load_task(task).parse(output)
-    found = re.search(pattern, answer_part(output))
-    if found is None:
-        return None
-    return (found.group(1 if found.re.groups else 0) or "").lower() or None
+        return load_task(task).parse
+    regex = re.compile(pattern)
+
+    def parse(output: str) -> str | None:
+        found = regex.search(answer_part(output))
+        return None if found is None else (found.group(1 if regex.groups else 0) or "").lower() or None
+
+    return parse
 
 
 def _samples(files: Mapping[str, Path], task: str, run: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from dora_lab.formats.manifest import MANIFEST
 from dora_lab.formats.neutral import CONFIG, OWN, WEIGHTS, Adapter, Factors, refuse_not_finite
 from dora_lab.formats.peft import write_config, write_tensors
 from dora_lab.formats.read import read_adapter
+from dora_lab.io.atomic import replacing, write_text
 from dora_lab.io.errors import CheckpointError
 from dora_lab.io.files import sha256
 from dora_lab.methods.contract import AdaptedLinear
@@ -73,7 +74,7 @@ def save_adapter(model: nn.Module, folder: Path | str, format: str | None = None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # until the new one is there, the folder is not whole
-    with _renamed(folder / WEIGHTS) as file:
+    with replacing(folder / WEIGHTS) as file:
         save_file(state, file, metadata={"format": "pt"})
     _write(folder / CONFIG, config)
     whole = {module: layer.weight for module, layer in found.items() if layer.weight is not None}
@@ -307,19 +308,5 @@ def _check_base(model: nn.Module, path: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def _renamed(file: Path) -> Iterator[Path]:
-    """A name to write to, which takes the place of `file`, flushed to disk, if all went well."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write(file: Path, values: dict[str, Any]) -> None:
-    with _renamed(file) as temporary:
-        temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -1,5 +1,5 @@
-"""Specs to finished runs: which ones (select), what they would take (plan, cost), one (run, stages), many (pool, slurm).
+"""Specs to finished runs: which ones (select), what they take (plan, cost), on what machine (runtime), one (run, by
+way of its stages, with the inputs that it began with), many (pool, slurm).
 
-Beside these, what a machine gives a run (runtime) and whether its inputs are those it began with (inputs). What a run
-computes lies below: training, probing, evaluation.
+What a run computes lies below: training, probing, evaluation.
 """

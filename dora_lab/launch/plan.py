@@ -35,9 +35,9 @@ def lines(
             f"{spec_id(spec)}  {spec.tier:5}  {spec.model.name:26} {spec.method.name:5} rank {rank:<3} "
             f"seed {spec.seed:<3} {_steps(spec, known)}"
         )
-        shape, items = _shape(spec, model_dir), _train_items(spec, known)
-        if shape is not None and items is not None and is_counted(spec.method):
-            found.append(cost.estimate(spec, shape, items, cost.test_items(spec), card, tokens))
+        shape, items, asked = _shape(spec, model_dir), _train_items(spec, known), cost.test_items(spec)
+        if shape is not None and items is not None and asked is not None and is_counted(spec.method):
+            found.append(cost.estimate(spec, shape, items, asked, card, tokens))
             yield f"{'':14}{cost.words(found[-1], card)}"
     yield f"{len(specs)} specs"
     if found:

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from dora_lab import distributed
-from dora_lab.evaluation.builtin import load_builtin
+from dora_lab.evaluation import protocols
 from dora_lab.evaluation.evaluate import evaluate
 from dora_lab.formats.live import load_adapter, save_trained
 from dora_lab.io.errors import LoadError
@@ -55,9 +55,7 @@ def load(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir) -> Loaded:
         found = inputs.fingerprints(spec, paths)
         inputs.go_on_with(run, found, device=device, threads=runtime.threads)
         items = sources.items(spec, paths.data_dir)
-        if "builtin" in spec.evaluation.protocols:  # now, not after days of training
-            for task in spec.data.tasks:
-                load_builtin(task)
+        protocols.ready(spec)  # now, not after days of training
         model, tokenizer = model_and_tokenizer(spec, paths.model_dir)
     tokens = {"pad_token": tokenizer.pad_token, "tokens": token_policy(tokenizer)}
     run.record(inputs={**found, "items": items.counts(), "sources": list(items.sources), **tokens})

@@ -31,7 +31,7 @@ from dora_lab.report import statistics
 from dora_lab.runs.record import iter_runs
 from dora_lab.runs.streams import read_rows
 from dora_lab.spec import Spec, from_dict
-from dora_lab.tasks import all_tasks
+from dora_lab.tasks import all_tasks, table_1
 
 CELL_VERDICTS = ("consistent", "differs", "too few runs", "not run")
 ENOUGH = 3  # runs
@@ -171,8 +171,8 @@ def _of_ours(row: dict[str, Any], runs: Sequence[_Run]) -> tuple[dict[str, Any],
 
 
 def _score(subject: str, run: _Run) -> tuple[float, int, int] | None:
-    """(percent, items, unparsed) of a task or of the average over all tasks; None if the run does not have it."""
-    wanted = [task.column for task in all_tasks()] if subject == "average" else [subject]
+    """(percent, items, unparsed) of a task or of the average over table 1; None if the run does not have it."""
+    wanted = [task.column for task in table_1()] if subject == "average" else [subject]
     if not set(wanted) <= set(run.by_task):
         return None
     rows = [run.by_task[name] for name in wanted]
@@ -228,9 +228,10 @@ def _told(other: dict[str, Any]) -> str:
 def _below_chance(values: Iterable[float], row: dict[str, Any], sizes: dict[str, float]) -> list[str]:
     """Those of the values, in text, that are below what guessing gives."""
     chance = {task.column: task.chance for task in all_tasks()}.get(row["subject"])
-    if row["metric"] != "accuracy_percent" or chance is None:
+    items = sizes.get(row["subject"])
+    if row["metric"] != "accuracy_percent" or chance is None or items is None:
         return []
-    floor = 100 * (chance - 2 * math.sqrt(chance * (1 - chance) / sizes[row["subject"]]))
+    floor = 100 * (chance - 2 * math.sqrt(chance * (1 - chance) / items))
     return [f"{value:.1f}" for value in values if value < floor]
 
 

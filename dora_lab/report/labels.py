@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from dora_lab.methods.catalog import catalog, spare_colour
+from dora_lab.tasks import all_tasks
 
 MISSING = "–"
 HALF_RANK = "†"
@@ -30,17 +31,8 @@ for _name, _entry in catalog().items():
     if _entry.half is not None:
         METHODS[_name + HALF_RANK] = Style(_entry.label + HALF_RANK, *_entry.half, _entry.line)
 
-# Task name -> column head of the paper's table 1, in its order. Tasks that are not listed follow under their own name.
-TASKS: dict[str, str] = {
-    "boolq": "BoolQ",
-    "piqa": "PIQA",
-    "social_i_qa": "SIQA",
-    "hellaswag": "HellaSwag",
-    "winogrande": "WinoGrande",
-    "ARC-Easy": "ARC-e",
-    "ARC-Challenge": "ARC-c",
-    "openbookqa": "OBQA",
-}
+# Task name -> column head, in the order of the paper's table 1. What is not listed follows under its own name.
+TASKS: dict[str, str] = {task.name: task.column for task in all_tasks()}
 # Kind of matrix -> the paper's name of it.
 KINDS: dict[str, str] = {
     "q_proj": "query",

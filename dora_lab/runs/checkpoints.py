@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_lab.io.atomic import fsync, write_text
+from dora_lab.io.files import hash_bytes, sha256
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.errors import ResumeError
 
@@ -192,15 +192,6 @@ def clear(folder: Path) -> None:
         folder.rmdir()
 
 
-def sha256(file: Path) -> str:
-    """Hash of a file's content, 64 hex digits."""
-    content = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            content.update(block)
-    return content.hexdigest()
-
-
 def _of_disk(error: Exception) -> bool:
     """Whether writing failed: torch and safetensors have errors of their own for it."""
     writers = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream error", "os error")
@@ -208,7 +199,7 @@ def _of_disk(error: Exception) -> bool:
 
 
 def _own_hash(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return hash_bytes(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _plain(name: str) -> str:

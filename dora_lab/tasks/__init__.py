@@ -1,10 +1,12 @@
-"""The commonsense tasks: one file each, found by name; prompts and item files in the LLM-Adapters format.
+"""What a model is asked: the tasks, their prompts, and where their items come from. How it answers: `evaluation`.
 
-A file in this folder that defines ``TASK = Task(...)`` is a task; nothing else has to be edited. Standard library only.
+A file ``<family>/<name>.py`` below this folder that defines ``TASK = Task(...)`` is a task, found by its name; nothing
+else has to be edited. Standard library only.
 """
 
 from __future__ import annotations
 
+import math
 import pkgutil
 from functools import cache
 from importlib import import_module
@@ -20,9 +22,11 @@ __all__ = [
     "Task",
     "all_tasks",
     "check_items",
+    "family",
     "load_task",
     "prompt",
     "read_items",
+    "table_1",
     "train_prefix",
     "train_text",
 ]
@@ -30,10 +34,28 @@ __all__ = [
 
 @cache
 def all_tasks() -> tuple[Task, ...]:
-    """Every task of this folder, in the order of the paper's table 1."""
-    modules = (import_module(found.name) for found in pkgutil.walk_packages(__path__, f"{__name__}."))
-    found = [module.TASK for module in modules if hasattr(module, "TASK")]
-    return tuple(sorted(found, key=lambda task: task.position))
+    """Every task of every family: those of the paper's table 1 in its order, then the others by name."""
+    found = [task for folder in pkgutil.iter_modules(__path__) if folder.ispkg for task in family(folder.name)]
+    return tuple(sorted(found, key=_order))
+
+
+@cache
+def family(name: str) -> tuple[Task, ...]:
+    """The tasks of one family ("commonsense"), in the same order."""
+    package = import_module(f"{__name__}.{name}")
+    # not the packages below it: what a family has beside its tasks may need more than the standard library
+    files = [file.name for file in pkgutil.iter_modules(package.__path__) if not file.ispkg]
+    modules = [import_module(f"{package.__name__}.{file}") for file in files]
+    return tuple(sorted((module.TASK for module in modules if hasattr(module, "TASK")), key=_order))
+
+
+def table_1() -> tuple[Task, ...]:
+    """The tasks of the paper's table 1, in its order: those that its average is over."""
+    return tuple(task for task in all_tasks() if task.position is not None)
+
+
+def _order(task: Task) -> tuple[float, str]:
+    return math.inf if task.position is None else task.position, task.name
 
 
 def load_task(name: str) -> Task:

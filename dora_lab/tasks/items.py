@@ -1,4 +1,4 @@
-"""Items in the LLM-Adapters format: a JSON list of {"instruction", "input", "output", "answer"}, all text."""
+"""Items in the LLM-Adapters format: a JSON list of objects with the fields `FIELDS`, all text."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_lab.io.files import parse_json
-from dora_lab.tasks.task import Task
-
-FIELDS = ("instruction", "input", "output", "answer")
+from dora_lab.tasks.task import FIELDS, Task
 
 
 class ItemError(ValueError):

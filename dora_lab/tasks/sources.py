@@ -18,13 +18,13 @@ from dora_lab.io.errors import LoadError
 from dora_lab.io.files import hash_files
 from dora_lab.io.hub import snapshot
 from dora_lab.spec import Data, Spec, did_you_mean
-from dora_lab.tasks import ItemError, all_tasks, check_items, load_task, read_items
+from dora_lab.tasks import all_tasks, check_items, load_task, read_items
 from dora_lab.tasks.commonsense.released_files import MIX, describe
 
 Item = dict[str, Any]
 Pools = dict[str, list[Item]]  # items by task
 SOURCES = ("mini", "llm_adapters", MIX)
-HUB_DATA = {MIX: "zwhe99/commonsense_170k"}  # source name: hub dataset, the copy that public code loads
+HUB_MIX = "zwhe99/commonsense_170k"  # the copy that public code loads
 HUB_FILES = ("*.json", "*.parquet")
 DATA_SEED = 42  # of the split and the subset: the same items for every run seed, as in the released code
 INSTEAD = (
@@ -48,8 +48,8 @@ class Items:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Number of items per split and task, for the record."""
-        names = ("train", "validation", "test")
-        return {name: {task: len(items) for task, items in self.split(name).items()} for name in names}
+        pools = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: {task: len(items) for task, items in pool.items()} for name, pool in pools.items()}
 
 
 def items(spec: Spec, data_dir: Path | None = None) -> Items:
@@ -104,11 +104,11 @@ def data_identity(data: Data, source: str, data_dir: Path | None) -> dict[str, A
     """What identifies a source as it is on this machine now: the hash of a local one, the commit of the hub's."""
     if source == "mini":
         return {"revision": None, "sha256": mini.world_sha256()}
-    if data_dir is not None and (source == "llm_adapters" or _mix_file(data_dir) is not None):
+    local = source == "llm_adapters"
+    if data_dir is not None and (local or _mix_file(data_dir) is not None):
         return {"revision": None, "sha256": hash_data(data_dir)}
-    if source == "llm_adapters":
-        return {"revision": None, "sha256": data.sha256}
-    return {"revision": data.revision, "sha256": None}  # a hub commit is its own hash
+    # a hub commit is its own hash
+    return {"revision": None, "sha256": data.sha256} if local else {"revision": data.revision, "sha256": None}
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -126,12 +126,7 @@ def _tasks_folder(folder: Path) -> Path:
 
 
 def _mix_file(folder: Path) -> Path | None:
-    name = f"{MIX}.json"
-    places = (
-        Path(folder) / name,
-        Path(folder) / "ft-training_set" / name,
-        Path(folder) / ".." / "ft-training_set" / name,
-    )
+    places = (Path(folder) / below / f"{MIX}.json" for below in (".", "ft-training_set", "../ft-training_set"))
     return next((place for place in places if place.is_file()), None)
 
 
@@ -174,7 +169,7 @@ def _read_mix(data: Data, data_dir: Path | None) -> list[Item]:
     if data_dir is not None and (file := _mix_file(data_dir)) is not None:
         _refuse_other(data, data_dir)
         return read_items(file, None)
-    folder = snapshot(HUB_DATA[MIX], data.revision, "dataset", HUB_FILES, "--with data.revision=COMMIT", INSTEAD)
+    folder = snapshot(HUB_MIX, data.revision, "dataset", HUB_FILES, "--with data.revision=COMMIT", INSTEAD)
     named = [*folder.glob(f"**/{MIX}.json")] or sorted(folder.glob("**/*.json"))
     if len(named) == 1:
         return read_items(named[0], None)
@@ -245,6 +240,3 @@ def _shuffled(pool: list[Item], name: str) -> list[Item]:
     order = list(range(len(pool)))
     random.Random(f"{DATA_SEED} {name}").shuffle(order)
     return [pool[index] for index in order]
-
-
-__all__ = ["ItemError", "Items", "data_identity", "hash_data", "items", "tasks_in"]

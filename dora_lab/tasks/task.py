@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+FIELDS = ("instruction", "input", "output", "answer")  # of an item in the LLM-Adapters format, all text
 RESPONSE = "### Response:"  # heading of the answer in both templates
 # the instructions of LLM-Adapters end in the labels that are allowed, e.g. "Answer format: answer1/answer2/answer3"
 _ANSWER_FORMAT = re.compile(r"Answer format: *(\S+)\s*$")
@@ -16,8 +17,8 @@ class Task:
     """One task: its names, its labels and how an answer is read from generated text (protocol of LLM-Adapters)."""
 
     name: str  # folder name in the LLM-Adapters layout; the name in specs and records
-    column: str  # heading in the paper's table 1
-    position: int  # column number in the paper's table 1, from 0
+    column: str  # heading in tables, the paper's where it has one
+    position: int | None = None  # column number in the paper's table 1, from 0; None: not in that table
     labels: tuple[str, ...]  # every answer that an item may have
     chance: float  # accuracy of guessing on an ordinary item, in (0, 1)
     builtin: str | None = None  # name of lm-eval's own task on the same data set

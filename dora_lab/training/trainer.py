@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from dora_lab import distributed
-from dora_lab.io.atomic import fsync
+from dora_lab.io.atomic import replacing
 from dora_lab.runs.checkpoints import Checkpoints, read_manifest
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.errors import ResumeError
@@ -293,10 +292,8 @@ class RunTrainer(Trainer):
         if not distributed.first():
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.tmp")
-        save_file(found, partial)
-        fsync(partial)
-        os.replace(partial, file)
+        with replacing(file) as partial:
+            save_file(found, partial)
 
     def load_trainable(self, file: Path) -> None:
         """Read trainable weights back; raises ValueError where names differ from what is trained now."""

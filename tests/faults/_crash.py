@@ -28,6 +28,7 @@ from typing import Any
 import tqdm.auto
 import tqdm.std
 
+from dora_lab.io.files import sha256
 from dora_lab.launch import pool
 from dora_lab.launch.run import run_spec
 from dora_lab.launch.runtime import Paths, Runtime
@@ -156,7 +157,7 @@ def result(root: Path, spec: Spec) -> dict[str, str]:
     last = path / "checkpoints" / f"checkpoint-{STEPS}"
     files += [file for file in sorted(last.iterdir()) if file.name != checkpoints.MANIFEST]
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt"} <= {file.name for file in files}
-    return {str(file.relative_to(path)): checkpoints.sha256(file) for file in files}
+    return {str(file.relative_to(path)): sha256(file) for file in files}
 
 
 @functools.cache

@@ -1,1 +1,3 @@
-"""The eight commonsense tasks of the paper's table 1, one file each; the released files of LLM-Adapters."""
+"""The commonsense tasks, one file each: the eight of the paper's table 1 and any other; the released files of
+LLM-Adapters; the same protocol as task definitions for lm-eval.
+"""

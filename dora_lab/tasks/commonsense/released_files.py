@@ -14,8 +14,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from dora_lab.tasks.task import FIELDS
+
 MIX = "commonsense_170k"
-FIELDS = ("instruction", "input", "output", "answer")
 
 
 @dataclass(frozen=True)

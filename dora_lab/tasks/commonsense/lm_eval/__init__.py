@@ -5,9 +5,10 @@
         --tasks dora_commonsense --metadata '{"data_dir": "LLM-Adapters/dataset"}'
 
 `dora_commonsense` has the published prompt, `dora_commonsense_clean` the one whose training and evaluation prompts are
-the same; both are groups of eight tasks (`dora_boolq`, ...; `dora_boolq_clean`, ...) with the paper's average, over
+the same; both are groups of the paper's eight tasks (`dora_boolq`, ...; `dora_boolq_clean`, ...) with its average, over
 tasks with the same weight. Metrics: exact_match, and unparsed, the share of texts without an answer (scored wrong).
 lm-eval itself shortens prompts that do not fit into a model, without a word: `dora_lab.evaluation` refuses them.
+The definitions of tasks and groups follow from the `Task` values: `write` makes them.
 """
 
 from __future__ import annotations

@@ -1,0 +1,112 @@
+"""The model in memory as lm-eval takes it: silent, stoppable, and nothing of an evaluation is left in it after."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import datasets
+import numpy as np
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import GenerationConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# a decorator hides HFLM's type: to type checkers the class is a bare `LM`
+class Model(cast(Any, HFLM)):
+    """lm-eval's wrapper; `tick` is called before each batch and may raise, which ends the evaluation."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, tick: Callable[[], None]
+    ) -> None:
+        self._tick = tick
+        super().__init__(
+            pretrained=model,
+            tokenizer=cast(Any, tokenizer),
+            backend="causal",
+            batch_size=batch_size,
+            max_length=max_length(model),
+        )
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        return super().generate_until(requests, disable_tqdm=True)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
+        self._tick()
+        # the end-of-sequence token ends an answer (generate's own test); a text comparison per token is not needed
+        return cast(
+            torch.Tensor,
+            self.model.generate(
+                input_ids=context,
+                max_length=max_length,
+                # what fills an answer that ended early; a padding token that is an ordinary one would be decoded
+                pad_token_id=self.tokenizer.eos_token_id,
+                use_cache=True,
+                **{name: value for name, value in kwargs.items() if name != "temperature"},
+            ),
+        )
+
+    def _model_call(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._tick()
+        return super()._model_call(*args, **kwargs)
+
+
+def max_length(model: PreTrainedModel) -> int:
+    """The model's positions, in tokens; raises ValueError where its config does not say them."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        raise ValueError(f"{type(model).__name__}: config.max_position_embeddings is {limit!r}; set it")
+    return limit
+
+
+@contextlib.contextmanager
+def undisturbed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Put back everything that an evaluation touches: modes, generation settings, padding, all random states."""
+    training = {name: module.training for name, module in model.named_modules()}
+    settings = model.generation_config
+    padding = tokenizer.pad_token, tokenizer.padding_side
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    # a checkpoint's own settings (sampling, temperature) would fill whatever a call leaves open
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    try:
+        yield
+    finally:
+        for name, module in model.named_modules():
+            module.training = training[name]
+        model.generation_config = settings
+        tokenizer.pad_token, tokenizer.padding_side = padding
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """lm-eval and datasets talk a lot while doing what was asked."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm_eval.models.huggingface", "lm_eval.api.task")]
+    levels = [logger.level for logger in loggers]
+    bars = datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,124 @@
+"""Our items with the template's prompt: protocol "generate" (the paper's) and "loglikelihood".
+
+- generate: greedy or beam search, the first match of the task's pattern is the answer. A text without a match is
+  *unparsed*: counted apart, `parsed` null; it still counts as a wrong answer in the accuracy, as in the paper.
+- loglikelihood: the most likely of "the correct answer is <label>" over the labels that the item offers.
+
+The lm-eval tasks are configurations built here: no file is looked up and no code is loaded from a folder.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import datasets
+from lm_eval.tasks import TaskManager
+
+from dora_lab.evaluation.protocols.protocol import Item, Protocol, Question
+from dora_lab.spec import Spec
+from dora_lab.tasks import ItemError, Task, prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ANSWER = "the correct answer is {label}"
+
+
+class _Instructed(Protocol):
+    def questions(self, spec: Spec, task: Task, items: Sequence[Item]) -> list[Question]:
+        if not items:
+            raise ItemError(f"task {task.name}: no items to evaluate on")
+        return [
+            {
+                "index": index,
+                "prompt": prompt(item, spec.data.template),
+                "options": list(task.options(item)),
+                "gold": item["answer"],
+            }
+            for index, item in enumerate(items)
+        ]
+
+    def refuse_too_long(
+        self, spec: Spec, task: Task, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, limit: int
+    ) -> None:
+        room = self._room(spec, task, tokenizer)
+        prompts = cast("list[list[int]]", tokenizer([question["prompt"] for question in questions])["input_ids"])
+        longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
+        if len(prompts[longest]) + room > limit:
+            raise ItemError(
+                f"task {task.name}, item {longest}: a prompt of {len(prompts[longest])} tokens and {room} for the "
+                f"answer exceed the model's {limit} positions; leave the item out or use a model with more"
+            )
+
+    def lm_eval_task(
+        self, spec: Spec, task: Task, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase
+    ) -> Any:
+        configuration = {
+            "task": task.name,
+            "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(list(questions))},
+            "test_split": "test",
+            "num_fewshot": 0,
+            "target_delimiter": "",
+            "doc_to_text": lambda question: question["prompt"],
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        } | self._asking(spec, task, tokenizer)
+        return TaskManager(include_defaults=False).load(cast(Any, [configuration]))["tasks"][task.name]
+
+    @abstractmethod
+    def _room(self, spec: Spec, task: Task, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Tokens to keep for the answer."""
+
+    @abstractmethod
+    def _asking(self, spec: Spec, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """The rest of the lm-eval configuration."""
+
+
+class Generate(_Instructed):
+    name = "generate"
+    generates = True
+
+    def _room(self, spec: Spec, task: Task, tokenizer: PreTrainedTokenizerBase) -> int:
+        return spec.evaluation.max_new_tokens
+
+    def _asking(self, spec: Spec, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        steps = [{"function": "remove_whitespace"}, {"function": "take_first"}]
+        return {
+            "output_type": "generate_until",
+            "doc_to_target": lambda question: question["gold"],
+            "generation_kwargs": {
+                "until": [],
+                "max_gen_toks": spec.evaluation.max_new_tokens,
+                "do_sample": False,
+                "num_beams": spec.evaluation.num_beams,
+                "eos_token_id": tokenizer.eos_token_id,
+            },
+            "filter_list": [{"name": "first", "filter": steps}],
+            # an unparsed text has no answer; lm-eval's regex filter, whose answer is then a text too, is not used
+            "process_results": lambda question, outputs: {"acc": float(task.parse(outputs[0]) == question["gold"])},
+        }
+
+    def answer(self, task: Task, question: Question, logged: dict[str, Any]) -> dict[str, Any]:
+        output = logged["filtered_resps"][0]
+        return {"output": output, "parsed": task.parse(output)}
+
+
+class Loglikelihood(_Instructed):
+    name = "loglikelihood"
+
+    def _room(self, spec: Spec, task: Task, tokenizer: PreTrainedTokenizerBase) -> int:
+        answers = [ANSWER.format(label=label) for label in task.labels]
+        return max(len(ids) for ids in cast("list[list[int]]", tokenizer(answers)["input_ids"]))
+
+    def _asking(self, spec: Spec, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        return {
+            "output_type": "multiple_choice",
+            "doc_to_choice": lambda question: [ANSWER.format(label=label) for label in question["options"]],
+            "doc_to_target": lambda question: question["options"].index(question["gold"]),
+        }
+
+    def answer(self, task: Task, question: Question, logged: dict[str, Any]) -> dict[str, Any]:
+        pairs = zip(question["options"], logged["filtered_resps"], strict=True)
+        output = {label: float(response[0]) for label, response in pairs}
+        return {"output": output, "parsed": max(output, key=output.__getitem__)}
