@@ -67,7 +67,8 @@ def test_the_prediction_interval_is_that_of_one_more_draw() -> None:
 
 def test_without_runs_no_cell_has_a_number(tmp_path: Path) -> None:
     cells = found(tmp_path)
-    assert len(cells) == 360 and set(cells["verdict"]) == {"not run"} and not cells["n"].any()
+    assert len(cells) == len(paper.claims().query("kind == 'number'")) >= 360
+    assert set(cells["verdict"]) == {"not run"} and not cells["n"].any()
     assert cells[["mean", "sd", "low", "high", "unparsed_percent"]].isna().all(axis=None)
 
 

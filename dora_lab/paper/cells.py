@@ -228,9 +228,10 @@ def _told(other: dict[str, Any]) -> str:
 def _below_chance(values: Iterable[float], row: dict[str, Any], sizes: dict[str, float]) -> list[str]:
     """Those of the values, in text, that are below what guessing gives."""
     chance = {task.column: task.chance for task in all_tasks()}.get(row["subject"])
-    if row["metric"] != "accuracy_percent" or chance is None:
+    items = sizes.get(row["subject"])
+    if row["metric"] != "accuracy_percent" or chance is None or items is None:
         return []
-    floor = 100 * (chance - 2 * math.sqrt(chance * (1 - chance) / sizes[row["subject"]]))
+    floor = 100 * (chance - 2 * math.sqrt(chance * (1 - chance) / items))
     return [f"{value:.1f}" for value in values if value < floor]
 
 
