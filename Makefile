@@ -7,7 +7,7 @@ RUN := $(BIN)/dora-lab
 export PYTHONHASHSEED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check format results notebooks mini-base lm-eval-tasks bench bench-probe bench-gpu torture parameters clean-local
+.PHONY: help setup test check format results notebooks mini-base lm-eval-tasks bench bench-probe gpu-visit torture parameters clean-local
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -55,9 +55,10 @@ bench-probe: setup  ## time and memory of the probe of saved models on LLaMA-7B'
 	$(BIN)/python -m analysis.tables.probe_speed --results $(RESULTS)
 	@cat $(RESULTS)/tables/probe_speed.md
 
-bench-gpu: setup  ## the same on LLaMA-7B and 8B shapes in bfloat16; needs a GPU
-	$(BIN)/python -m experiments.speed --gpu --results $(RESULTS)
-	$(BIN)/python -m analysis.tables.speed --results $(RESULTS)
+CPU ?=
+VISIT ?= 420
+gpu-visit:  ## what only a GPU can measure, in seven minutes, with the Python and packages there; CPU=1: dry run on tiny shapes
+	$(PYTHON) -m experiments.gpu_visit --seconds $(VISIT) --out $(RESULTS)/bench $(if $(CPU),--cpu)
 
 TIMES ?= 20
 torture: setup  ## inject every fault many times (TIMES=20) and fuzz every reader; table and summary at the end

@@ -62,15 +62,6 @@ def delta_d(W0_OI: Tensor, W_OI: Tensor) -> float:
     return change_O[both_O].mean().item()
 
 
-def relative_change(W0_OI: Tensor, W_OI: Tensor) -> float:
-    """Frobenius norm of W - W0 over that of W0, >= 0; raises ValueError if W0 is zero or the shapes differ."""
-    W0_OI, W_OI = _pair(W0_OI, W_OI)
-    norm = torch.linalg.vector_norm(W0_OI).item()
-    if norm == 0:
-        raise ValueError(f"initial weight of shape {tuple(W0_OI.shape)} is zero: its relative change has no value")
-    return torch.linalg.vector_norm(W_OI - W0_OI).item() / norm
-
-
 @dataclass(frozen=True)
 class Change:
     """How far each vector of a matrix has moved: one number per output feature (or per input feature), float64."""
@@ -213,7 +204,7 @@ def squares(W_OI: Tensor) -> Tensor:
 
 
 def row(module: str, change: Change, axis: str, magnitude: Tensor | None) -> dict[str, Any]:
-    """The columns that a probed matrix has, of saved models and while training; `measure` says what each is."""
+    """The columns of a probed matrix, of saved models and while training; `probing.saved_models` says what each is."""
     parts = module.split(".")
     known = change.delta_d[~change.delta_d.isnan()]
     moved, whole = change.delta_m.abs(), change.norm0.square().sum().sqrt().item()

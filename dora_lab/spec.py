@@ -1,9 +1,10 @@
-"""What a run is: frozen values with an identity computed from their content (standard library only).
+"""What a run is: frozen values with an identity computed from their content.
 
 A spec holds everything that can change a result and nothing that cannot (paths, device, logging, number of jobs).
 `spec_id` is 12 hex digits of the SHA-256 of the canonical JSON. A field added after the first schema carries
-``field(metadata={"since": n})`` with a default that means "as before" and is left out of the canonical JSON while it
-has that default, so the ids of old runs stay.
+``since(n, default)`` with a default that means "as before" and is left out of the canonical JSON while it
+has that default, so the ids of old runs stay. Beside its type every field says what it means, in the words that a
+protocol card uses (a phrase, or a phrase for each value), and what `validate` allows.
 """
 
 from __future__ import annotations
@@ -13,15 +14,56 @@ import hashlib
 import json
 import math
 import re
-import types
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+
+from dora_lab.io.values import coerce, parse, parts
 
 
 class SpecError(ValueError):
     """A spec that cannot be: says which field (dotted path), what was wrong and what to do."""
+
+
+class Limit(NamedTuple):
+    """What a value has to be."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _distinct(names: tuple[str, ...]) -> bool:
+    return bool(names) and len(set(names)) == len(names)
+
+
+def _pairs(value: str) -> Callable[[tuple[str, ...]], bool]:
+    return lambda pairs: all(re.fullmatch(f".+={value}", pair) for pair in pairs)
+
+
+PROTOCOLS = ("generate", "loglikelihood", "builtin")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+COUNT = Limit("at least 1", lambda number: number >= 1)
+NOT_NEGATIVE = Limit("at least 0", lambda number: number >= 0)
+POSITIVE = Limit("greater than 0", lambda number: number > 0)
+PROBABILITY = Limit("in [0, 1)", lambda number: 0 <= number < 1)
+SEED = Limit("in 0 .. 2^31 - 1", lambda number: 0 <= number < 2**31)
+INCREASING = Limit(
+    "increasing numbers in (0, 1]", lambda x: _distinct(x) and sorted(x) == list(x) and 0 < x[0] <= x[-1] <= 1
+)
+NOT_EMPTY = Limit("not empty", bool)
+DISTINCT = Limit("distinct, not empty", _distinct)
+RANKS = Limit("pattern=rank each", _pairs(r"[1-9]\d*"))
+ALPHAS = Limit("pattern=alpha each", _pairs(r"(?=.*[1-9])\d+(\.\d+)?"))  # above zero
+IN_EXPERIMENTS = Limit("the name of a Python file, without .py", str.isidentifier)
+IN_METHODS = Limit("the name of a file in dora_lab/methods", str.isidentifier)
+A_DTYPE = Limit("one of " + ", ".join(DTYPES), DTYPES.__contains__)
+KNOWN_PROTOCOLS = Limit("distinct ones of " + ", ".join(PROTOCOLS), lambda x: _distinct(x) and set(x) <= set(PROTOCOLS))
+
+
+def since(schema: int, default: Any) -> Any:
+    """A field that came with a later schema; its default means "as before"."""
+    return field(default=default, metadata={"since": schema})
 
 
 class _Checked:
@@ -30,113 +72,147 @@ class _Checked:
     def __post_init__(self) -> None:
         prefix = "" if isinstance(self, Spec) else f"{type(self).__name__.lower()}."
         for name, kind in _types(type(self)).items():
-            object.__setattr__(self, name, _coerce(kind, getattr(self, name), prefix + name))
+            try:
+                object.__setattr__(self, name, coerce(kind, getattr(self, name), prefix + name))
+            except ValueError as error:
+                raise SpecError(str(error)) from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model(_Checked):
     """The base model that is fine-tuned."""
 
-    name: str  # "mini" = the embedded base; else a hub id, or the id of a local folder
-    revision: str | None = None  # hub commit, or the fingerprint of a local folder; None for the embedded base
-    dtype: str = "float32"  # torch dtype name of the frozen weights
-    # own: the tokenizer's pad token, else <unk>, else its end; zero: the token of id 0, as released (in Llama 3 an
-    # ordinary one). Padding is masked everywhere: neither reaches a result
-    pad: Literal["own", "zero"] = field(default="own", metadata={"since": 3})
-    adapter: str | None = field(default=None, metadata={"since": 3})  # folder name or hub id of a saved adapter on it
-    adapter_revision: str | None = field(default=None, metadata={"since": 3})  # hub commit, or the folder's fingerprint
+    # "mini" = the embedded base; else a hub id, or the id of a local folder
+    name: Annotated[str, "base model", NOT_EMPTY]
+    # hub commit, or the fingerprint of a local folder; None for the embedded base
+    revision: Annotated[str | None, "revision of the base model"] = None
+    dtype: Annotated[str, "type of the frozen weights", A_DTYPE] = "float32"  # torch dtype name
+    # in Llama 3 the token of id 0 is an ordinary one. Padding is masked everywhere: neither reaches a result
+    pad: Annotated[
+        Literal["own", "zero"],  # own: the tokenizer's pad token, else <unk>, else its end; zero: as released
+        {"own": "padding with the tokenizer's own token", "zero": "padding with the token of id 0"},
+    ] = since(3, "own")
+    # folder name or hub id of a saved adapter on the base
+    adapter: Annotated[str | None, "adapter that is evaluated"] = since(3, None)
+    # hub commit, or the folder's fingerprint
+    adapter_revision: Annotated[str | None, "revision of that adapter"] = since(3, None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data(_Checked):
     """What is trained and evaluated on."""
 
-    name: str  # "mini" = the embedded world; "commonsense_170k" = hub; "llm_adapters" = a folder in that layout
-    tasks: tuple[str, ...]  # evaluated tasks, by their folder names: "boolq", ..., "ARC-Easy", ...
-    sha256: str | None = None  # content hash of a local data folder
-    revision: str | None = None  # hub commit
-    train_items: int | None = None  # items in all; None = all there are
-    validation_items: int = 0  # items held out of the training items, in all
-    test_items: int | None = None  # items per task; None = all there are
-    template: Literal["clean", "published"] = "clean"  # prompt template; published = byte for byte as released
-    cutoff: int = 256  # tokens per training item
-    train_on_prompt: bool = False  # True: loss on the prompt's tokens too
-    eval_name: str | None = None  # data source of the evaluation (as `name`); None = the same
-    # what an item of more than `cutoff` tokens loses; prompt: the head of its prompt, never of its answer; right: its
-    # last tokens, as released
-    truncation: Literal["prompt", "right"] = field(default="prompt", metadata={"since": 3})
-    # end-of-sequence token after the answer; if_shorter: only where fewer than `cutoff` tokens stand, as released
-    eos: Literal["always", "if_shorter"] = field(default="always", metadata={"since": 3})
-    # validation items; per_task: evenly from each task's file; mixed: as released, `train_test_split(seed=42)` of all
-    holdout: Literal["per_task", "mixed"] = field(default="per_task", metadata={"since": 3})
-    pad_to_multiple_of: int = field(default=1, metadata={"since": 3})  # length of a training batch; 8 as released
+    # "mini" = the embedded world; "commonsense_170k" = hub; "llm_adapters" = a folder in that layout
+    name: Annotated[str, "training data"]
+    tasks: Annotated[tuple[str, ...], "tasks", DISTINCT]  # evaluated, by their names: "boolq", ..., "ARC-Easy", ...
+    sha256: Annotated[str | None, "hash of the data folder"] = None
+    revision: Annotated[str | None, "revision of the data"] = None  # hub commit
+    train_items: Annotated[int | None, "training items (none: all there are)", COUNT] = None  # in all
+    validation_items: Annotated[int, "items held out of training", NOT_NEGATIVE] = 0  # in all
+    test_items: Annotated[int | None, "test items per task (none: all there are)", COUNT] = None
+    template: Annotated[Literal["clean", "published"], {  # published = byte for byte as released
+        "clean": "clean prompt template, the same in training and evaluation",
+        "published": "published prompt template, whose training and evaluation texts differ in whitespace",
+    }] = "clean"  # fmt: skip
+    cutoff: Annotated[int, "tokens per training item at most", COUNT] = 256
+    train_on_prompt: Annotated[bool, {True: "loss on prompt and answer", False: "loss on the answer alone"}] = False
+    eval_name: Annotated[str | None, "evaluation data"] = None  # as `name`; None = the same
+    truncation: Annotated[Literal["prompt", "right"], {  # right: as released
+        "prompt": "an item that is too long loses the head of its prompt",
+        "right": "an item that is too long loses its last tokens, the answer among them",
+    }] = since(3, "prompt")  # fmt: skip
+    eos: Annotated[Literal["always", "if_shorter"], {  # if_shorter: as released
+        "always": "end-of-sequence token after every answer",
+        "if_shorter": "end-of-sequence token only after items shorter than the cutoff",
+    }] = since(3, "always")  # fmt: skip
+    holdout: Annotated[Literal["per_task", "mixed"], {  # mixed: `train_test_split(seed=42)` of all
+        "per_task": "items held out evenly from each task",
+        "mixed": "items held out of all together, as released",
+    }] = since(3, "per_task")  # fmt: skip
+    # 8 as released
+    pad_to_multiple_of: Annotated[int, "length of a training batch is a multiple of", COUNT] = since(3, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(_Checked):
-    """How it is fine-tuned: `name` is a file in `dora_lab/adapters`."""
+    """How it is fine-tuned: `name` is a file in `dora_lab/methods`."""
 
-    name: str  # "base" (no training), "ft", "lora", "dora", ...
-    rank: int | None = None  # r of B (out, r) and A (r, in); None where the method has none
-    alpha: float | None = None  # the update is (alpha / rank) B A
-    dropout: float = 0.0  # probability in [0, 1)
-    dropout_form: Literal["published", "branch"] = "published"  # what DoRA drops: see adapters/dora.py
-    target_modules: tuple[str, ...] = ()  # leaf module names, e.g. "q_proj"
-    detach_norm: bool = True  # DoRA: norm as a constant in the gradient (eq. 11); False: eq. 6
-    rslora: bool = field(default=False, metadata={"since": 2})  # True: the scale is alpha / sqrt(rank)
-    # "pattern=value": rank or alpha of the modules whose name ends with the pattern (a regular expression, as in PEFT)
-    rank_pattern: tuple[str, ...] = field(default=(), metadata={"since": 2})
-    alpha_pattern: tuple[str, ...] = field(default=(), metadata={"since": 2})
-    # DoRA: leaf names of modules of which the magnitude alone is trained (table 6)
-    magnitude_modules: tuple[str, ...] = field(default=(), metadata={"since": 2})
+    name: Annotated[str, "method", IN_METHODS]  # "base" (no training), "ft", "lora", "dora", ...
+    rank: Annotated[int | None, "rank", COUNT] = None  # r of B (out, r) and A (r, in); None where the method has none
+    alpha: Annotated[float | None, "alpha", POSITIVE] = None  # the update is (alpha / rank) B A
+    dropout: Annotated[float, "dropout", PROBABILITY] = 0.0
+    dropout_form: Annotated[Literal["published", "branch"], {  # what DoRA drops: see methods/dora.py
+        "published": "dropout on everything but one base product (the authors' code)",
+        "branch": "dropout on the low-rank branch alone",
+    }] = "published"  # fmt: skip
+    target_modules: Annotated[tuple[str, ...], "adapted modules"] = ()  # leaf module names, e.g. "q_proj"
+    detach_norm: Annotated[  # DoRA: equation 11; False: equation 6
+        bool, {True: "norm held constant in the gradient", False: "gradient through the norm"}
+    ] = True
+    rslora: Annotated[bool, {True: "scale alpha / sqrt(rank)", False: "scale alpha / rank"}] = since(2, False)
+    # "pattern=value": of the modules whose name ends with the pattern (a regular expression, as in PEFT)
+    rank_pattern: Annotated[tuple[str, ...], "ranks by pattern", RANKS] = since(2, ())
+    alpha_pattern: Annotated[tuple[str, ...], "alphas by pattern", ALPHAS] = since(2, ())
+    # DoRA: leaf names (table 6)
+    magnitude_modules: Annotated[tuple[str, ...], "modules of which the magnitude alone is trained"] = since(2, ())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim(_Checked):
     """The optimisation (AdamW)."""
 
-    learning_rate: float  # peak, after warm-up
-    schedule: Literal["linear", "cosine", "constant"] = "linear"  # after warm-up; linear and cosine end at zero
-    warmup_steps: int  # optimiser steps
-    batch_size: int  # items per optimiser step (effective)
-    micro_batch_size: int  # items per forward; divides batch_size
-    epochs: float  # passes over the training items
-    weight_decay: float = 0.0  # decoupled, AdamW's
-    max_grad_norm: float = 1.0  # gradients are clipped to this Euclidean norm; 0 = not clipped
-    keep: Literal["last", "best_loss"] = "last"  # which weights are evaluated; best_loss needs eval_steps
-    eval_steps: int | None = None  # optimiser steps between validation losses; None = never
+    learning_rate: Annotated[float, "peak learning rate", POSITIVE]  # after warm-up
+    # linear and cosine end at zero
+    schedule: Annotated[Literal["linear", "cosine", "constant"], "schedule after warm-up"] = "linear"
+    warmup_steps: Annotated[int, "warm-up steps", NOT_NEGATIVE]  # optimiser steps
+    batch_size: Annotated[int, "items per optimiser step", COUNT]  # effective
+    micro_batch_size: Annotated[int, "items per forward"]  # divides batch_size
+    epochs: Annotated[float, "passes over the training items", POSITIVE]
+    weight_decay: Annotated[float, "weight decay", NOT_NEGATIVE] = 0.0  # decoupled, AdamW's
+    max_grad_norm: Annotated[float, "gradients clipped to norm", NOT_NEGATIVE] = 1.0  # Euclidean; 0 = not clipped
+    keep: Annotated[Literal["last", "best_loss"], {  # best_loss needs eval_steps
+        "last": "the last weights are evaluated",
+        "best_loss": "the weights of the lowest validation loss are evaluated",
+    }] = "last"  # fmt: skip
+    eval_steps: Annotated[int | None, "steps between validation losses", COUNT] = None  # optimiser steps; None = never
+
+    def steps(self, items: int) -> int:
+        """Optimiser steps on `items`: epochs x items, in full batches (the last one is filled from the next epoch)."""
+        return max(1, math.ceil(items * self.epochs / self.batch_size))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe(_Checked):
     """When magnitude and direction are recorded while training."""
 
-    fractions: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # of all optimiser steps, each in (0, 1], increasing
+    fractions: Annotated[tuple[float, ...], "recorded at fractions of all steps", INCREASING] = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(_Checked):
     """How answers are scored."""
 
-    protocols: tuple[str, ...] = (
-        "generate",
-    )  # "generate" (the paper's), "loglikelihood", "builtin" (lm-eval's own tasks)
-    split: Literal["test", "validation"] = "test"  # which items
-    num_beams: int = 1  # beams of "generate"; 1 = greedy
-    max_new_tokens: int = 32  # tokens of "generate"
-    batch_size: int = 32  # items per forward (padding can change the last bits of a logit)
-    # the adapter while evaluating; exact: merged into float32, where that costs only last bits, else unmerged; merged:
-    # into whatever `model.dtype` is, rounded, as released
-    weights: Literal["exact", "merged", "unmerged"] = field(default="exact", metadata={"since": 3})
+    # "generate" (the paper's), "loglikelihood", "builtin" (lm-eval's own tasks)
+    protocols: Annotated[tuple[str, ...], "evaluation protocols", KNOWN_PROTOCOLS] = ("generate",)
+    split: Annotated[Literal["test", "validation"], "items scored: split"] = "test"
+    num_beams: Annotated[int, "beams", COUNT] = 1  # of "generate"; 1 = greedy
+    max_new_tokens: Annotated[int, "new tokens at most", COUNT] = 32  # of "generate"
+    # items; padding can change the last bits of a logit
+    batch_size: Annotated[int, "prompts per forward in evaluation", COUNT] = 32
+    weights: Annotated[Literal["exact", "merged", "unmerged"], {  # merged: as released
+        "exact": "adapter merged in float32, else left beside the base",
+        "merged": "adapter merged into the base's type, rounded",
+        "unmerged": "adapter beside the base",
+    }] = since(3, "exact")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec(_Checked):
     """One run, whole."""
 
-    experiment: str  # name of a file in `experiments/`
-    tier: Literal["mini", "paper"]
-    seed: int  # every random number of the run comes from it; >= 0
+    experiment: Annotated[str, "experiment", IN_EXPERIMENTS]  # name of a file in `experiments/`
+    tier: Annotated[Literal["mini", "small", "paper"], "tier"]
+    seed: Annotated[int, "seed", SEED]  # every random number of the run comes from it
     model: Model
     data: Data
     method: Method
@@ -145,14 +221,16 @@ class Spec(_Checked):
     evaluation: Evaluation
 
 
-Checked = TypeVar("Checked", bound=_Checked)
-
-
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Words for an error message: the nearest of `choices` if one is near, and all of them."""
     known = sorted(choices)
     near = difflib.get_close_matches(name, known, n=1)
     return (f"did you mean '{near[0]}'? " if near else "") + "choices: " + (", ".join(known) or "none")
+
+
+def pattern_matches(pattern: str, module: str) -> bool:
+    """Whether a `rank_pattern` names a module, as in PEFT: the pattern is the end of its name, from a dot on."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
 def to_dict(spec: Spec) -> dict[str, Any]:
@@ -175,6 +253,12 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return found
+
+
+@cache
+def words() -> dict[str, str | dict[Any, str]]:
+    """What each field means, by its dotted path: a phrase, or a phrase for each of its values."""
+    return {path: notes[0] for path, (_, notes) in _fields().items() if notes}
 
 
 def canonical_json(spec: Spec) -> str:
@@ -203,96 +287,40 @@ def derive(spec: Spec, changes: Mapping[str, Any]) -> Spec:
 
 def validate(spec: Spec) -> None:
     """Check ranges and combinations; raises SpecError with every field that is wrong, its value and what is allowed."""
-    rules = [*_value_rules(spec), *_method_rules(spec)]
-    if spec.optim is not None:
-        rules += _optim_rules(spec, spec.optim)
-    if spec.probe is not None:
-        fractions = spec.probe.fractions
-        ordered = bool(fractions) and all(0 < f <= 1 for f in fractions) and sorted(set(fractions)) == list(fractions)
-        rules.append(("probe.fractions", fractions, ordered, "increasing numbers in (0, 1]"))
+    values = leaves(to_dict(spec))
+    single = [
+        (path, values[path], limit.holds(values[path]), limit.words)
+        for path, (_, notes) in _fields().items()
+        for limit in notes[1:]
+        if values.get(path) is not None
+    ]
+    rules = single + _combinations(spec)
     wrong = [f"{path} = {value!r}: must be {allowed}" for path, value, ok, allowed in rules if not ok]
     if wrong:
         raise SpecError("spec refused: " + "; ".join(wrong))
 
 
-Rule = tuple[str, object, bool, str]  # dotted path, value, whether it is right, what is allowed
-PROTOCOLS = ("generate", "loglikelihood", "builtin")
-NUMBER = r"(?=.*[1-9])\d+(\.\d+)?"  # above zero, as text
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-def _value_rules(spec: Spec) -> list[Rule]:
-    data, evaluation = spec.data, spec.evaluation
-    known = bool(evaluation.protocols) and all(name in PROTOCOLS for name in evaluation.protocols)
-    once = len(set(evaluation.protocols)) == len(evaluation.protocols)
-    rules: list[Rule] = [
-        ("experiment", spec.experiment, spec.experiment.isidentifier(), "the name of a Python file, without .py"),
-        ("seed", spec.seed, 0 <= spec.seed < 2**31, "in 0 .. 2^31 - 1"),
-        ("model.name", spec.model.name, bool(spec.model.name), "not empty"),
-        (
-            "model.adapter",
-            spec.model.adapter,
-            not spec.model.adapter or spec.method.name == "base",
-            "None for training",
-        ),
-        ("model.dtype", spec.model.dtype, spec.model.dtype in DTYPES, "one of " + ", ".join(DTYPES)),
-        ("data.tasks", data.tasks, bool(data.tasks) and len(set(data.tasks)) == len(data.tasks), "distinct, not empty"),
-        ("data.cutoff", data.cutoff, data.cutoff >= 1, "at least 1"),
-        ("data.validation_items", data.validation_items, data.validation_items >= 0, "at least 0"),
-        ("evaluation.protocols", evaluation.protocols, known and once, "distinct ones of " + ", ".join(PROTOCOLS)),
-        (
-            "evaluation.split",
-            evaluation.split,
-            evaluation.split == "test" or "builtin" not in evaluation.protocols,
-            "test with protocol builtin, whose items are lm-eval's",
-        ),
-    ]
-    counts = {
-        "data.pad_to_multiple_of": data.pad_to_multiple_of,
-        "data.train_items": data.train_items,
-        "data.test_items": data.test_items,
-        "evaluation.num_beams": evaluation.num_beams,
-        "evaluation.max_new_tokens": evaluation.max_new_tokens,
-        "evaluation.batch_size": evaluation.batch_size,
-    }
-    return rules + [(path, count, count is None or count >= 1, "at least 1") for path, count in counts.items()]
-
-
-def _method_rules(spec: Spec) -> list[Rule]:
-    method = spec.method
+def _combinations(spec: Spec) -> list[tuple[str, object, bool, str]]:
+    """What no field can say alone: (dotted path, value, whether it is right, what is allowed)."""
+    method, optim, adapter, split = spec.method, spec.optim, spec.model.adapter, spec.evaluation.split
     untrained = method.name == "base"
-    return [
-        ("method.name", method.name, method.name.isidentifier(), "the name of a file in dora_lab/adapters"),
-        ("method.rank", method.rank, method.rank is None or method.rank >= 1, "at least 1"),
-        ("method.alpha", method.alpha, method.alpha is None or method.alpha > 0, "greater than 0"),
+    asks_own = split == "test" or "builtin" not in spec.evaluation.protocols
+    rules: list[tuple[str, object, bool, str]] = [
+        ("model.adapter", adapter, not adapter or untrained, "None for training"),
         ("method.alpha", method.alpha, (method.alpha is None) == (method.rank is None), "given exactly with a rank"),
-        ("method.dropout", method.dropout, 0 <= method.dropout < 1, "in [0, 1)"),
-        ("method.rank_pattern", method.rank_pattern, _are_pairs(method.rank_pattern, r"[1-9]\d*"), "pattern=rank each"),
-        ("method.alpha_pattern", method.alpha_pattern, _are_pairs(method.alpha_pattern, NUMBER), "pattern=alpha each"),
-        ("optim", spec.optim, (spec.optim is None) == untrained, "None for method base, given for every other"),
+        ("evaluation.split", split, asks_own, "test with protocol builtin, whose items are lm-eval's"),
+        ("optim", optim, (optim is None) == untrained, "None for method base, given for every other"),
         ("probe", spec.probe, not (untrained and spec.probe), "None for method base"),
     ]
-
-
-def _are_pairs(pairs: tuple[str, ...], value: str) -> bool:
-    return all(re.fullmatch(f".+={value}", pair) for pair in pairs)
-
-
-def _optim_rules(spec: Spec, optim: Optim) -> list[Rule]:
-    micro = optim.micro_batch_size
-    divides = micro >= 1 and optim.batch_size % micro == 0
-    keeps = optim.keep == "last" or (optim.eval_steps is not None and spec.data.validation_items > 0)
-    return [
-        ("optim.learning_rate", optim.learning_rate, optim.learning_rate > 0, "greater than 0"),
-        ("optim.warmup_steps", optim.warmup_steps, optim.warmup_steps >= 0, "at least 0"),
-        ("optim.batch_size", optim.batch_size, optim.batch_size >= 1, "at least 1"),
-        ("optim.micro_batch_size", micro, divides, f"a divisor of optim.batch_size = {optim.batch_size}"),
-        ("optim.epochs", optim.epochs, optim.epochs > 0, "greater than 0"),
-        ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "at least 0"),
-        ("optim.max_grad_norm", optim.max_grad_norm, optim.max_grad_norm >= 0, "at least 0"),
-        ("optim.eval_steps", optim.eval_steps, optim.eval_steps is None or optim.eval_steps >= 1, "at least 1 or None"),
-        ("optim.keep", optim.keep, keeps, "last, unless optim.eval_steps and data.validation_items are given"),
-    ]
+    if optim is not None:
+        micro = optim.micro_batch_size
+        divides = micro >= 1 and optim.batch_size % micro == 0
+        keeps = optim.keep == "last" or (optim.eval_steps is not None and spec.data.validation_items > 0)
+        rules += [
+            ("optim.micro_batch_size", micro, divides, f"a divisor of optim.batch_size = {optim.batch_size}"),
+            ("optim.keep", optim.keep, keeps, "last, unless optim.eval_steps and data.validation_items are given"),
+        ]
+    return rules
 
 
 @cache
@@ -300,6 +328,22 @@ def _types(cls: type) -> dict[str, Any]:
     """Field name to resolved type, in the order of the fields."""
     hints = get_type_hints(cls)
     return {item.name: hints[item.name] for item in fields(cls)}
+
+
+@cache
+def _fields() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Every dotted path of a spec: its type, and what its annotation says beside it (words, then a limit)."""
+    found: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+
+    def walk(cls: type, prefix: str) -> None:
+        hints = get_type_hints(cls, include_extras=True)
+        for name, kind in _types(cls).items():
+            found[prefix + name] = kind, getattr(hints[name], "__metadata__", ())
+            if nested := _nested(kind):
+                walk(nested, f"{prefix}{name}.")
+
+    walk(Spec, "")
+    return found
 
 
 def _plain(value: Any, *, omit_defaults: bool) -> Any:
@@ -313,99 +357,42 @@ def _plain(value: Any, *, omit_defaults: bool) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _read(cls: type[Checked], values: Any, prefix: str) -> Checked:
+def _read(cls: Any, values: Any, prefix: str) -> Any:
     where = prefix.rstrip(".") or "spec"
     if not isinstance(values, Mapping):
         raise SpecError(f"{where}: expected a JSON object, got {values!r}")
-    kinds = _types(cls)
+    known = {item.name: item for item in fields(cls)}
     for key in values:
-        if key not in kinds:
-            raise SpecError(f"unknown field '{prefix}{key}'; {did_you_mean(str(key), kinds)}")
-    known = {item.name: item for item in fields(cast(Any, cls))}
+        if key not in known:
+            raise SpecError(f"unknown field '{prefix}{key}'; {did_you_mean(str(key), known)}")
     given: dict[str, Any] = {}
-    for name, kind in kinds.items():
-        if name not in values:
-            if "since" in known[name].metadata and known[name].default is not MISSING:
-                continue
+    for name, kind in _types(cls).items():
+        if name in values:
+            nested, inner = _nested(kind), values[name]
+            given[name] = _read(nested, inner, f"{prefix}{name}.") if nested and inner is not None else inner
+        elif "since" not in known[name].metadata:
             raise SpecError(f"missing field '{prefix}{name}'; a spec names every field, add it")
-        nested = next((part for part in _parts(kind) if is_dataclass(part)), None)
-        inner = values[name]
-        given[name] = _read(cast(Any, nested), inner, f"{prefix}{name}.") if nested and inner is not None else inner
     return cls(**given)
 
 
-def _parts(kind: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type itself."""
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-
-
-def _coerce(kind: Any, value: Any, path: str) -> Any:
-    """`value` in the field's type (a list as a tuple, a whole number as a float), or SpecError."""
-    parts = _parts(kind)
-    if value is None and type(None) in parts:
-        return None
-    (kind,) = (part for part in parts if part is not type(None))
-    origin = get_origin(kind)
-    if origin is Literal and value in get_args(kind):
-        return value
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_coerce(get_args(kind)[0], inner, f"{path}[{i}]") for i, inner in enumerate(value))
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    # bool is a kind of int in Python, never here
-    if origin is None and kind is not float and isinstance(value, kind) and (kind is bool) == isinstance(value, bool):
-        return value
-    optional = " or None" if type(None) in parts else ""
-    raise SpecError(f"{path} = {value!r}: expected {_type_name(kind)}{optional}")
-
-
-def _type_name(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(repr, get_args(kind)))
-    if get_origin(kind) is tuple:
-        return f"a list of {_type_name(get_args(kind)[0])}"
-    names = {float: "a finite number", int: "a whole number", str: "text", bool: "true or false"}
-    return names.get(kind, getattr(kind, "__name__", str(kind)))
+def _nested(kind: Any) -> Any:
+    """The spec class that a field holds, or None."""
+    return next((part for part in parts(kind) if is_dataclass(part)), None)
 
 
 def _paths() -> list[str]:
     """Every dotted path that `derive` can set."""
-    found = []
-    for name, kind in _types(Spec).items():
-        nested = next((part for part in _parts(kind) if is_dataclass(part)), None)
-        optional = type(None) in _parts(kind)
-        found += [name] if not nested or optional else []
-        found += [f"{name}.{inner}" for inner in _types(cast(type, nested))] if nested else []
-    return found
+    return [path for path, (kind, _) in _fields().items() if not _nested(kind) or type(None) in parts(kind)]
 
 
 def _set(spec: Spec, path: str, value: Any) -> Spec:
     if path not in (known := _paths()):
         raise SpecError(f"unknown field '{path}'; {did_you_mean(path, known)}")
+    value = parse(_fields()[path][0], value)
     outer, _, inner = path.partition(".")
-    if not inner:
-        return replace(spec, **{outer: _parse(_types(Spec)[outer], value, path)})
-    part = getattr(spec, outer)
-    if part is None:
-        raise SpecError(f"cannot set '{path}': {outer} is None in this spec (method '{spec.method.name}')")
-    return replace(spec, **{outer: replace(part, **{inner: _parse(_types(type(part))[inner], value, path)})})
-
-
-def _parse(kind: Any, value: Any, path: str) -> Any:
-    """Text as the field's type would read it; anything else, and text that does not parse, is left to `_coerce`."""
-    if not isinstance(value, str):
-        return value
-    if type(None) in _parts(kind) and value.lower() in ("none", "null"):
-        return None
-    (kind,) = (part for part in _parts(kind) if part is not type(None))
-    if get_origin(kind) is tuple:
-        inner = get_args(kind)[0]
-        return tuple(_parse(inner, piece.strip(), path) for piece in value.split(",") if piece.strip())
-    if kind is bool:
-        return {"true": True, "false": False}.get(value.lower(), value)
-    if kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            return value
-    return value
+    if inner:
+        part = getattr(spec, outer)
+        if part is None:
+            raise SpecError(f"cannot set '{path}': {outer} is None in this spec (method '{spec.method.name}')")
+        value = replace(part, **{inner: value})
+    return replace(spec, **{outer: value})

@@ -10,20 +10,15 @@ LoRA, 2e-4 for DoRA. Granularity and the norm in the graph keep the rates of DoR
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 from dora_lab.spec import Spec
+from experiments import commonsense
 
 TIERS = ("paper",)
 RANKS = {"lora": ((4, 8, 16, 64), 3e-4), "dora": ((4, 8, 64), 2e-4)}  # method: ranks, learning rate
 BARE = ("o_proj", "gate_proj", "up_proj", "down_proj")  # table 6: of these the magnitude alone is trained
 
-_found = importlib.util.spec_from_file_location("commonsense_of_ablations", Path(__file__).with_name("commonsense.py"))
-assert _found is not None and _found.loader is not None
-commonsense = importlib.util.module_from_spec(_found)
-_found.loader.exec_module(commonsense)
 ITEMS = commonsense.ITEMS
 
 

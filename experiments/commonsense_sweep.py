@@ -9,22 +9,16 @@ Scored on the validation split with a seed that `commonsense` does not use; the 
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 from dora_lab.spec import Spec
+from experiments import commonsense
 
 TIERS = ("mini",)
 SEED = 100
 STEPS = (1 / 4, 1 / 2, 1, 2, 4)  # of the middle
 MIDDLE = {"ft": 1e-3, "lora": 5e-3, "dora": 5e-3}
 VALIDATION_ITEMS = 800  # in all
-
-_found = importlib.util.spec_from_file_location("commonsense_of_sweep", Path(__file__).with_name("commonsense.py"))
-assert _found is not None and _found.loader is not None
-commonsense = importlib.util.module_from_spec(_found)
-_found.loader.exec_module(commonsense)
 
 
 def specs(tier: str) -> list[Spec]:

@@ -10,11 +10,10 @@ Runs are listed seed by seed: a grid that was stopped early is smaller, not lops
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 from dora_lab.spec import Evaluation, Method, Optim, Spec
+from experiments import commonsense
 
 TIERS = ("mini",)
 SEEDS = (0, 1, 2, 3, 4)
@@ -22,11 +21,6 @@ LEARNING_RATES = (1 / 4, 1, 4)  # of the rate in `commonsense`
 ALPHAS = (1 / 4, 1, 4)  # of alpha in `commonsense`
 RANKS = (2, 4, 8, 16)
 TRAIN_ITEMS = (384, 1536, 3072)
-
-_found = importlib.util.spec_from_file_location("commonsense_of_grid", Path(__file__).with_name("commonsense.py"))
-assert _found is not None and _found.loader is not None
-commonsense = importlib.util.module_from_spec(_found)
-_found.loader.exec_module(commonsense)
 
 
 def specs(tier: str) -> list[Spec]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from dora_lab import paper
+from dora_lab.io.atomic import write_text
 from dora_lab.methods.inject import inject
 from dora_lab.models.shapes import PAPER, Shape
 from dora_lab.runs import provenance
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     file = parser.parse_args(argv).results / "bench" / "parameters.jsonl"
     about = {"code": provenance.code(), "packages": provenance.packages()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row | about, ensure_ascii=False) + "\n" for row in count()), encoding="utf-8")
+    write_text(file, "".join(json.dumps(row | about, ensure_ascii=False) + "\n" for row in count()))
     print(file)
 
 

@@ -5,8 +5,8 @@ to keep, so it has no specs: `make bench` (about 12 minutes on one core) or, for
 
     python -m experiments.speed [--results DIR] [--only TEXT] [--fresh]
 
-measures what results/bench/speed.jsonl has not yet, and `make bench-gpu` LLaMA-7B and 8B shapes on a GPU. Models are
-Llama stacks with random weights; all seven linear layers are adapted. Every contender of a cell lives in one process
+measures what results/bench/speed.jsonl has not yet; LLaMA-7B on a GPU is `experiments.gpu_visit`. Models are Llama
+stacks with random weights; all seven linear layers are adapted. Every contender of a cell lives in one process
 and takes its steps in turn, forwards and backwards, so that a ratio is of two steps made side by side; the table
 (`analysis/tables/speed.py`) shows medians of these ratios. A step is forward, backward and AdamW (forward alone in
 evaluation). The memory of a step is its peak above the model, optimiser and data at rest, each contender in a process
@@ -22,18 +22,17 @@ import random
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from dora_lab.io.atomic import write_text
-from dora_lab.runs.errors import StoreError
 
-from dora_lab.methods import dora_autograd
+from dora_lab.io.atomic import write_text
 from dora_lab.methods.inject import inject
 from dora_lab.runs import provenance
+from dora_lab.runs.errors import StoreError
 from dora_lab.spec import Method
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -41,7 +40,7 @@ ALL = ("ours/lora", "ours/dora", "peft/lora", "peft/dora")
 DROPPED = ("ours/lora", "ours/dora", "ours/dora-branch", "peft/lora", "peft/dora")
 # "ours/dora-<form>": fields of the method
 FORMS: dict[str, dict[str, Any]] = {
-    "": {}, "branch": {"dropout_form": "branch"}, "graph": {"detach_norm": False}, "triton": {},
+    "": {}, "branch": {"dropout_form": "branch"},
 }  # fmt: skip
 ROUNDS, BUDGET = 30, 60.0  # steps of every contender of a cell, or as many as fit into these seconds (at least 5)
 
@@ -56,7 +55,7 @@ class Cell:
     dropout: float = 0.0
     accumulation: int = 1  # forwards and backwards per optimiser step
     mode: str = "train"  # or "evaluate": no gradients, model.eval()
-    measure: str = "seconds"  # or "bytes", peak memory of a step; "total_bytes", with what lies there before it
+    measure: str = "seconds"  # or "bytes", peak memory of a step
     contenders: tuple[str, ...] = ALL
     intermediate: int | None = None  # default: 2.75 x hidden
     layers: int = 2
@@ -84,28 +83,10 @@ def cells() -> list[Cell]:
     return found + [Cell(1024, 512, measure=measure, dtype="bfloat16") for measure in ("seconds", "bytes")]
 
 
-def gpu_cells() -> list[Cell]:
-    """The cells of `make bench-gpu`: one decoder layer of LLaMA-7B's and of LLaMA-3-8B's shape, and table 7.
-
-    Table 7 (the norm in the graph or not: 37.3 and 28.2 GB in all) is of LLaMA-7B whole, with random weights, rank 32.
-    """
-    shapes: tuple[dict[str, Any], ...] = (
-        {"hidden": 4096, "intermediate": 11008, "heads": 32, "key_value_heads": 32},
-        {"hidden": 4096, "intermediate": 14336, "heads": 32, "key_value_heads": 8},
-    )
-    found = [
-        Cell(tokens=4096, rank=rank, measure=measure, layers=1, dtype="bfloat16", dropout=dropout, **shape,
-             contenders=DROPPED if dropout else (*ALL, "ours/dora-graph", "ours/dora-triton", "ft"))
-        for shape in shapes for rank in (16, 32, 64, 384) for dropout in (0.0, 0.05) for measure in ("seconds", "bytes")
-    ]  # fmt: skip
-    whole = Cell(tokens=1024, rank=32, layers=32, dtype="float16", contenders=(*ALL, "ours/dora-graph"), **shapes[0])
-    return [*found, replace(whole, measure="total_bytes")]
-
-
 class Contender:
     """A model, its optimiser and its data: `step` is what is measured."""
 
-    def __init__(self, name: str, cell: Cell, device: str) -> None:
+    def __init__(self, name: str, cell: Cell) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)
@@ -113,7 +94,7 @@ class Contender:
             hidden_size=cell.hidden, intermediate_size=cell.intermediate or cell.hidden * 11 // 4, vocab_size=1000,
             num_hidden_layers=cell.layers, num_attention_heads=cell.heads, num_key_value_heads=cell.key_value_heads,
         )  # fmt: skip
-        model: Any = LlamaForCausalLM(config).to(device, getattr(torch, cell.dtype))
+        model: Any = LlamaForCausalLM(config).to(getattr(torch, cell.dtype))
         whose, _, method = name.partition("/")
         if whose == "ours":
             kind, _, form = method.partition("-")
@@ -132,16 +113,14 @@ class Contender:
             )  # fmt: skip
         elif name != "ft":
             raise ValueError(f"unknown contender '{name}'")
-        self.cell, self.device, self.model = cell, device, model.train(cell.mode == "train")
-        self.fused = name.endswith("-triton")
+        self.cell, self.model = cell, model.train(cell.mode == "train")
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
         length = min(cell.tokens, 512)
-        self.ids = torch.randint(0, 1000, (cell.tokens // length, length), device=device)
+        self.ids = torch.randint(0, 1000, (cell.tokens // length, length))
 
     def step(self) -> None:
         """An optimiser step, or a forward in evaluation."""
-        dora_autograd.FUSED = self.fused
         if self.cell.mode == "evaluate":
             with torch.no_grad():
                 self.model(input_ids=self.ids, use_cache=False)
@@ -152,38 +131,27 @@ class Contender:
         self.optimizer.zero_grad()
 
     def seconds(self) -> float:
-        """Seconds that a step takes: of the processor here, of the clock on a GPU."""
-        if self.device == "cpu":
-            start = time.process_time()
-            for _ in range(repeats := 20 if self.cell.mode == "evaluate" else 1):
-                self.step()
-            return (time.process_time() - start) / repeats
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        self.step()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+        """Seconds of the processor that a step takes."""
+        start = time.process_time()
+        for _ in range(repeats := 20 if self.cell.mode == "evaluate" else 1):
+            self.step()
+        return (time.process_time() - start) / repeats
 
     def bytes(self) -> int:
-        """Peak memory of a step above what is there before it; of measure "total_bytes" (a GPU's), all of it."""
+        """Peak memory of a step above what is there before it."""
         for _ in range(2):
             self.step()
-        if self.device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
-            before = 0 if self.cell.measure == "total_bytes" else torch.cuda.memory_allocated()
-            self.step()
-            return torch.cuda.max_memory_allocated() - before
         provenance.reset_peak_memory()
         before = provenance.peak_memory_bytes()
         self.step()
         return provenance.peak_memory_bytes() - before
 
 
-def measure(cell: Cell, device: str = "cpu", rounds: int = ROUNDS, budget: float = BUDGET) -> dict[str, list[float]]:
+def measure(cell: Cell, rounds: int = ROUNDS, budget: float = BUDGET) -> dict[str, list[float]]:
     """What every contender of a cell took, in the same order of rounds: seconds of a step, or bytes (one number)."""
     if cell.measure != "seconds":
-        return {name: [_bytes_in_a_process(name, cell, device)] for name in cell.contenders}
-    there = {name: Contender(name, cell, device) for name in cell.contenders}
+        return {name: [_bytes_in_a_process(name, cell)] for name in cell.contenders}
+    there = {name: Contender(name, cell) for name in cell.contenders}
     taken: dict[str, list[float]] = {name: [] for name in there}
     for contender in there.values():
         contender.step()  # the first step allocates
@@ -198,10 +166,10 @@ def measure(cell: Cell, device: str = "cpu", rounds: int = ROUNDS, budget: float
     return taken
 
 
-def _bytes_in_a_process(name: str, cell: Cell, device: str) -> int:
+def _bytes_in_a_process(name: str, cell: Cell) -> int:
     # freed blocks go back to the system at once, so that what is resident is what is in use
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "experiments.speed", "--one", json.dumps([name, asdict(cell), device])]
+    command = [sys.executable, "-m", "experiments.speed", "--one", json.dumps([name, asdict(cell)])]
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1], check=False
     )
@@ -227,26 +195,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("results/local"))
     parser.add_argument("--only", default="", help="cells whose name holds this text")
     parser.add_argument("--fresh", action="store_true", help="measure what is there already, too")
-    parser.add_argument("--gpu", action="store_true", help="LLaMA shapes in bfloat16 on a GPU")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     if options.one:
-        name, values, device = json.loads(options.one)
-        print(Contender(name, Cell(**values), device).bytes())
+        name, values = json.loads(options.one)
+        print(Contender(name, Cell(**values)).bytes())
         return
-    if options.gpu and not torch.cuda.is_available():
-        sys.exit("error: no GPU here that torch can use; `make bench` measures on the processor")
-    device = "cuda" if options.gpu else "cpu"
-    file = options.results / "bench" / ("speed_gpu.jsonl" if options.gpu else "speed.jsonl")
+    file = options.results / "bench" / "speed.jsonl"
     known = {} if options.fresh else read(file)
-    machine = provenance.machine() | ({"gpu": torch.cuda.get_device_name()} if options.gpu else {})
+    machine = provenance.machine()
     packages = provenance.packages() | {"peft": version("peft")}
-    for cell in gpu_cells() if options.gpu else cells():
+    for cell in cells():
         if options.only not in cell.name() or cell.name() in known:
             continue
         print(cell.name(), flush=True)
-        taken = measure(cell, device, ROUNDS, BUDGET)
+        taken = measure(cell, ROUNDS, BUDGET)
         row = {"cell": cell.name(), **asdict(cell), "taken": taken, "machine": machine, "threads": 1}
         known[cell.name()] = row | {"packages": packages, "code": provenance.code()}
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from dora_lab.methods.contract import AdaptedLinear
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 from dora_lab.decompose import magnitude
+from dora_lab.methods.contract import AdaptedLinear
 from dora_lab.methods.dora import DoraLinear, MagnitudeLinear
 from dora_lab.methods.inject import adapted, inject
 from dora_lab.methods.lora import LoraLinear

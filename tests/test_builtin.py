@@ -115,7 +115,8 @@ def python(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
 RUN = """
 import json, sys
 from pathlib import Path
-from dora_lab.launch.run import Paths, run_spec
+from dora_lab.launch.run import run_spec
+from dora_lab.launch.runtime import Paths
 from dora_lab.spec import from_dict
 run_spec(from_dict(json.loads(sys.argv[1])), Paths(*map(Path, sys.argv[2:])))
 """

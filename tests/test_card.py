@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -62,20 +61,16 @@ def test_a_base_model_and_a_failed_run_have_cards(tmp_path: Path, run_writer: Wr
     assert "failed" in failed
 
 
-def test_every_choice_of_a_field_has_its_words() -> None:
-    parts = {"model": specs.Model, "data": specs.Data, "method": specs.Method, "optim": specs.Optim,
-             "evaluation": specs.Evaluation}  # fmt: skip
-    choices = {
-        f"{part}.{field}": set(get_args(kind))
-        for part, cls in parts.items()
-        for field, kind in specs._types(cls).items()
-        if get_origin(kind) is Literal
-    }
-    for field in choices.keys() - {"optim.schedule", "evaluation.split"}:  # these values are words already
-        words = card.WORDS[field]
-        assert isinstance(words, dict) and set(words) == choices[field], field
-    assert set(card.WORDS) <= set(specs._paths())
-    assert {f"data.{item.name}" for item in fields(specs.Data)} <= set(card.WORDS)
+def test_every_field_and_every_choice_has_its_words() -> None:
+    said = specs.words()
+    assert {path for path, text in said.items() if isinstance(text, str | dict)} == (
+        set(specs._paths()) - {"optim", "probe"}
+    )
+    for path, (kind, _) in specs._fields().items():
+        choices = {True, False} if kind is bool else set(get_args(kind)) if get_origin(kind) is Literal else None
+        # the values of these are words already
+        if choices and path not in ("tier", "optim.schedule", "evaluation.split"):
+            assert set(said[path]) == choices, path
 
 
 def test_the_difference_of_two_runs_is_told_in_words(tmp_path: Path, run_writer: Writer) -> None:

@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from dora_lab.runs.record import read_record, run_path
-from dora_lab.runs.streams import read_stream
 from tiny import make_spec, save_data, save_model
 
 from dora_lab.launch import slurm
-from dora_lab.launch.run import Paths
+from dora_lab.launch.runtime import Paths, Runtime
+from dora_lab.runs.record import read_record, run_path
+from dora_lab.runs.streams import read_stream
 
 submitit = pytest.importorskip("submitit")
 HOUSE = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ def test_a_job_that_is_preempted_is_saved_queued_again_and_goes_on(paths: Paths)
     folder = run_path(paths.results, spec)
     executor = submitit.AutoExecutor(paths.results / "preempted", cluster="local")
     executor.update_parameters(timeout_min=10)
-    job = executor.submit(slurm.Job(spec, paths))
+    job = executor.submit(slurm.Job(spec, paths, Runtime(threads=2)))
     deadline = time.monotonic() + 120
     while len(read_stream(folder, "metrics")) < 5:
         assert time.monotonic() < deadline, job.stderr()
@@ -46,15 +46,19 @@ def test_a_job_that_is_preempted_is_saved_queued_again_and_goes_on(paths: Paths)
     assert job.result() == "complete"
     record, rows = read_record(folder), read_stream(folder, "metrics")
     assert record["status"] == "complete" and record["training"]["resumed_from"] >= 5
+    assert record["threads"] == 2 and record["notes"] == []
     assert [row["step"] for row in rows] == list(range(1, record["training"]["steps"] + 1))
     assert "preempted" in (job.stdout() or "") + (job.stderr() or "")
 
     # what is complete is not submitted; what fails says why
     bad = make_spec(**QUICK, seed=1, optim__learning_rate=1e38)
-    ((submitted, failed),) = slurm.submit([spec, bad], paths, slurm.Resources(gpus=0, hours=0.2), local=True)
+    ((submitted, failed),) = slurm.submit(
+        [spec, bad], paths, slurm.Resources(gpus=0, hours=0.2), Runtime(threads=2), local=True
+    )
     assert submitted == bad
     assert "NonFiniteError" in str(failed.exception()) and "step" in str(failed.exception())
     assert read_record(run_path(paths.results, bad))["status"] == "failed"
+    assert read_record(run_path(paths.results, bad))["threads"] == 2
     assert list((paths.results / "cluster").glob("*_result.pkl")), "the logs are not where they are said to be"
 
 

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from dora_lab import __main__ as command
 from dora_lab.launch import cost
+from dora_lab.methods.catalog import entry_of
 from dora_lab.methods.inject import inject
 from dora_lab.models import shapes
 from dora_lab.spec import Method, Spec, SpecError
-from dora_lab.training import batches
 from experiments import commonsense
 
 SHAPE = shapes.Shape(hidden=64, intermediate=176, layers=3, heads=4, key_value_heads=2, vocabulary=300)
@@ -86,13 +86,10 @@ def test_flops_of_a_forward() -> None:
         assert 2 * LENGTH * cost.forward_flops(SHAPE, LENGTH, kept / LENGTH) == counted.get_total_flops()
 
 
-def test_steps_are_those_of_training() -> None:
-    for items in (1, 15, 16, 17, 170_300):
-        for epochs in (0.3, 1.0, 3.0):
-            spec = a_spec(epochs=epochs)
-            assert spec.optim is not None
-            assert cost.total_steps(items, spec) == batches.total_steps(items, spec.optim)
-    assert cost.total_steps(5, replace(a_spec(), method=Method(name="base"), optim=None, probe=None)) == 0
+def test_steps() -> None:
+    for items, epochs, steps in ((1, 0.3, 1), (16, 1.0, 1), (17, 1.0, 2), (16, 3.0, 3), (170_300, 3.0, 31_932)):
+        spec = a_spec(epochs=epochs, batch_size=16)
+        assert spec.optim is not None and spec.optim.steps(items) == steps
 
 
 def kept_bytes(shape: shapes.Shape, method: Method, half: bool, texts: int = 2, length: int = 48) -> int:
@@ -131,7 +128,9 @@ def test_memory_for_the_backward_is_what_autograd_keeps(name: str, half: bool) -
         for layers in (1, 3)
     ]
     measured = (per_layer[1] - per_layer[0]) / 2 / (2 * 48)
-    hidden, intermediate = cost.SAVED[method.name, method.dropout > 0][2 if half else 4]
+    saved = entry_of(method.name).saved
+    assert saved is not None
+    hidden, intermediate = saved[method.dropout > 0][2 if half else 4]
     assert measured == pytest.approx(hidden * 256 + intermediate * 704, rel=0.03)
 
 
@@ -154,7 +153,9 @@ def test_memory_of_the_paper_tier() -> None:
 def test_an_estimate_adds_up() -> None:
     spec, seven = a_spec(), shapes.PAPER["LLaMA-7B"][0]
     found = cost.estimate(spec, seven, 1600, 800, cost.gpu("A100-80GB"))
-    steps = cost.total_steps(1600, spec)
+    assert spec.optim is not None
+    steps = spec.optim.steps(1600)
+    assert steps == 300
     assert (found.steps, found.tokens) == (steps, steps * 16 * 256)
     assert found.train_flops == steps * cost.step_flops(spec, seven, 256)
     assert found.validation_flops == 3 * 120 * 256 * cost.forward_flops(seven, 256)
@@ -181,6 +182,7 @@ def test_the_dry_run_says_what_it_costs() -> None:
     lora, dora = (line for line in paper.splitlines() if "tokens, " in line)
     assert "130.8 M tokens, 4.0 EFLOP" in lora and "130.8 M tokens, 6.4 EFLOP" in dora
     assert "on one A100-80GB at an assumed 35% of its peak" in paper and "estimate, not a measurement" in paper
+    assert "hours for a GPU with --gpu" in told("--tier", "paper", "--only", "seed=0", "--device", "cpu")
     small = told("--tier", "paper", "--only", "seed=0", "--gpu", "RTX4090-24GB")
     assert small.count("does not fit") == 12
     mini = told()

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from dora_lab.launch.run import run_spec
+from dora_lab.launch.runtime import Runtime
 from dora_lab.runs import checkpoints
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.record import read_record, run_path
@@ -135,7 +136,7 @@ def test_a_base_that_is_not_trained_is_not_cut(tmp_path: Path) -> None:
 
 def test_shares_of_one_process_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="start several with torchrun"):
-        run_spec(CASES["dora"], crash.paths(tmp_path), shard=True)
+        run_spec(CASES["dora"], crash.paths(tmp_path), Runtime(shard=True))
     assert not any(tmp_path.rglob("record.json"))
 
 
@@ -151,15 +152,15 @@ def test_an_evaluation_goes_on_after_its_whole_tasks(tmp_path: Path, monkeypatch
 
     spec = crash.small_spec("dora", data__tasks="boolq,ARC-Easy", evaluation__protocols="generate,loglikelihood")
     asked: list[tuple[str, str]] = []
-    score = evaluate._run
+    score = evaluate._samples
 
     def counted(*arguments: Any) -> Any:
-        asked.append((arguments[5], arguments[3]))
+        asked.append((arguments[3].protocol.name, arguments[3].task.name))
         if len(asked) == 3:
             raise KeyboardInterrupt
         return score(*arguments)
 
-    monkeypatch.setattr(evaluate, "_run", counted)
+    monkeypatch.setattr(evaluate, "_samples", counted)
     with pytest.raises(KeyboardInterrupt):
         run_spec(spec, crash.paths(tmp_path))
     assert len(read_stream(run_path(tmp_path, spec), "eval")) == 2
@@ -176,7 +177,7 @@ def test_an_evaluation_goes_on_after_its_whole_tasks(tmp_path: Path, monkeypatch
 SHARE = """
 import json, sys
 from pathlib import Path
-from dora_lab.launch.run import Paths
+from dora_lab.launch.runtime import Paths
 from dora_lab.spec import from_dict
 from dora_lab.launch.pool import run_many
 specs = [from_dict(given) for given in json.loads(sys.argv[1])]
@@ -244,10 +245,10 @@ def test_what_differs_is_named() -> None:
     ]
 
 
-def snapshot(root: Path, step: int, spec: Spec) -> checkpoints.Snapshots:
-    """A snapshot of one file, in a run that is closed again."""
+def checkpoint(root: Path, step: int, spec: Spec) -> checkpoints.Checkpoints:
+    """A checkpoint of one file, in a run that is closed again."""
     with RunDir.open(root, spec) as run:
-        found = checkpoints.Snapshots(run, {"seed": spec.seed})
+        found = checkpoints.Checkpoints(run, {"seed": spec.seed})
         with found.writing(step, 0, []) as folder:
             (folder / "weights").write_bytes(bytes(100))
     return found
@@ -265,10 +266,10 @@ def test_a_broken_manifest_or_a_foreign_file_is_put_aside(tmp_path: Path) -> Non
     }.items():
         with RunDir.open(tmp_path / fault, spec) as run:
             run.append("metrics", {"step": 1})
-        found = snapshot(tmp_path / fault, 1, spec)
+        found = checkpoint(tmp_path / fault, 1, spec)
         harm(found.folder / "checkpoint-1")
         with RunDir.open(tmp_path / fault, spec) as run:
-            assert checkpoints.Snapshots(run, {"seed": 0}).newest() is None
+            assert checkpoints.Checkpoints(run, {"seed": 0}).newest() is None
             assert any(fault in note for note in read_record(run.path)["notes"])
         assert [path.name for path in (found.folder / "quarantine").iterdir()] == [f"checkpoint-1.{fault}"]
 
@@ -282,10 +283,10 @@ def edit(file: Path, old: str, new: str) -> None:
 def test_quarantine_outlives_the_run_and_keeps_both_of_a_name(tmp_path: Path) -> None:
     spec = CASES["dora"]
     for _ in range(2):
-        folder = snapshot(tmp_path, 3, spec).folder
+        folder = checkpoint(tmp_path, 3, spec).folder
         (folder / "checkpoint-3" / "weights").write_bytes(b"other")
         with RunDir.open(tmp_path, spec) as run:
-            assert checkpoints.Snapshots(run, {"seed": 0}).newest() is None
+            assert checkpoints.Checkpoints(run, {"seed": 0}).newest() is None
     checkpoints.clear(folder)
     left = sorted(path.name for path in (folder / "quarantine").iterdir())
     assert left == ["checkpoint-3.weights-changed", "checkpoint-3.weights-changed.2"]
@@ -319,7 +320,7 @@ def test_code_that_changed_under_a_run_is_noted(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(provenance, "code", lambda: {"commit": "0" * 40, "diff": None})
     run_spec(spec, crash.paths(tmp_path))
     notes = read_record(run_path(tmp_path, spec))["notes"]
-    assert any(note.startswith("went on with other code or packages: code.commit was") for note in notes)
+    assert any(note.startswith("went on with other code, packages or machine: code.commit was") for note in notes)
 
 
 def test_a_stopped_run_is_not_behind_its_checkpoint(tmp_path: Path) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from dora_lab import __main__ as command
+from dora_lab.launch import select
 from dora_lab.launch.select import experiment_names, load_experiment
 from dora_lab.spec import from_dict, spec_id, to_dict, validate
 from dora_lab.tasks import load_task, table_1
 
+HOUSE = Path(__file__).resolve().parents[1]
 NAMES = experiment_names()
 
 
@@ -41,6 +48,19 @@ def test_dry_run(name: str) -> None:
         done = CliRunner().invoke(command.app, ["run", name, "--tier", tier, "--dry-run"])
         assert done.exit_code == 0, done.output
         assert "steps" in done.output
+
+
+def test_an_experiment_that_takes_from_another_one_loads_from_anywhere(tmp_path: Path) -> None:
+    copied = shutil.copy(select.EXPERIMENTS / "decomposition.py", tmp_path / "mine.py")
+    code = (
+        f"import sys; from pathlib import Path; from dora_lab.launch import select; sys.path.remove({str(HOUSE)!r})\n"
+        f"select.EXPERIMENTS = Path({str(tmp_path)!r}); print(len(select.load_experiment('mine').specs('mini')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=copied.parent, check=False,
+        env={**os.environ, "PYTHONPATH": str(HOUSE)},
+    )  # fmt: skip
+    assert done.stdout.strip() == "125", done.stderr
 
 
 def test_commonsense_mini() -> None:

@@ -13,6 +13,7 @@ from tiny import boolq_items, make_spec, save_data, save_model
 
 from dora_lab.io.errors import LoadError
 from dora_lab.launch import inputs
+from dora_lab.launch.runtime import Paths
 from dora_lab.models.base import hash_model, model_and_tokenizer, model_folder
 from dora_lab.tasks import ItemError, sources
 from dora_lab.tasks.sources import _shares
@@ -109,7 +110,7 @@ def test_layouts_of_llm_adapters(place: str, tests: str, tmp_path: Path) -> None
         "boolq": 12,
         "ARC-Easy": 12,
     }
-    found = inputs.fingerprints(mix_spec(), tmp_path)
+    found = inputs.fingerprints(mix_spec(), Paths(tmp_path, tmp_path))
     assert found["data"]["sha256"] == found["eval_data"]["sha256"] == sources.hash_data(tmp_path)
     with pytest.raises(LoadError, match="content hash"):
         sources.items(mix_spec(data__sha256=bare), tmp_path)
@@ -158,7 +159,7 @@ def test_the_mix_from_the_hubs_cache(
     spec = mix_spec(data__revision=commit)
     found = sources.items(spec, data_dir).train["commonsense_170k"]
     assert sorted(found, key=str) == sorted(boolq_items(30), key=str)
-    assert inputs.fingerprints(spec, data_dir)["data"] == {
+    assert inputs.fingerprints(spec, Paths(tmp_path, data_dir))["data"] == {
         "name": "commonsense_170k", "revision": commit, "sha256": None,
     }  # fmt: skip
     for revision in ("none", "main", "b" * 39):

@@ -251,14 +251,13 @@ def test_merged_and_unmerged_agree(dtype: str, tmp_path: Path) -> None:
 
 
 def test_the_run_merges_as_its_spec_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dora_lab.methods.inject
-    from dora_lab.launch.run import Paths, run_spec
+    from dora_lab.launch import stages
+    from dora_lab.launch.run import run_spec
+    from dora_lab.launch.runtime import Paths
 
     calls: list[str] = []
-    real = dora_lab.methods.inject.merge
-    monkeypatch.setattr(
-        dora_lab.methods.inject, "merge", lambda model, **how: (calls.append("merged"), real(model, **how))
-    )
+    real = stages.merge
+    monkeypatch.setattr(stages, "merge", lambda model, **how: (calls.append("merged"), real(model, **how)))
     save_model(tmp_path / "model")
     save_data(tmp_path / "data", test=2)
     for dtype, weights, wanted in (("float32", "unmerged", 0), ("bfloat16", "merged", 1), ("bfloat16", "exact", 0)):

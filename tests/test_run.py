@@ -9,22 +9,27 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
+import torch
 from tiny import boolq_items, make_spec, save_data, save_model
 from typer.testing import CliRunner
 
 from dora_lab import __main__ as command
 from dora_lab.commands.run import summary
 from dora_lab.launch import select
+from dora_lab.launch.inputs import is_complete
 from dora_lab.launch.pool import run_many
-from dora_lab.launch.run import Paths, is_complete, run_spec
+from dora_lab.launch.run import run_spec
+from dora_lab.launch.runtime import TIERS, Paths, Runtime
 from dora_lab.launch.select import chosen, load_experiment
 from dora_lab.models.base import hash_model
-from dora_lab.runs.record import read_record, run_path
+from dora_lab.runs import provenance
+from dora_lab.runs.record import iter_runs, read_record, run_path
 from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Method, Spec, SpecError
 from dora_lab.tasks import sources
@@ -48,6 +53,12 @@ def paths(inputs: Path, tmp_path: Path) -> Paths:
 
 def base_spec() -> Spec:
     return replace(make_spec(), method=Method(name="base"), optim=None, probe=None)
+
+
+def stopped(when: Callable[[str, int], bool]) -> Runtime:
+    """A runtime that asks its run to stop at a phase and a number of steps."""
+    stop = threading.Event()
+    return Runtime(stop=stop, progress=lambda phase, done, *_: stop.set() if when(phase, done) else None)
 
 
 def test_pipeline_end_to_end(paths: Paths) -> None:
@@ -96,9 +107,8 @@ def test_base_is_evaluated_without_training(paths: Paths) -> None:
 
 def test_interrupted_run_goes_on(paths: Paths) -> None:
     spec = make_spec()
-    stop = threading.Event()
     with pytest.raises(Interrupted):
-        run_spec(spec, paths, stop=stop, progress=lambda phase, done, *_: stop.set() if done == 7 else None)
+        run_spec(spec, paths, stopped(lambda _, done: done == 7))
     path = run_path(paths.results, spec)
     assert read_record(path)["status"] == "interrupted"
     run_spec(spec, paths)
@@ -107,15 +117,59 @@ def test_interrupted_run_goes_on(paths: Paths) -> None:
 
 
 def test_run_interrupted_while_evaluating_does_not_train_again(paths: Paths, tmp_path: Path) -> None:
-    spec, stop = make_spec(), threading.Event()
+    spec = make_spec()
     with pytest.raises(KeyboardInterrupt):
-        run_spec(spec, paths, stop=stop, progress=lambda phase, *_: stop.set() if phase == "evaluate" else None)
+        run_spec(spec, paths, stopped(lambda phase, _: phase == "evaluate"))
     run_spec(spec, paths)
     path = run_path(paths.results, spec)
     assert read_record(path)["training"]["resumed_from"] == 20
     whole = replace(paths, results=tmp_path / "whole")
     run_spec(spec, whole)
     assert read_stream(path, "eval") == read_stream(run_path(whole.results, spec), "eval")
+
+
+def test_a_tier_says_where_a_run_computes_unless_it_is_told(paths: Paths, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for number, (tier, runtime, threads) in enumerate(
+            [("mini", Runtime(), 1), ("small", Runtime(), 3), ("small", Runtime(threads=2), 2)]
+        ):
+            spec, where = replace(base_spec(), tier=tier), replace(paths, results=tmp_path / str(number))
+            run_spec(spec, where, runtime)
+            record = read_record(run_path(where.results, spec))
+            assert (record["device"], record["threads"]) == ("cpu", threads)
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_table_of_tiers() -> None:
+    cores = provenance.cores()
+    assert tuple(TIERS) == get_args(get_type_hints(Spec)["tier"])
+    assert {tier: Runtime().of(tier).jobs for tier in TIERS} == {"mini": cores, "small": 1, "paper": 1}
+    assert Runtime().of("paper").device == "cuda" and Runtime(device="cpu").of("paper").device == "cpu"
+    assert Runtime(threads=cores).of("mini").jobs == Runtime(device="cuda").of("mini").jobs == 1
+    for wrong, words in (
+        ({"threads": 0}, "threads = 0 must be"),
+        ({"device": "gpu"}, "device 'gpu' must be one of cpu"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Runtime(**wrong)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_costs_no_run_what_it_has(paths: Paths) -> None:
+    spec = make_spec()
+    with pytest.raises(Interrupted):
+        run_spec(spec, paths, stopped(lambda _, done: done == 7))
+    with pytest.raises(ValueError, match="torch finds no CUDA device"):
+        run_spec(spec, paths, Runtime(device="cuda"))
+    assert read_record(run_path(paths.results, spec))["status"] == "interrupted"
+    run_spec(spec, paths, Runtime(threads=2))
+    record = read_record(run_path(paths.results, spec))
+    assert record["threads"] == 2 and record["training"]["resumed_from"] == 8
+    assert record["notes"] == ["went on with other code, packages or machine: threads was 1, is 2"]
 
 
 def test_failed_run_says_why_and_starts_anew(paths: Paths) -> None:
@@ -155,7 +209,7 @@ def start(paths: Paths, specs: list[Spec]) -> subprocess.Popen[str]:
     from dora_lab.spec import to_dict
 
     code = (
-        "import json, sys; from pathlib import Path; from dora_lab.launch.run import Paths\n"
+        "import json, sys; from pathlib import Path; from dora_lab.launch.runtime import Paths\n"
         "from dora_lab.spec import from_dict; from dora_lab.launch.pool import run_many\n"
         "specs = [from_dict(s) for s in json.loads(sys.argv[1])]\n"
         "print([o.status for o in run_many(specs, Paths(*map(Path, sys.argv[2:])), jobs=1)])\n"
@@ -188,9 +242,8 @@ def test_signal_interrupts_and_the_next_call_resumes(number: signal.Signals, pat
     assert record["status"] == "interrupted"
     assert not run_path(paths.results, make_spec(seed=1)).exists()
     steps = len(read_stream(run_path(paths.results, long), "metrics"))
-    stop = threading.Event()
     with pytest.raises(Interrupted):
-        run_spec(long, paths, stop=stop, progress=lambda phase, done, *_: stop.set() if done > steps + 2 else None)
+        run_spec(long, paths, stopped(lambda _, done: done > steps + 2))
     rows = read_stream(run_path(paths.results, long), "metrics")
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) > steps
 
@@ -276,9 +329,11 @@ def test_command_line(tiny_experiment: Any, inputs: Path, tmp_path: Path) -> Non
     dry = runner.invoke(command.app, [*given, "--dry-run"])
     assert dry.exit_code == 0 and "no training" in dry.output and "1 specs" in dry.output
     assert not (tmp_path / "results").exists()
-    done = runner.invoke(command.app, given)
+    done = runner.invoke(command.app, [*given, "--threads", "2", "--device", "cpu"])
     assert done.exit_code == 0, done.output
     assert "1 complete" in done.output
+    ((_, record),) = iter_runs(tmp_path / "results")
+    assert (record["threads"], record["device"]) == (2, "cpu")
     assert "1 skipped" in runner.invoke(command.app, given).output
     failing = [*given[:-1], "seed=0", "--only", "rank=2", "--with", "method.rank=500", "--with", "method.alpha=1"]
     failed = runner.invoke(command.app, failing)

@@ -15,8 +15,7 @@ DROPPED = speed.Cell(32, 8, rank=2, dropout=0.05, layers=1, heads=2, key_value_h
 
 
 def test_every_cell_has_its_own_name() -> None:
-    for cells in (speed.cells(), speed.gpu_cells()):
-        assert len({cell.name() for cell in cells}) == len(cells)
+    assert len({cell.name() for cell in speed.cells()}) == len(speed.cells())
     for target in table.TARGETS:  # every target is measured somewhere
         where = [c for c in speed.cells() if all(getattr(c, key) == value for key, value in target.where.items())]
         assert where and all({target.over, target.under} <= set(cell.contenders) for cell in where), target
@@ -58,9 +57,3 @@ def test_resume_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     (tmp_path / "bench" / "speed.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="a line is not a record of this benchmark"):
         speed.main(["--results", str(tmp_path)])
-
-
-def test_without_a_gpu_the_gpu_benchmark_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match=r"no GPU here that torch can use; `make bench` measures"):
-        speed.main(["--gpu", "--results", str(tmp_path)])

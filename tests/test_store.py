@@ -250,3 +250,34 @@ def test_runs_are_found_in_order(tmp_path: Path) -> None:
     found = [path.relative_to(tmp_path / "runs").parts for path, _ in iter_runs(tmp_path)]
     assert found == sorted(found) and [parts[0] for parts in found] == ["a", "a", "b"]
     assert [record["spec"]["experiment"] for _, record in iter_runs(tmp_path, "b")] == ["b"]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A disk with room for a thousand bytes: what was there stays, whoever writes, and nothing is left beside it."""
+    import resource
+
+    import pandas as pd
+
+    from dora_lab import report
+    from dora_lab.io.atomic import write_text
+
+    source = report.Provenance(("x",), ("mini",), ("abc",), (), False, {})
+    table = pd.DataFrame({"word": ["a" * 5000]})
+    figure, _ = report.new_figure(1, 1, width=2, height=2)
+    writers = {
+        "x.txt": lambda: write_text(tmp_path / "x.txt", "b" * 5000),
+        "x.csv": lambda: report.save_table(tmp_path, "x", "x", [report.Block(title="x", cells=table)], table, source),
+        "x.pdf": lambda: report.save_figure(figure, tmp_path, "x", source),
+    }
+    names = [*writers, "x.md", "x.tex", "x.png"]
+    for name in names:
+        (tmp_path / name).write_text("as it was")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        for write in writers.values():
+            with pytest.raises(OSError, match="too large"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(names, "as it was")

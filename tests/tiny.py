@@ -98,6 +98,15 @@ def save_data(folder: Path, train: int = 40, test: int = 12) -> Path:
     return folder
 
 
+def small_method(name: str, targets: tuple[str, ...], **changes: Any) -> Any:
+    """A small setting of any method, from the fields that it says it reads."""
+    from dora_lab.methods.catalog import entry_of
+    from dora_lab.spec import Method
+
+    small = {"rank": 4, "alpha": 8.0, "target_modules": targets}
+    return Method(name=name, **({key: small[key] for key in small if key in entry_of(name).fields} | changes))  # type: ignore[arg-type]
+
+
 def make_spec(**changes: Any) -> Any:
     """A 20-step DoRA run on those items; `changes` by dotted path, as for `derive`."""
     from dora_lab.spec import Data, Evaluation, Method, Model, Optim, Probe, Spec, derive

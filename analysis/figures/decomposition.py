@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import seaborn as sns
 from matplotlib import colormaps
 from matplotlib.lines import Line2D
 
@@ -40,6 +41,7 @@ def draw(probes: pd.DataFrame, paper: pd.DataFrame) -> Any:
     shown = probes[probes["label"].isin(METHODS) & probes["kind"].isin(KINDS)]
     layers, fractions = sorted(shown["layer"].unique()), sorted(shown["fraction"].unique())
     colours = {layer: colormaps["viridis"](0.92 * i / max(len(layers) - 1, 1)) for i, layer in enumerate(layers)}
+    markers = {fraction: MARKERS[k % len(MARKERS)] for k, fraction in enumerate(fractions)}
     estimates = {
         (i, j): layer_correlation(probes, label, kind)
         for i, kind in enumerate(KINDS)
@@ -48,19 +50,13 @@ def draw(probes: pd.DataFrame, paper: pd.DataFrame) -> Any:
     for i, kind in enumerate(KINDS):
         for j, label in enumerate(METHODS):
             axis, rows = axes[i, j], shown[(shown["kind"] == kind) & (shown["label"] == label)]
-            for (layer, fraction), points in rows.groupby(["layer", "fraction"]):
-                axis.scatter(
-                    points["delta_d"],
-                    points["delta_m"],
-                    s=26,
-                    color=colours[layer],
-                    linewidths=0.4,
-                    edgecolors="white",
-                    marker=MARKERS[fractions.index(fraction) % len(MARKERS)],
-                )
-            axis.set_title(
-                f"{label}, {report.KINDS[kind]}\n{_caption(estimates[i, j], paper, label, kind)}", fontsize=8.5
-            )
+            sns.scatterplot(
+                rows, x="delta_d", y="delta_m", hue="layer", style="fraction", palette=colours, markers=markers,
+                s=30, linewidth=0.4, edgecolor="white", legend=False, ax=axis,
+            )  # fmt: skip
+            caption = _caption(estimates[i, j], paper, label, kind)
+            axis.set(title=f"{label}, {report.KINDS[kind]}\n{caption}", xlabel="", ylabel="")
+            axis.title.set_fontsize(8.5)
             axis.locator_params(nbins=5)
             axis.margins(0.08)
             if not len(rows):
@@ -74,16 +70,10 @@ def draw(probes: pd.DataFrame, paper: pd.DataFrame) -> Any:
         for layer in layers[:: step or 1]
     ]
     handles.append(Line2D([], [], ls="", label=""))
+    said = {fraction: "final" if fraction == 1 else f"{fraction:.0%} of steps" for fraction in fractions}
     handles += [
-        Line2D(
-            [],
-            [],
-            marker=MARKERS[k % len(MARKERS)],
-            ls="",
-            color="#555555",
-            label="final" if fraction == 1 else f"{fraction:.0%} of steps",
-        )
-        for k, fraction in enumerate(fractions)
+        Line2D([], [], marker=marker, ls="", color="#555555", label=said[fraction])
+        for fraction, marker in markers.items()
     ]
     counts = "\n".join(sorted({estimate.n for estimate in estimates.values() if estimate})) or "no points"
     figure.legend(

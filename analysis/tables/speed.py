@@ -1,4 +1,4 @@
-"""What a step costs: our LoRA and DoRA beside PEFT's and full fine-tuning, from results/bench/speed*.jsonl."""
+"""What a step costs: our LoRA and DoRA beside PEFT's and full fine-tuning, from results/bench/speed.jsonl."""
 
 from __future__ import annotations
 
@@ -58,14 +58,13 @@ TARGETS = (
 
 def build(results: Path) -> list[Path]:
     """Write results/tables/speed.{md,csv,tex}; returns their paths, none if nothing was measured."""
-    rows = [row for name in ("speed", "speed_gpu") for row in _read(results / "bench" / f"{name}.jsonl")]
+    rows = _read(results / "bench" / "speed.jsonl")
     if not rows:
         return []
     blocks = [_targets(rows)]
     for measure, title in (
         ("seconds", "Time of a step"),
         ("bytes", "Memory of a step above what lies there before it"),
-        ("total_bytes", "Memory in all (table 7 of the paper: 37.3 GB with the norm in the graph, 28.2 GB without)"),
     ):
         blocks += (
             [Block(title=title, cells=cells, text=("Cell", "Device"))] if len(cells := _all(rows, measure)) else []
@@ -80,7 +79,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 
 def _device(row: dict[str, Any]) -> str:
-    return row["machine"].get("gpu") or row["machine"]["processor"]
+    return row["machine"]["processor"]
 
 
 def _ratio(row: dict[str, Any], over: str, under: str) -> tuple[float, float, float] | None:

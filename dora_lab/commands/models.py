@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dora_lab.commands.app import LOCAL, ResultsOption, app
-from dora_lab.launch.run import Paths
+from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.launch.select import load_experiment, pair
 from dora_lab.models.base import hash_adapter, hash_model
 from dora_lab.spec import derive
@@ -115,7 +115,8 @@ def verify_published(
     )
     spec = released_adapter.spec_of(protocol, model, tuple(sources.tasks_in(data_dir)), sources.hash_data(data_dir))
     spec = derive(spec, dict(pair(change, "--with") for change in with_ or ()))
-    found, run = released_adapter.evaluate(spec, Paths(results, data_dir, base_dir, adapter_dir), allow_pickle)
+    paths, runtime = Paths(results, data_dir, base_dir, adapter_dir), Runtime(allow_pickle=allow_pickle)
+    found, run = released_adapter.evaluate(spec, paths, runtime)
     rows = comparison.compare(run, found.method, found.rank, paper_model or shapes.printed_name(base))
     typer.echo(
         f"{found.method}, rank {found.rank}, on {base}\n{comparison.table(rows)}\n{comparison.summary(rows)}\n{run}"

@@ -12,7 +12,7 @@ import typer
 from dora_lab.commands.app import HOUSE, LOCAL, README, RESULTS, ResultsOption, app
 from dora_lab.commands.run import summary
 from dora_lab.launch.pool import run_many
-from dora_lab.launch.run import Paths
+from dora_lab.launch.runtime import Paths
 from dora_lab.launch.select import chosen, load_experiment, published_specs
 
 
@@ -78,7 +78,7 @@ def reproduce(
     jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core.")] = None,
 ) -> None:
     """Run the mini tier, rebuild tables and figures, print the table and compare with the committed runs."""
-    outcomes = run_many(chosen(load_experiment(experiment), "mini"), Paths(results), jobs)
+    outcomes = run_many(chosen(load_experiment(experiment), "mini"), Paths(results), jobs=jobs)
     typer.echo(summary(outcomes, results))
     if any(outcome.status in ("failed", "interrupted") for outcome in outcomes):
         raise typer.Exit(1 if any(outcome.status == "failed" for outcome in outcomes) else 130)

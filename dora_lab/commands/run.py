@@ -11,11 +11,14 @@ import typer
 from dora_lab import distributed
 from dora_lab.commands.app import LOCAL, ResultsOption, app
 from dora_lab.launch.pool import Outcome, describe, run_many
-from dora_lab.launch.run import Paths
+from dora_lab.launch.runtime import Device, Paths, Runtime
 from dora_lab.launch.select import chosen, experiment_names, load_experiment, pair
 from dora_lab.runs.record import run_path
 from dora_lab.runs.streams import read_stream
 from dora_lab.spec import SpecError, spec_id
+
+DeviceOption = Annotated[Device | None, typer.Option(help="Where it computes; default: as the tier says.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="Threads of a run on the CPU; default: as the tier says.")]
 
 
 @app.command("list")
@@ -35,10 +38,12 @@ def run(
     with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the specs and their cost, run nothing.")] = False,
     gpu: Annotated[
-        str | None, typer.Option(help="Of the cost: hours on it; default for tier paper: A100-80GB.")
+        str | None, typer.Option(help="Of the cost: hours on it; default for runs on a GPU: A100-80GB.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Of the cost: tokens per text; default: the cutoff.")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core (paper: one).")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: mini one per core, else one.")] = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
     shard: Annotated[
         bool, typer.Option("--shard", help="Under torchrun: weights cut over the processes while training (FSDP2).")
     ] = False,
@@ -51,13 +56,14 @@ def run(
     """Run an experiment: complete runs are skipped, interrupted ones go on, failed ones start anew."""
     module = load_experiment(experiment)
     specs = chosen(module, tier, only or (), with_ or (), data_dir, model_dir)
+    runtime = Runtime(device=device, threads=threads, shard=shard)
     if dry_run:
         from dora_lab.launch import plan as planning
 
-        for line in planning.lines(specs, getattr(module, "ITEMS", {}), model_dir, gpu, tokens):
+        for line in planning.lines(specs, getattr(module, "ITEMS", {}), model_dir, gpu, tokens, runtime):
             typer.echo(line)
         return
-    outcomes = run_many(specs, Paths(results, data_dir, model_dir), jobs, shard=shard)
+    outcomes = run_many(specs, Paths(results, data_dir, model_dir), runtime, jobs)
     if distributed.first():
         typer.echo(summary(outcomes, results))
     if any(outcome.status == "failed" for outcome in outcomes):
@@ -79,6 +85,8 @@ def submit(
     memory: Annotated[float, typer.Option(help="Memory of a job, GB.")] = 64.0,
     at_once: Annotated[int | None, typer.Option(help="Jobs at a time; default: as the cluster gives.")] = None,
     slurm: Annotated[list[str] | None, typer.Option(help="KEY=VALUE: a further option of sbatch.")] = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
     local: Annotated[
         bool, typer.Option("--local", help="The same jobs here, one after the other; to try out.")
     ] = False,
@@ -94,7 +102,8 @@ def submit(
         partition=partition, hours=hours, gpus=gpus, cpus=cpus, memory_gb=memory, at_once=at_once,
         more=dict(pair(option, "--slurm") for option in slurm or ()),
     )  # fmt: skip
-    jobs = cluster.submit(specs, Paths(results, data_dir, model_dir), resources, local=local)
+    runtime = Runtime(device=device, threads=threads)
+    jobs = cluster.submit(specs, Paths(results, data_dir, model_dir), resources, runtime, local=local)
     for spec, job in jobs:
         typer.echo(f"{spec_id(spec)}  {describe(spec):34} job {job.job_id}{f'  {job.state}' if local else ''}")
     typer.echo(f"{len(jobs)} jobs, {len(specs) - len(jobs)} runs complete before; logs in {results / 'cluster'}")

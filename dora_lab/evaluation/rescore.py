@@ -7,7 +7,6 @@ that decision speaking, not the model: here it can be changed and its weight see
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_lab.io.atomic import write_text
+from dora_lab.io.files import hash_bytes
 from dora_lab.runs.errors import StoreError
 from dora_lab.runs.record import read_record
 from dora_lab.runs.streams import read_stream
@@ -43,7 +43,7 @@ def rescore(run: Path, patterns: Sequence[str] = ()) -> tuple[list[dict[str, Any
         )
     chosen = _patterns(patterns, list(old))
     rows = [_row(task, chosen[task], _samples(files, task, run), row) for task, row in old.items()]
-    identity = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
+    identity = hash_bytes(json.dumps(chosen, sort_keys=True).encode())[:8]
     file = run / "rescored" / f"{identity}.jsonl"
     file.parent.mkdir(exist_ok=True)
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

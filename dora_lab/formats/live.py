@@ -10,7 +10,8 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,15 @@ from torch import Tensor, nn
 import dora_lab
 from dora_lab.formats import manifest
 from dora_lab.formats.manifest import MANIFEST
-from dora_lab.formats.read import CONFIG, WEIGHTS, Adapter, Factors, read_adapter, write_config, write_tensors
+from dora_lab.formats.neutral import CONFIG, OWN, WEIGHTS, Adapter, Factors, refuse_not_finite
+from dora_lab.formats.peft import write_config, write_tensors
+from dora_lab.formats.read import read_adapter
+from dora_lab.io.atomic import replacing, write_text
 from dora_lab.io.errors import CheckpointError
 from dora_lab.io.files import sha256
 from dora_lab.methods.contract import AdaptedLinear
-from dora_lab.methods.dora import DoraLinear, MagnitudeLinear
-from dora_lab.methods.inject import adapted, attach, merge, unmerge
-from dora_lab.methods.lora import LoraLinear
+from dora_lab.methods.inject import adapted, attach, detach, hold, inject, merge, unmerge
 from dora_lab.spec import Method, did_you_mean
-
-_TRAINED = ("lora_A", "lora_B", "magnitude")
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -41,31 +41,41 @@ def fingerprint(model: nn.Module) -> str:
     return manifest.fingerprint(_base_tensors(model))
 
 
-def save_adapter(model: nn.Module, folder: Path | str, format: str = "peft", base_name: str | None = None) -> Path:
-    """Write the adapter of `model` as a folder that ``PeftModel.from_pretrained`` takes; returns the folder.
+def save_trained(model: Any, folder: Path, base_name: str) -> None:
+    """Write what a finished training leaves: the adapter, or a transformers model of which all was trained.
 
-    format: "peft", or "authors" (the layout of the weights released with the paper).
+    Raises RuntimeError for a layer that says that a part of it never moved, else as `save_adapter` does.
+    """
+    for name, layer in adapted(model):
+        if (still := layer.unmoved()) is not None:
+            raise RuntimeError(f"'{name}': {still}")
+    if any(True for _ in adapted(model)):
+        save_adapter(model, folder, base_name=base_name)
+    else:
+        model.save_pretrained(folder)
+
+
+def save_adapter(model: nn.Module, folder: Path | str, format: str | None = None, base_name: str | None = None) -> Path:
+    """Write the adapter of `model` as a folder, which `load_adapter` takes; returns the folder.
+
+    format: "peft" (``PeftModel.from_pretrained`` takes it), "authors" (the layout of the weights released with the
+        paper); None: the first of these that holds it, else named tensors with the method that makes such layers.
     base_name: hub id or path of the base, for ``base_model_name_or_path``; default: the one the model was loaded from.
 
     Raises CheckpointError if the model has no adapter, or one that the format cannot hold.
     """
-    if format not in ("peft", "authors"):
+    if format not in (None, "peft", "authors"):
         raise CheckpointError(f"format '{format}' cannot be written; choices: authors, peft")
     found = dict(adapted(model))
     if not found:
         raise CheckpointError("the model has no adapter to save: inject one, or save the model itself")
-    layers = {name: _factors_of(name, layer) for name, layer in found.items()}
-    bare = [name for name, layer in layers.items() if layer.A is None]
     name = base_name or getattr(getattr(model, "config", None), "name_or_path", None) or None
-    dropout = max((layer.dropout for layer in found.values() if isinstance(layer, LoraLinear)), default=0.0)
-    targets = _targets(model, [module for module in found if module not in bare])
-    config = write_config(layers, format, targets, base_model_name_or_path=name, lora_dropout=dropout)
-    shapes = {module: _shape(layer) for module, layer in found.items()}
+    format, config, state = _written(model, found, format, name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # until the new one is there, the folder is not whole
-    with _renamed(folder / WEIGHTS) as file:
-        save_file(write_tensors(layers, format, shapes), file, metadata={"format": "pt"})
+    with replacing(folder / WEIGHTS) as file:
+        save_file(state, file, metadata={"format": "pt"})
     _write(folder / CONFIG, config)
     whole = {module: layer.weight for module, layer in found.items() if layer.weight is not None}
     tensors = {module: manifest.digest(tuple(W.shape), iter([W])) for module, W in whole.items()}
@@ -76,7 +86,7 @@ def save_adapter(model: nn.Module, folder: Path | str, format: str = "peft", bas
 
 
 def load_adapter(model: nn.Module, path: Path | str, *, allow_pickle: bool = False) -> nn.Module:
-    """Put a saved adapter (PEFT, the authors', LyCORIS) on its base, in place; returns `model`, frozen but for it.
+    """Put a saved adapter (of any format in `read`) on its base, in place; returns `model`, frozen but for it.
 
     Raises CheckpointError, and changes nothing, for a file that is damaged or does not fit, for another base than the
     manifest names, and for a model that is adapted already: take that adapter off with ``detach(model)`` first, since
@@ -91,19 +101,13 @@ def load_adapter(model: nn.Module, path: Path | str, *, allow_pickle: bool = Fal
     modules = dict(model.named_modules())
     _check_base(model, path)
     adapter = read_adapter(path, modules, allow_pickle=allow_pickle)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
+    with _or_as_before(model):
+        if adapter.format == "tensors":
+            return _as_itself(path, model, adapter)
         layers = {name: _layer(path, modules, name, factors, adapter) for name, factors in adapter.layers.items()}
-        saved = {name: _parameter(path, model, name, tensor) for name, tensor in adapter.saved.items()}
-    except CheckpointError:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        raise
-    model.requires_grad_(False)
-    with torch.no_grad():
-        for name, parameter in saved.items():
-            parameter.copy_(adapter.saved[name])
-    return attach(model, layers)
+        _fill(path, {name: _parameter(path, model, name) for name in adapter.saved}, adapter.saved)
+        model.requires_grad_(False)
+        return attach(model, layers)
 
 
 def export(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> Path:
@@ -156,15 +160,42 @@ def _packages() -> dict[str, str]:
     return {"dora_lab": dora_lab.__version__, "torch": torch.__version__}
 
 
-def _factors_of(name: str, layer: AdaptedLinear) -> Factors:
-    kind = "linear" if layer.kind.name == "opaque" else layer.kind.name
-    if isinstance(layer, MagnitudeLinear):
-        return Factors(None, None, 1.0, layer.magnitude.detach().cpu(), kind)
-    if not isinstance(layer, LoraLinear):
-        raise CheckpointError(f"'{name}' is a {type(layer).__name__}: neither LoRA nor DoRA, no file format holds it")
-    m = layer.magnitude.detach().cpu() if isinstance(layer, DoraLinear) else None
+def _written(
+    model: nn.Module, found: Mapping[str, AdaptedLinear], format: str | None, base: str | None
+) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """(format, configuration, tensors) of an adapter in the format asked for, or in the first that holds it."""
+    layers = {name: _factors_of(name, layer) for name, layer in found.items()}
+    strange = next((name for name, factors in layers.items() if factors is None), None)
+    if strange is not None and format is not None:
+        raise CheckpointError(f"'{strange}' is a {type(found[strange]).__name__}, which format '{format}' cannot hold")
+    held = {name: factors for name, factors in layers.items() if factors is not None}
+    targets = _targets(model, [name for name, factors in held.items() if factors.A is not None])
+    dropout = max(layer.dropout for layer in found.values())
+    shapes = {name: _shape(layer) for name, layer in found.items()}
+    for one in (format,) if format else ("peft", "authors") if strange is None else ():
+        try:
+            config = write_config(held, one, targets, base_model_name_or_path=base, lora_dropout=dropout)
+            return one, config, write_tensors(held, one, shapes)
+        except CheckpointError:
+            if format is not None:
+                raise
+    name, layer = next(iter(found.items()))
+    if layer.method is None:
+        raise CheckpointError(f"'{name}' is of no method, so nothing could load it: put it on the model with `inject`")
+    config = {"peft_type": OWN, "base_model_name_or_path": base, "method": asdict(layer.method)}
+    state = {name: part.detach().cpu().clone().contiguous() for name, part in _state(model).items()}
+    refuse_not_finite(state)
+    return "tensors", config, state
+
+
+def _factors_of(name: str, layer: AdaptedLinear) -> Factors | None:
+    if (found := layer.factors()) is None:
+        return None
+    A, B, m = (part if part is None else part.detach().cpu() for part in (found[0], found[1], found[3]))
     try:
-        return Factors(layer.lora_A.detach().cpu(), layer.lora_B.detach().cpu(), layer.scaling, m, kind)
+        if not found[0].shape[0]:
+            A = B = None
+        return Factors(A, B, found[2], m, "linear" if layer.kind.name == "opaque" else layer.kind.name)
     except CheckpointError as error:
         raise CheckpointError(f"'{name}': {error}") from None
 
@@ -180,10 +211,32 @@ def _shape(layer: AdaptedLinear) -> tuple[int, ...]:
     return tuple(layer.weight.shape) if layer.weight is not None else (layer.out_features, layer.in_features)
 
 
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """What the layers of an adapter say that they hold, by the names that it has in the model."""
+    return {f"{name}.{part}": held for name, layer in adapted(model) for part, held in layer.trained_state().items()}
+
+
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    own = _state(model)
     for name, tensor in model.state_dict().items():
-        if name.rpartition(".")[2] not in _TRAINED and tensor.is_floating_point():
+        if name not in own and tensor.is_floating_point():
             yield name.replace(".frozen.", "."), tensor
+
+
+def _as_itself(path: Path, model: nn.Module, adapter: Adapter) -> nn.Module:
+    """The method of the file put on, and filled with its tensors."""
+    try:
+        inject(model, Method(**adapter.config["method"]), seed=0)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: 'method' in {CONFIG} makes no adapter of this base: {error}") from None
+    own = _state(model)
+    if differing := sorted(own.keys() ^ adapter.tensors.keys()):
+        raise CheckpointError(
+            f"{path}: '{differing[0]}' is {'missing' if differing[0] in own else 'no part of the method'}: is it the "
+            "right base, and the method's own file?"
+        )
+    _fill(path, own, adapter.tensors)
+    return model
 
 
 def _layer(path: Path, modules: dict[str, nn.Module], name: str, factors: Factors, adapter: Adapter) -> AdaptedLinear:
@@ -191,37 +244,53 @@ def _layer(path: Path, modules: dict[str, nn.Module], name: str, factors: Factor
         near = did_you_mean(name, [other for other, module in modules.items() if not list(module.children())][:60])
         raise CheckpointError(f"{path}: the base has no module '{name}': is it the right base? {near}")
     dropout = adapter.config.get("lora_dropout") or 0.0
+    rank = None if factors.A is None else factors.A.shape[0]
     try:
-        if factors.A is None or factors.B is None:
-            layer: Any = MagnitudeLinear(modules[name])
-        else:
-            rank = factors.A.shape[0]
-            settings = Method(name=adapter.method, rank=rank, alpha=factors.scaling * rank, dropout=dropout)
-            kind = DoraLinear if factors.magnitude is not None else LoraLinear
-            layer = kind(modules[name], settings, torch.Generator())
-            layer.scaling = factors.scaling
-        pairs = {"lora_A": factors.A, "lora_B": factors.B, "magnitude": factors.magnitude}
-        for part, tensor in pairs.items():
-            if tensor is None:
+        layer = hold(modules[name], rank, factors.scaling, dropout, magnitude=factors.magnitude is not None)
+        A, B, _, m = layer.factors() or (None, None, 1.0, None)
+        for part, own, given in (
+            ("lora_A", A, factors.A), ("lora_B", B, factors.B), ("magnitude", m, factors.magnitude)
+        ):  # fmt: skip
+            if own is None or given is None:
                 continue
-            if tensor.shape != getattr(layer, part).shape:
-                wanted = tuple(getattr(layer, part).shape)
-                raise ValueError(f"{part} is {tuple(tensor.shape)} in the file, the base needs {wanted}")
+            if given.shape != own.shape:
+                raise ValueError(f"{part} is {tuple(given.shape)} in the file, the base needs {tuple(own.shape)}")
             with torch.no_grad():
-                getattr(layer, part).copy_(tensor)
+                own.copy_(given)
     except ValueError as error:
         raise CheckpointError(f"{path}: '{name}': {error}") from None
     return layer
 
 
-def _parameter(path: Path, model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+def _parameter(path: Path, model: nn.Module, name: str) -> Tensor:
     try:
-        parameter = model.get_parameter(name)
+        return model.get_parameter(name)
     except AttributeError:
         raise CheckpointError(f"{path}: the base has no parameter '{name}'") from None
-    if parameter.shape != tensor.shape:
-        raise CheckpointError(f"{path}: '{name}' is {tuple(tensor.shape)}, the base's is {tuple(parameter.shape)}")
-    return parameter
+
+
+@torch.no_grad()
+def _fill(path: Path, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Copy tensors into a model's own of the same names; nothing, if one is of another shape."""
+    for name, tensor in own.items():
+        if given[name].shape != tensor.shape:
+            shapes = tuple(given[name].shape), tuple(tensor.shape)
+            raise CheckpointError(f"{path}: '{name}' is {shapes[0]}, the base's is {shapes[1]}")
+    for name, tensor in own.items():
+        tensor.copy_(given[name])
+
+
+@contextlib.contextmanager
+def _or_as_before(model: nn.Module) -> Iterator[None]:
+    """A model that an adapter did not fit is what it was."""
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    except CheckpointError:
+        detach(model)
+        for parameter, flag in trained.items():
+            parameter.requires_grad_(flag)
+        raise
 
 
 def _check_base(model: nn.Module, path: Path) -> None:
@@ -239,19 +308,5 @@ def _check_base(model: nn.Module, path: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def _renamed(file: Path) -> Iterator[Path]:
-    """A name to write to, which takes the place of `file`, flushed to disk, if all went well."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write(file: Path, values: dict[str, Any]) -> None:
-    with _renamed(file) as temporary:
-        temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(values, indent=2, sort_keys=True) + "\n")

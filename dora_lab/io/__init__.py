@@ -1,4 +1,4 @@
-"""What a file is before anything reads it: names, hashes, headers, strict JSON; the hub's cache; whole writes.
+"""What a file is before anything reads it: names, hashes, headers, strict JSON, types; the hub's cache; whole writes.
 
 Nothing here knows runs, tasks or models, or imports torch.
 """

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_text(file: Path, text: str) -> None:
-    """Replace `file` whole: a reader, or a crash at any moment, sees the old text or the new."""
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A name to write to, which takes the place of `file` when the block ends well.
+
+    A reader, or a crash at any moment, sees the old file or the new. The name does not end as `file` does: a writer
+    that goes by endings has to be told the format.
+    """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
+        yield temporary
+        fsync(temporary)
         os.replace(temporary, file)
-    except OSError:
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise
     fsync(file.parent)  # the renaming itself must reach the disk too
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace `file` whole by `text` in UTF-8, its ends of line as they are."""
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Replace `file` whole by `content`."""
+    with replacing(file) as temporary:
+        temporary.write_bytes(content)
 
 
 def fsync(path: Path) -> None:

@@ -44,6 +44,11 @@ def sha256(file: Path) -> str:
     return content.hexdigest()
 
 
+def hash_bytes(content: bytes) -> str:
+    """SHA-256 (64 hex digits) of bytes at hand."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def hash_files(files: Mapping[str, Path]) -> str:
     """SHA-256 (64 hex digits) over names and contents; the names are the keys, so where the files lie is no matter."""
     whole = hashlib.sha256()

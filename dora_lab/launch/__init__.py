@@ -1,4 +1,5 @@
-"""Specs to finished runs: which ones (select), what they would take (plan, cost), one (run), many (pool, slurm).
+"""Specs to finished runs: which ones (select), what they take (plan, cost), on what machine (runtime), one (run, by
+way of its stages, with the inputs that it began with), many (pool, slurm).
 
 What a run computes lies below: training, probing, evaluation.
 """

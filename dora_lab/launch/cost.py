@@ -18,7 +18,7 @@ heads, L layers, V words, h hidden, r rank, T tokens of a text, per token:
 upper bound, by less than 2 %, where not all of q, k and v are adapted).
 
 Memory: weights; 16 bytes for each adapter parameter (value, gradient, two moments, float32), or 3 x its type more for
-each weight under full fine-tuning; what autograd keeps, `SAVED` (a h + b m) bytes for each token and layer (m =
+each weight under full fine-tuning; what autograd keeps, a h + b m bytes for each token and layer (m =
 intermediate), measured on small models with plain Llama layers and attention that keeps no T x T matrix; logits, their
 gradient and the float32 softmax at positions with loss; or, if that is more, the key-value cache of the evaluation;
 1 GiB for the CUDA context. Unvalidated on a GPU: fragmentation, workspaces and the released code's own copies are not
@@ -34,6 +34,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dora_lab.methods.catalog import Entry, catalog, entry_of
 from dora_lab.models.shapes import Shape
 from dora_lab.spec import Spec, SpecError, did_you_mean
 from dora_lab.tasks import load_task
@@ -43,14 +44,6 @@ UTILISATION = 0.35  # of peak FLOP/s and of bandwidth: short texts and many smal
 CONTEXT = 2**30  # bytes
 ANSWER = 10  # positions that carry loss where the prompt carries none: "the correct answer is <label>" and its end
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-# method, whether it has dropout: (a, b) bytes per token and layer are a x hidden + b x intermediate; 16 and 32 bit
-SAVED = {
-    ("ft", False): {2: (24, 8), 4: (40, 16)},
-    ("lora", False): {2: (24, 8), 4: (32, 16)},
-    ("lora", True): {2: (32, 10), 4: (56, 20)},
-    ("dora", False): {2: (26, 8), 4: (44, 16)},
-    ("dora", True): {2: (36, 12), 4: (64, 24)},
-}
 
 
 @dataclass(frozen=True)
@@ -111,7 +104,7 @@ def estimate(
     Raises: ValueError where a method's parameters cannot be counted (`Shape.trained`).
     """
     length = tokens or spec.data.cutoff
-    steps = total_steps(train_items, spec)
+    steps = spec.optim.steps(train_items) if spec.optim else 0
     batch = spec.optim.batch_size if spec.optim else 0
     forwards = steps // spec.optim.eval_steps if spec.optim and spec.optim.eval_steps else 0
     asked = _evaluation_flops(spec, shape, test_items, length)
@@ -128,13 +121,6 @@ def estimate(
         hours = (trained + max(asked / peak, read / (UTILISATION * card.bandwidth))) / 3600
     memory = peak_memory(spec, shape, length)
     return Cost(steps=steps, tokens=steps * batch * length, memory_bytes=memory, hours=hours, **made)
-
-
-def total_steps(items: int, spec: Spec) -> int:
-    """Optimiser steps, as `batches.total_steps` counts them; 0 for a method that is not trained."""
-    if spec.optim is None:
-        return 0
-    return max(1, math.ceil(items * spec.optim.epochs / spec.optim.batch_size))
 
 
 def test_items(spec: Spec) -> int | None:
@@ -188,20 +174,21 @@ def step_flops(spec: Spec, shape: Shape, length: int) -> float:
         return 0.0
     head = 1.0 if spec.data.train_on_prompt else min(1.0, ANSWER / length)
     forward, method, tokens = forward_flops(shape, length, head), spec.method, spec.optim.batch_size * length
-    if method.name == "ft":
+    known = entry_of(method.name)
+    if not known.adapts:
         return 3 * forward * tokens
     linear, rank = shape.matrices(), method.rank or 0
     adapted = [linear[name] for name in method.target_modules]
     products = sum(out * width for out, width in adapted)
     sides = sum(out + width for out, width in adapted)
     per_token = 2 * forward + shape.layers * (4 * length * shape.attention + 6 * rank * sides)
-    second = 2 if method.name == "dora" and method.dropout and method.dropout_form == "published" else 1
+    second = 2 if "dropout_form" in known.fields and method.dropout and method.dropout_form == "published" else 1
     per_token += (second - 1) * shape.layers * 4 * products
     for name in ("q_proj", "k_proj", "v_proj"):  # of the first layer
         mine = name in method.target_modules
         per_token -= 2 * shape.hidden * (linear[name][0] * (second if mine else 1) + (rank if mine else 0))
     norm = 0.0
-    if method.name == "dora":
+    if "detach_norm" in known.fields:
         norm = shape.layers * (2 * rank * products + 2 * rank**2 * sides)
         if not method.detach_norm:
             again = shape.layers * (4 * rank * products + 4 * rank**2 * sides)
@@ -238,12 +225,20 @@ def peak_memory(spec: Spec, shape: Shape, length: int) -> float:
     cache = spec.evaluation.batch_size * beams * kept * shape.layers * 2 * narrow * size
     training = 0.0
     if spec.optim is not None:
-        trained = shape.trained(spec.method)
-        training = trained * (3 * size if spec.method.name == "ft" else 16)
-        saved = SAVED[spec.method.name, spec.method.name != "ft" and spec.method.dropout > 0]
-        hidden, intermediate = saved[2 if size == 2 else 4]
+        trained, known = shape.trained(spec.method), entry_of(spec.method.name)
+        training = trained * (16 if known.adapts else 3 * size)
+        hidden, intermediate = _saved(known, spec.method.dropout > 0, 2 if size == 2 else 4)
         texts = spec.optim.micro_batch_size
         training += texts * length * shape.layers * (hidden * shape.hidden + intermediate * shape.intermediate)
         lossy = length if spec.data.train_on_prompt else min(length, ANSWER)
         training += texts * lossy * shape.vocabulary * (2 * size + 12)
     return weights + max(training, cache) + CONTEXT
+
+
+def _saved(known: Entry, dropout: bool, size: int) -> tuple[int, int]:
+    """(a, b): autograd keeps a x hidden + b x intermediate bytes per token and layer; size: bytes of a number, 2 or 4.
+
+    A method whose file has no ``SAVED`` (dropout: {size: (a, b)}) is taken to keep what the one that keeps most does.
+    """
+    told = [entry.saved[dropout][size] for entry in catalog().values() if entry.saved and dropout in entry.saved]
+    return known.saved[dropout][size] if known.saved and dropout in known.saved else max(told)

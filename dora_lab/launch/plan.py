@@ -6,20 +6,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dora_lab.launch import cost
+from dora_lab.launch.runtime import AS_THE_TIER_SAYS, Runtime
+from dora_lab.methods.catalog import is_counted
 from dora_lab.models import shapes
 from dora_lab.models.base import model_folder
 from dora_lab.spec import Spec, spec_id
 
 
 def lines(
-    specs: Sequence[Spec], known: Mapping[str, int], model_dir: Path | None, gpu: str | None, tokens: int | None
+    specs: Sequence[Spec],
+    known: Mapping[str, int],
+    model_dir: Path | None,
+    gpu: str | None,
+    tokens: int | None,
+    runtime: Runtime = AS_THE_TIER_SAYS,
 ) -> Iterator[str]:
     """A line per spec with its steps and, where its model and data are known here, one with its cost; then the sum.
 
     Args: known: sizes of data that a spec takes whole; model_dir: a saved model to start from; gpu: a name that
-        `cost.gpu` knows, None: A100-80GB for tier paper, no hours for others; tokens: per text, None: the cutoff.
+        `cost.gpu` knows, None: A100-80GB for runs on a GPU, no hours for others; tokens: per text, None: the cutoff.
     """
-    gpu = gpu or ("A100-80GB" if all(spec.tier == "paper" for spec in specs) else None)
+    gpu = gpu or ("A100-80GB" if all(runtime.of(spec.tier).device == "cuda" for spec in specs) else None)
     card = None if gpu is None else cost.gpu(gpu)
     found: list[cost.Cost] = []
     for spec in specs:
@@ -29,14 +36,14 @@ def lines(
             f"seed {spec.seed:<3} {_steps(spec, known)}"
         )
         shape, items, asked = _shape(spec, model_dir), _train_items(spec, known), cost.test_items(spec)
-        if shape is not None and items is not None and asked is not None:
+        if shape is not None and items is not None and asked is not None and is_counted(spec.method):
             found.append(cost.estimate(spec, shape, items, asked, card, tokens))
             yield f"{'':14}{cost.words(found[-1], card)}"
     yield f"{len(specs)} specs"
     if found:
         yield cost.total(found, gpu, tokens)
     if len(found) < len(specs):
-        yield f"{len(specs) - len(found)} of them have no estimate: their model or data is not known here"
+        yield f"{len(specs) - len(found)} of them have no estimate: their model, data or method is not counted here"
 
 
 def _shape(spec: Spec, model_dir: Path | None) -> shapes.Shape | None:
@@ -64,4 +71,4 @@ def _steps(spec: Spec, known: Mapping[str, int]) -> str:
     if items is None:
         return f"{spec.optim.epochs:g} epochs of all items, {how}"
     about = "about " if spec.data.train_items is None else ""
-    return f"{about}{cost.total_steps(items, spec)} steps, {how}"
+    return f"{about}{spec.optim.steps(items)} steps, {how}"

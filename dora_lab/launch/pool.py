@@ -20,15 +20,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
 from tqdm import tqdm
 
 from dora_lab import distributed
-from dora_lab.launch.run import Paths, is_complete, run_spec
-from dora_lab.runs import provenance
+from dora_lab.launch.inputs import is_complete
+from dora_lab.launch.run import run_spec
+from dora_lab.launch.runtime import AS_THE_TIER_SAYS, Paths, Runtime
 from dora_lab.runs.errors import OUTSIDE, LockedError
 from dora_lab.runs.record import read_record, run_path
 from dora_lab.spec import Spec, from_dict, spec_id, to_dict
@@ -51,28 +52,27 @@ class Outcome:
 def run_many(
     specs: Sequence[Spec],
     paths: Paths,
+    runtime: Runtime = AS_THE_TIER_SAYS,
     jobs: int | None = None,
     quiet: bool | None = None,
-    shard: bool = False,
 ) -> list[Outcome]:
-    """Run all `specs`, `jobs` at a time (None: one per core, one in all for the paper tier), and say how each ended.
+    """Run all `specs`, `jobs` at a time (None: as the tier says, see `runtime.TIERS`), and say how each ended.
 
     Complete runs are skipped; a failed one does not stop the others. Ctrl-C or SIGTERM interrupts those that run (the
     next call resumes them) and raises nothing: their outcome is "interrupted", as is that of those not begun. A run
     that another process is at is waited for at the end and "skipped" once that one has done it. `quiet` None shows
-    progress bars on a terminal, else one line for each run that ends. `shard`: see `run_spec`.
+    progress bars on a terminal, else one line for each run that ends. `stop` and `progress` of `runtime` are its own.
     """
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs = {jobs} must be at least 1")
-    if distributed.size() > 1 or shard:
-        return _together(specs, paths, shard)
+    if distributed.size() > 1 or runtime.shard:
+        return _together(specs, paths, runtime)
     outcomes = {spec_id(spec): Outcome(spec, "skipped") for spec in specs if is_complete(spec, paths)}
     todo = [spec for spec in specs if spec_id(spec) not in outcomes]
     if todo:
-        alone = any(spec.tier == "paper" for spec in todo)
-        count = min(jobs or (1 if alone else provenance.cores()), len(todo))
+        count = min(jobs or min(runtime.of(spec.tier).jobs for spec in todo), len(todo))
         with _screen(len(specs), len(outcomes), count, quiet) as screen:
-            outcomes |= _Pool(todo, paths, count, screen, threads=None if alone else 1).run()
+            outcomes |= _Pool(todo, paths, runtime, count, screen).run()
     return [outcomes[spec_id(spec)] for spec in specs]
 
 
@@ -83,7 +83,7 @@ def describe(spec: Spec) -> str:
     return f"{spec.method.name}{rank}{model} seed {spec.seed}"
 
 
-def _together(specs: Sequence[Spec], paths: Paths, shard: bool) -> list[Outcome]:
+def _together(specs: Sequence[Spec], paths: Paths, runtime: Runtime) -> list[Outcome]:
     """The specs one after the other in this process and its fellows; after one that does not end well, no more."""
     stop = threading.Event()
     outcomes: list[Outcome] = []
@@ -94,7 +94,7 @@ def _together(specs: Sequence[Spec], paths: Paths, shard: bool) -> list[Outcome]
                 outcomes.append(Outcome(spec, "interrupted", error="not begun"))
                 continue
             try:
-                status, error = run_spec(spec, paths, stop=stop, shard=shard), None
+                status, error = run_spec(spec, paths, replace(runtime, stop=stop)), None
             except BaseException as reason:
                 status = "interrupted" if isinstance(reason, OUTSIDE) else "failed"
                 error = f"{type(reason).__name__}: {reason}"
@@ -103,9 +103,11 @@ def _together(specs: Sequence[Spec], paths: Paths, shard: bool) -> list[Outcome]
 
 
 class _Pool:
-    def __init__(self, todo: Sequence[Spec], paths: Paths, count: int, screen: _Screen, threads: int | None) -> None:
+    def __init__(self, todo: Sequence[Spec], paths: Paths, runtime: Runtime, count: int, screen: _Screen) -> None:
         self.waiting = list(reversed(todo))
-        self.paths, self.screen, self.threads = paths, screen, threads
+        self.paths, self.runtime, self.screen = paths, runtime, screen
+        threads = {runtime.of(spec.tier).threads for spec in todo}
+        self.threads = threads.pop() if len(threads) == 1 else None
         self.events: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()
         self.outcomes: dict[str, Outcome] = {}
         self.count = count
@@ -138,7 +140,7 @@ class _Pool:
 
     def _next(self, worker: _Worker) -> None:
         if self.waiting and self.stopping_since is None:
-            worker.give(self.waiting.pop(), self.paths)
+            worker.give(self.waiting.pop(), self.paths, self.runtime)
         else:
             worker.busy = None
 
@@ -152,7 +154,7 @@ class _Pool:
             if is_complete(due[0][1], self.paths):
                 self._finish(worker, due[0][1], "skipped", None)
             else:
-                worker.give(due[0][1], self.paths)
+                worker.give(due[0][1], self.paths, self.runtime)
 
     def _put_off(self, spec: Spec, holder: str) -> None:
         if spec_id(spec) not in self.told:
@@ -222,12 +224,13 @@ class _Worker:
             events.put((self, json.loads(line)))
         events.put((self, None))
 
-    def give(self, spec: Spec, paths: Paths) -> None:
+    def give(self, spec: Spec, paths: Paths, runtime: Runtime) -> None:
         self.busy, self.since = spec, time.monotonic()
         places = {name: None if path is None else str(path) for name, path in vars(paths).items()}
         stdin = cast("IO[str]", self.process.stdin)
         with contextlib.suppress(BrokenPipeError):  # it died just now: its end is reported by _listen
-            stdin.write(json.dumps({"spec": to_dict(spec), "paths": places}) + "\n")
+            job = {"spec": to_dict(spec), "paths": places, "runtime": runtime.plain()}
+            stdin.write(json.dumps(job) + "\n")
             stdin.flush()
 
     def terminate(self) -> None:
@@ -336,11 +339,12 @@ def _work() -> None:
         places = {name: None if path is None else Path(path) for name, path in job["paths"].items()}
         paths = Paths(**cast(Any, places))
         busy.set()
-        answers.write(json.dumps({"event": "end", **_one(spec, paths, stop, answers)}) + "\n")
+        runtime = Runtime(**job["runtime"], stop=stop)
+        answers.write(json.dumps({"event": "end", **_one(spec, paths, runtime, answers)}) + "\n")
         busy.clear()
 
 
-def _one(spec: Spec, paths: Paths, stop: threading.Event, answers: IO[str]) -> dict[str, Any]:
+def _one(spec: Spec, paths: Paths, runtime: Runtime, answers: IO[str]) -> dict[str, Any]:
     last = 0.0
 
     def progress(phase: str, done: int, of: int, loss: float | None) -> None:
@@ -351,7 +355,7 @@ def _one(spec: Spec, paths: Paths, stop: threading.Event, answers: IO[str]) -> d
             answers.write(json.dumps(event) + "\n")
 
     try:
-        return {"status": run_spec(spec, paths, stop=stop, progress=progress)}
+        return {"status": run_spec(spec, paths, replace(runtime, progress=progress))}
     except LockedError as reason:
         return {"status": "locked", "error": str(reason)}
     except OUTSIDE as reason:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dora_lab.io.errors import LoadError
-from dora_lab.launch.run import Paths, run_spec
+from dora_lab.launch.run import run_spec
+from dora_lab.launch.runtime import AS_THE_TIER_SAYS, Paths, Runtime
 from dora_lab.models.base import adapter_folder
 from dora_lab.runs.record import run_path
 from dora_lab.spec import Method, Model, Spec
@@ -46,10 +47,10 @@ def spec_of(protocol: Spec, base: Model, tasks: tuple[str, ...], data_sha256: st
     )
 
 
-def evaluate(spec: Spec, paths: Paths, allow_pickle: bool = False) -> tuple[Adapter, Path]:
+def evaluate(spec: Spec, paths: Paths, runtime: Runtime = AS_THE_TIER_SAYS) -> tuple[Adapter, Path]:
     """Run `spec` (skipped where it is complete); returns what the adapter is and the run's directory."""
     found = describe(adapter_folder(spec.model, paths.adapter_dir))
-    run_spec(spec, paths, allow_pickle=allow_pickle)
+    run_spec(spec, paths, runtime)
     return found, run_path(paths.results, spec)
 
 

@@ -6,6 +6,7 @@ An experiment is a file in experiments/ with `TIERS` and `specs(tier)`. Imports 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from dora_lab.models.base import hash_model
 from dora_lab.spec import Spec, SpecError, derive, did_you_mean, leaves, spec_id, to_dict, validate
 from dora_lab.tasks import sources
 
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+HOUSE = Path(__file__).resolve().parents[2]
+EXPERIMENTS = HOUSE / "experiments"
 
 
 def experiment_names() -> list[str]:
@@ -35,6 +37,8 @@ def load_experiment(name: str) -> ModuleType:
     """The experiment's module; raises SpecError listing the names there are."""
     if name not in experiment_names():
         raise SpecError(f"unknown experiment '{name}'; {did_you_mean(name, experiment_names())}")
+    if str(HOUSE) not in sys.path:  # an experiment may take from another one, and they are no installed package
+        sys.path.insert(0, str(HOUSE))
     found = importlib.util.spec_from_file_location(f"experiments.{name}", EXPERIMENTS / f"{name}.py")
     assert found is not None and found.loader is not None
     module = importlib.util.module_from_spec(found)

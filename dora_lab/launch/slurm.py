@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_lab.launch.run import Paths, is_complete, run_spec
+from dora_lab.launch.inputs import is_complete
+from dora_lab.launch.run import run_spec
+from dora_lab.launch.runtime import AS_THE_TIER_SAYS, Paths, Runtime
 from dora_lab.spec import Spec
 
 if TYPE_CHECKING:
@@ -44,8 +46,8 @@ class Resources:
 class Job:
     """One run, as submitit calls it: in a thread, so that the signal of the cluster can stop it after a step."""
 
-    def __init__(self, spec: Spec, paths: Paths) -> None:
-        self.spec, self.paths = spec, paths
+    def __init__(self, spec: Spec, paths: Paths, runtime: Runtime = AS_THE_TIER_SAYS) -> None:
+        self.spec, self.paths, self.runtime = spec, paths, runtime
 
     def __call__(self) -> str:
         """Run to the end; returns "complete" or raises what ended the run."""
@@ -63,17 +65,22 @@ class Job:
 
         self._stop.set()
         self._thread.join()
-        return submitit.helpers.DelayedSubmission(Job(self.spec, self.paths))
+        return submitit.helpers.DelayedSubmission(Job(self.spec, self.paths, self.runtime))
 
     def _run(self) -> None:
         try:
-            run_spec(self.spec, self.paths, stop=self._stop)
+            run_spec(self.spec, self.paths, replace(self.runtime, stop=self._stop))
         except BaseException as error:
             self._errors.append(error)
 
 
 def submit(
-    specs: Sequence[Spec], paths: Paths, resources: Resources, *, local: bool = False
+    specs: Sequence[Spec],
+    paths: Paths,
+    resources: Resources,
+    runtime: Runtime = AS_THE_TIER_SAYS,
+    *,
+    local: bool = False,
 ) -> list[tuple[Spec, submitit.Job[str]]]:
     """Submit a job for every spec that has no complete run; returns them with their specs.
 
@@ -87,7 +94,7 @@ def submit(
     except ImportError:
         raise ClusterError("submitit is not installed: pip install 'dora-lab[slurm]'") from None
     here = Paths(**{name: place and Path(place).resolve() for name, place in vars(paths).items()})
-    todo = [Job(spec, here) for spec in specs if not is_complete(spec, here)]
+    todo = [Job(spec, here, runtime) for spec in specs if not is_complete(spec, here)]
     if not todo:
         return []
     folder = here.results / "cluster"
@@ -113,18 +120,15 @@ def submit(
 
 
 def _parameters(resources: Resources, spec: Spec) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    found = {
         "name": f"dora_lab-{spec.experiment}",
         "timeout_min": max(1, round(60 * resources.hours)),
         "cpus_per_task": resources.cpus,
         "mem_gb": resources.memory_gb,
         "gpus_per_node": resources.gpus,
         "slurm_signal_delay_s": WARNING,
+        "slurm_partition": resources.partition,
+        "slurm_array_parallelism": resources.at_once,
+        "slurm_additional_parameters": dict(resources.more) or None,
     }
-    if resources.partition is not None:
-        found["slurm_partition"] = resources.partition
-    if resources.at_once is not None:
-        found["slurm_array_parallelism"] = resources.at_once
-    if resources.more:
-        found["slurm_additional_parameters"] = dict(resources.more)
-    return found
+    return {name: value for name, value in found.items() if value is not None}

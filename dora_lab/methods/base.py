@@ -7,7 +7,14 @@ from torch import nn
 
 from dora_lab.spec import Method
 
-FIELDS: tuple[str, ...] = ()
+FIELDS = ()
+PARAMETERS = "0"
+LABEL = "Base"
+WORDS = "base model"
+COLOUR = "#8c8c8c"
+MARKER = "x"
+LINE = ":"
+ORDER = 0
 
 
 def prepare(model: nn.Module, method: Method, generator: torch.Generator) -> None:

@@ -1,6 +1,6 @@
 """What an adapted layer is: the contract that every method's layers keep.
 
-Shape suffixes: O = out features, I = in features.
+Shape suffixes: O = out features, I = in features, R = rank.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from dora_lab.decompose import wide
 from dora_lab.methods.layers import Opaque, kind_of
+from dora_lab.spec import Method
+
+FactorsOf = tuple[Tensor, Tensor, float, Tensor | None]  # A (rank, in), B (out, rank), s, m (out,) or none
 
 
 class AdaptedLinear(nn.Module):
@@ -21,8 +24,22 @@ class AdaptedLinear(nn.Module):
     In evaluation mode ``forward(x) == F.linear(x, effective_weight(), bias)`` up to rounding, and before training
     `effective_weight()` equals the base weight. The base weight and bias keep the names (`weight`, `bias`), the tensors
     and the layout of the layer that is replaced, so checkpoints and tied weights stay what they were; an opaque layer
-    (quantised, see `_layers.Opaque`) is kept whole as `frozen`, and `weight` is None.
+    (quantised, see `layers.Opaque`) is kept whole as `frozen`, and `weight` is None.
     """
+
+    method: Method | None = None  # the method, whole, that it is a layer of: `wrap` says so
+    dropout: float = 0.0  # probability, of the input of what is trained
+
+    def __init_subclass__(cls) -> None:
+        """A class that redefines anything of its parent computes something else: its parent's factors are not its own.
+
+        It defines `factors` itself where there are such. (Dunders aside: FSDP2 makes classes of its own from ours.)
+        """
+        super().__init_subclass__()
+        parents = [parent for parent in cls.__mro__[1:] if issubclass(parent, AdaptedLinear)]
+        known = {name for parent in parents for name in vars(parent) if not name.startswith("__")} - {"extra_repr"}
+        if "factors" not in vars(cls) and known & vars(cls).keys():
+            cls.factors = AdaptedLinear.factors
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -46,6 +63,11 @@ class AdaptedLinear(nn.Module):
             return self.kind.dense(self.frozen)
         return self.kind.matrix(self.weight)
 
+    @property
+    def offset(self) -> Tensor | None:
+        """The bias, (out,), if there is one."""
+        return self.bias if self.frozen is None else getattr(self.frozen, "bias", None)
+
     @torch.no_grad()
     def base_weight(self) -> Tensor:
         """The base weight as (out, in), float32 (float64 on a float64 base), detached."""
@@ -54,6 +76,23 @@ class AdaptedLinear(nn.Module):
     def effective_weight(self) -> Tensor:
         """The weight that the layer acts with now: (out, in), float32 (float64 on a float64 base), detached."""
         return self.base_weight()
+
+    def factors(self) -> FactorsOf | None:
+        """(A, B, s, m) with effective weight V = W0 + s B A, or m V / ||V|| if there is an m; None if it is no such.
+
+        The layer's own tensors, not copies. A of rank 0 says that the magnitude alone is trained. What has factors is
+        saved in the formats of PEFT and of the authors, anything else as its `trained_state`.
+        """
+        return None
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What is saved and resumed, by name: the state of the layer that is not the base's, its own tensors."""
+        state = self.state_dict(keep_vars=True)
+        return {name: state[name] for name in state if name.partition(".")[0] not in ("weight", "bias", "frozen")}
+
+    def unmoved(self) -> str | None:
+        """After training: a part that was not trained though the rest was, in words; None if all is as it should be."""
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the type of the base product."""
@@ -68,8 +107,8 @@ class AdaptedLinear(nn.Module):
         if isinstance(self.kind, Opaque):
             linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(effective_OI, requires_grad=False)
-            if (bias := getattr(self.frozen, "bias", None)) is not None:
-                linear.bias = nn.Parameter(bias.detach().float(), requires_grad=False)
+            if self.offset is not None:
+                linear.bias = nn.Parameter(self.offset.detach().float(), requires_grad=False)
             return linear.train(self.training)
         rounded = self.kind.stored(effective_OI, self.weight).to(self.weight.dtype, copy=True)
         if not bool(torch.isfinite(rounded).all()):

@@ -25,15 +25,25 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_lab.decompose import magnitude, wide
-from dora_lab.methods.contract import AdaptedLinear
+from dora_lab.methods.contract import AdaptedLinear, FactorsOf
 from dora_lab.methods.dora_autograd import SPARSE, Blocked, Decomposed, Published, product, scale
 from dora_lab.methods.inject import adapted, wrap
 from dora_lab.methods.layers import Opaque
-from dora_lab.methods.lora import FIELDS as LORA_FIELDS
 from dora_lab.methods.lora import LoraLinear
 from dora_lab.spec import Method
 
-FIELDS: tuple[str, ...] = (*LORA_FIELDS, "dropout_form", "detach_norm", "magnitude_modules")
+FIELDS = (
+    "rank", "alpha", "dropout", "target_modules", "rslora", "rank_pattern", "alpha_pattern",
+    "dropout_form", "detach_norm", "magnitude_modules",
+)  # fmt: skip
+PARAMETERS = "rank * (inputs + outputs) + outputs"
+FORM = "factors, magnitude"
+LABEL = "DoRA"
+COLOUR = "#b8341b"
+MARKER = "^"
+ORDER = 3
+HALF = ("#eb9c7c", "v")
+SAVED = {False: {2: (26, 8), 4: (44, 16)}, True: {2: (36, 12), 4: (64, 24)}}
 
 BLOCK = {"cpu": 2**17, "other": 2**24}  # elements of W0 at a time: about a core's cache; on a GPU, few kernel launches
 CANCELS = 1e-3  # share of ||W0||^2 below which the expanded square has lost too many digits in float32
@@ -93,6 +103,18 @@ class DoraLinear(LoraLinear):
         dropped = self._drop(x).reshape(-1, self.in_features) if dropout else None
         return product(*layer, scale(self.magnitude, norm_O, self._alive), self.scaling, dropped, base_TO)[0]
 
+    def factors(self) -> FactorsOf:
+        """(A, B, s, m)."""
+        return self.lora_A, self.lora_B, self.scaling, self.magnitude
+
+    @torch.no_grad()
+    def unmoved(self) -> str | None:
+        """Says so where B was trained and every m is the norm that it began as, to the bit."""
+        start_O = self._squares().sqrt().to(self.magnitude)
+        if not bool(self.lora_B.any()) or not torch.equal(self.magnitude, start_O):
+            return None
+        return "A and B were trained, the magnitude never moved: the optimiser does not have it"
+
     @torch.no_grad()
     def _norm_and_base(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """||V|| of each row, computed, and where tokens are few x W0^T (tokens, out) as well.
@@ -123,7 +145,7 @@ class DoraLinear(LoraLinear):
         again = base
         if second:
             again = self._base(dropped, bias=False)
-        elif (bias := self.bias if self.frozen is None else getattr(self.frozen, "bias", None)) is not None:
+        elif (bias := self.offset) is not None:
             again = base - self.kind.across(bias)
         moved = torch.addcmul(base, again, self.kind.across(g_O - 1))
         return torch.addcmul(moved, self._low(dropped), self.kind.across(g_O * self.scaling)).to(base.dtype)
@@ -257,11 +279,15 @@ class MagnitudeLinear(AdaptedLinear):
         """m W0 / ||W0||, (out, in)."""
         return scale(self.magnitude, self.norm, bool(self.norm.all()))[:, None] * self.base_weight()
 
+    def factors(self) -> FactorsOf:
+        """(A, B, 1, m), A and B of rank 0: there is no direction update."""
+        like = self.magnitude  # on its device
+        return like.new_zeros(0, self.in_features), like.new_zeros(self.out_features, 0), 1.0, like
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         base = self._base(x)
-        bias = self.bias if self.frozen is None else getattr(self.frozen, "bias", None)
-        again = base if bias is None else base - self.kind.across(bias)
+        again = base if self.offset is None else base - self.kind.across(self.offset)
         g_O = scale(self.magnitude, self.norm, bool(self.norm.all()))
         return torch.addcmul(base, again, self.kind.across(g_O - 1)).to(base.dtype)
 
@@ -283,6 +309,15 @@ def _initial(norm_O: Tensor) -> nn.Parameter:
     return nn.Parameter(norm_O.clone())
 
 
+def hold(layer: nn.Module, settings: Method, scaling: float) -> AdaptedLinear:
+    """A layer for the factors and the magnitude of a file, to be filled; of no rank: for a magnitude alone."""
+    if settings.rank is None:
+        return MagnitudeLinear(layer)
+    made = DoraLinear(layer, settings, torch.Generator())
+    made.scaling = scaling  # as the file says it: alpha / rank may differ in the last bit
+    return made
+
+
 def prepare(model: nn.Module, method: Method, generator: torch.Generator) -> None:
     """Freeze the model, adapt its target modules with `DoraLinear` and the magnitude modules with `MagnitudeLinear`."""
 
@@ -300,13 +335,3 @@ def prepare(model: nn.Module, method: Method, generator: torch.Generator) -> Non
                 "have no direction and a magnitude of 0 to begin with",
                 stacklevel=4,
             )
-
-
-def unmoved(model: nn.Module) -> str | None:
-    """The first DoRA layer whose A and B were trained and whose magnitude never moved, or None if all did."""
-    for name, layer in adapted(model):
-        if isinstance(layer, DoraLinear) and bool(layer.lora_B.any()):
-            start_O = layer._squares().sqrt().to(layer.magnitude)  # how the magnitude was initialised, to the bit
-            if torch.equal(layer.magnitude, start_O):
-                return name
-    return None

@@ -1,23 +1,22 @@
-"""Fine-tuning methods, one file each, found by name, and the contract that they share.
+"""Methods put on models and taken off again.
 
 A file ``<name>.py`` here is the method `name`. It exposes
 
-- ``FIELDS``: the fields of `dora_lab.spec.Method`, besides the name, that the method reads. Any other field must be at
-  its default: a setting that changes nothing must not look as if it did;
+- the literals that `catalog` reads; a field of `dora_lab.spec.Method` that is not among its ``FIELDS`` must be at its
+  default: a setting that changes nothing must not look as if it did;
 - ``prepare(model, method, generator)``: changes `model` in place, decides which parameters are trained, and draws every
-  random number from `generator`.
+  random number from `generator`;
+- with a ``FORM``, ``hold(layer, settings, scaling)``: an adapted layer to be filled from a file of that form.
 
-A method that adapts layers does so with a subclass of `AdaptedLinear`; nothing else in the lab knows a method by name.
-Shape suffixes: O = out features, I = in features.
+A method that adapts layers does so with `wrap` and a subclass of `AdaptedLinear`; nothing else in the lab knows a
+method by name.
 """
 
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,16 +24,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from dora_lab.methods.catalog import catalog, entry_of
 from dora_lab.methods.contract import AdaptedLinear
-from dora_lab.spec import Method, did_you_mean
+from dora_lab.spec import Method, did_you_mean, pattern_matches
 
 _KEPT = "_adapted"  # where a merged layer keeps the adapted one
-
-
-def methods() -> list[str]:
-    """Names of the methods there are: the files of this folder that define `prepare`."""
-    files = Path(__file__).parent.glob("*.py")
-    return sorted(file.stem for file in files if "\ndef prepare(" in file.read_text(encoding="utf-8"))
 
 
 def inject(model: nn.Module, method: Method, seed: int) -> dict[str, int]:
@@ -43,11 +37,21 @@ def inject(model: nn.Module, method: Method, seed: int) -> dict[str, int]:
     Returns ``{"trainable": ..., "total": ...}``, numbers of parameters (shared ones once, the adapters' included).
     Raises ValueError for an unknown method, a field the method does not read, target modules that do not exist.
     """
-    module = _load(method.name)
-    _refuse_unread(method, module)
-    module.prepare(model, method, torch.Generator("cpu").manual_seed(seed))
+    _refuse_unread(method)
+    _module(method.name).prepare(model, method, torch.Generator("cpu").manual_seed(seed))
     counted = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return {"trainable": sum(n for n, trained in counted if trained), "total": sum(n for n, _ in counted)}
+
+
+def hold(layer: nn.Module, rank: int | None, scaling: float, dropout: float, *, magnitude: bool) -> AdaptedLinear:
+    """An adapted layer for what a file holds of it: factors, a magnitude, or both (see `AdaptedLinear.factors`).
+
+    Its numbers are those of a layer that was never trained, to be overwritten. Raises ValueError as `inject` does.
+    """
+    form = "factors, magnitude" if magnitude else "factors"
+    name = next(entry.name for entry in catalog().values() if entry.form == form)
+    alpha = None if rank is None else scaling * rank
+    return _module(name).hold(layer, Method(name=name, rank=rank, alpha=alpha, dropout=dropout), scaling)
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
@@ -133,7 +137,7 @@ def wrap(model: nn.Module, method: Method, make: Callable[[str, nn.Module, Metho
         if targets.count(target) > 1:
             raise ValueError(f"target_modules: '{target}' is named twice (magnitude_modules included)")
     for pattern, _ in (*_patterns(method.rank_pattern), *_patterns(method.alpha_pattern)):
-        if not any(_matches(pattern, name) for name in found):
+        if not any(pattern_matches(pattern, name) for name in found):
             raise ValueError(f"pattern '{pattern}' matches none of the target modules")
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     layers: dict[str, AdaptedLinear] = {}
@@ -142,6 +146,7 @@ def wrap(model: nn.Module, method: Method, make: Callable[[str, nn.Module, Metho
             if isinstance(module, AdaptedLinear):
                 raise ValueError("is adapted already and adapters do not add up: detach(model) or merge(model) first")
             layers[name] = make(name, module, _settings(method, name))
+            layers[name].method = method
     except ValueError as error:
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(frozen[path])
@@ -153,8 +158,8 @@ def wrap(model: nn.Module, method: Method, make: Callable[[str, nn.Module, Metho
 
 def _settings(method: Method, name: str) -> Method:
     """The method with the rank and alpha of one module."""
-    ranks = [int(value) for pattern, value in _patterns(method.rank_pattern) if _matches(pattern, name)]
-    alphas = [value for pattern, value in _patterns(method.alpha_pattern) if _matches(pattern, name)]
+    ranks = [int(value) for pattern, value in _patterns(method.rank_pattern) if pattern_matches(pattern, name)]
+    alphas = [value for pattern, value in _patterns(method.alpha_pattern) if pattern_matches(pattern, name)]
     return replace(method, rank=(ranks or [method.rank])[0], alpha=(alphas or [method.alpha])[0])
 
 
@@ -163,24 +168,18 @@ def _patterns(pairs: tuple[str, ...]) -> list[tuple[str, float]]:
     return [(pattern, float(value)) for pattern, _, value in (pair.rpartition("=") for pair in pairs)]
 
 
-def _matches(pattern: str, name: str) -> bool:
-    """As in PEFT: the pattern is the end of the module's name, from a dot on."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{entry_of(name).name}")
 
 
-def _load(name: str) -> ModuleType:
-    if name not in (known := methods()):
-        raise ValueError(f"unknown method '{name}'; {did_you_mean(name, known)}")
-    return importlib.import_module(f"{__package__}.{name}")
-
-
-def _refuse_unread(method: Method, module: ModuleType) -> None:
+def _refuse_unread(method: Method) -> None:
+    read = entry_of(method.name).fields
     for item in fields(Method):
         value = getattr(method, item.name)
-        if item.name != "name" and item.name not in module.FIELDS and value != item.default:
+        if item.name != "name" and item.name not in read and value != item.default:
             raise ValueError(
                 f"method '{method.name}' does not read {item.name} = {value!r}; leave it at {item.default!r} "
-                f"(it reads: {', '.join(module.FIELDS) or 'nothing'})"
+                f"(it reads: {', '.join(read) or 'nothing'})"
             )
 
 

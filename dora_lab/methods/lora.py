@@ -13,12 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_lab.decompose import wide
-from dora_lab.methods.contract import AdaptedLinear
+from dora_lab.methods.contract import AdaptedLinear, FactorsOf
 from dora_lab.methods.inject import wrap
 from dora_lab.methods.layers import Opaque
 from dora_lab.spec import Method
 
-FIELDS: tuple[str, ...] = ("rank", "alpha", "dropout", "target_modules", "rslora", "rank_pattern", "alpha_pattern")
+FIELDS = ("rank", "alpha", "dropout", "target_modules", "rslora", "rank_pattern", "alpha_pattern")
+PARAMETERS = "rank * (inputs + outputs)"
+FORM = "factors"
+LABEL = "LoRA"
+COLOUR = "#56a5dd"
+MARKER = "o"
+LINE = "-."
+ORDER = 2
+SAVED = {False: {2: (24, 8), 4: (32, 16)}, True: {2: (32, 10), 4: (56, 20)}}
 
 
 class LoraLinear(AdaptedLinear):
@@ -61,6 +69,10 @@ class LoraLinear(AdaptedLinear):
             return self._sum(x)
         return self._product(x, self.bias)
 
+    def factors(self) -> FactorsOf:
+        """(A, B, s, None)."""
+        return self.lora_A, self.lora_B, self.scaling, None
+
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         rank = self.lora_A.shape[0]
@@ -100,6 +112,13 @@ class LoraLinear(AdaptedLinear):
         flat_TO = base.reshape(-1, self.out_features)
         low_TR = low_R.reshape(-1, self.lora_B.shape[1])
         return torch.addmm(flat_TO, low_TR, self.lora_B.t(), alpha=self.scaling).view(base.shape)
+
+
+def hold(layer: nn.Module, settings: Method, scaling: float) -> AdaptedLinear:
+    """A layer for the factors of a file, of the rank in `settings`, to be filled."""
+    made = LoraLinear(layer, settings, torch.Generator())
+    made.scaling = scaling  # as the file says it: alpha / rank may differ in the last bit
+    return made
 
 
 def prepare(model: nn.Module, method: Method, generator: torch.Generator) -> None:

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from dora_lab.methods.catalog import catalog, entry_of, is_counted
 from dora_lab.spec import Method
 
 
@@ -51,27 +52,27 @@ class Shape:
         return self.layers * (linear + 2 * self.hidden) + self.hidden + embeddings
 
     def trained(self, method: Method) -> int:
-        """Parameters that `method` trains (its own, on a frozen base; all for "ft").
+        """Parameters that `method` trains, by the arithmetic that its file gives (see `methods.catalog`).
 
-        LoRA: rank (out + in) for each target; DoRA: out more for each target and each magnitude-only module.
-        Raises ValueError for a method that this does not know, a module that is no linear layer of the model, and for
-        ranks that differ by module (`rank_pattern`).
+        Raises ValueError for a method that is not there or gives none, a module that is no linear layer of the model,
+        and for ranks that differ by module (`rank_pattern`).
         """
-        if method.name in ("base", "ft"):
-            return self.parameters() if method.name == "ft" else 0
-        if method.name not in ("lora", "dora") or method.rank is None or method.rank_pattern:
+        if not is_counted(method):
+            counted = ", ".join(name for name, entry in catalog().items() if entry.parameters is not None)
             raise ValueError(
                 f"method '{method.name}' with rank {method.rank} and rank_pattern {method.rank_pattern}: parameters "
-                "are counted for base, ft, and for lora and dora with one rank"
+                f"are counted for {counted}, with one rank where there is a rank"
             )
-        linear, rank = self.matrices(), method.rank
+        known = entry_of(method.name)
+        if not known.adapts:
+            return known.trained(model=self.parameters())
+        linear = self.matrices()
         bare = [name for name in method.magnitude_modules if name not in method.target_modules]
         if unknown := [name for name in (*method.target_modules, *bare) if name not in linear]:
             raise ValueError(f"method.target_modules: {', '.join(unknown)} not among {', '.join(linear)}")
-        per_layer = sum(rank * sum(linear[name]) for name in method.target_modules)
-        if method.name == "dora":
-            per_layer += sum(linear[name][0] for name in {*method.target_modules, *bare})
-        return self.layers * per_layer
+        ranks = dict.fromkeys(bare, 0) | dict.fromkeys(method.target_modules, method.rank or 0)
+        sizes = ((rank, *linear[name]) for name, rank in ranks.items())
+        return self.layers * sum(known.trained(rank=rank, outputs=out, inputs=width) for rank, out, width in sizes)
 
 
 _7B = Shape(hidden=4096, intermediate=11008, layers=32, heads=32, key_value_heads=32, vocabulary=32000)

@@ -25,6 +25,7 @@ from typing import Any
 
 import pandas as pd
 
+from dora_lab.methods.catalog import catalog
 from dora_lab.models import shapes
 from dora_lab.report import statistics
 from dora_lab.runs.record import iter_runs
@@ -36,7 +37,6 @@ CELL_VERDICTS = ("consistent", "differs", "too few runs", "not run")
 ENOUGH = 3  # runs
 UNPARSED = 1.0  # percent
 RELEASED = "released checkpoint, evaluated again"
-_NAMES = {"lora": "LoRA", "dora": "DoRA"}
 _IN_GRAPH, _BARE = "norm in graph", "m: QKVOGUD, V: QKV"
 _Key = tuple[str, str, float | None, str]  # the paper's name of a model, method, rank, what else was done
 
@@ -103,7 +103,7 @@ def _runs(root: Path, published: set[Spec]) -> dict[_Key, list[_Run]]:
             continue
         spec = from_dict(record["spec"])
         name, method = shapes.printed_name(spec.model.name), spec.method
-        if name is None or method.name not in _NAMES or spec.evaluation.split != "test":
+        if name is None or method.name not in catalog() or spec.evaluation.split != "test":
             continue
         if not _is_that_model(name, record):
             continue
@@ -115,7 +115,7 @@ def _runs(root: Path, published: set[Spec]) -> dict[_Key, list[_Run]]:
             if row["protocol"] == "generate" and row["metric"] == "accuracy" and row["value"] is not None
         }
         run = _Run(record["status"], spec.seed, _neutral(spec) in published, scored)
-        found[name, _NAMES[method.name], method.rank, setting].append(run)
+        found[name, catalog()[method.name].label, method.rank, setting].append(run)
     return found
 
 

@@ -22,10 +22,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dora_lab import distributed
 from dora_lab.decompose import Change, change, factored_change, row, squares, wide
-from dora_lab.methods.contract import AdaptedLinear
-from dora_lab.methods.dora import DoraLinear, MagnitudeLinear
+from dora_lab.methods.contract import AdaptedLinear, FactorsOf
 from dora_lab.methods.layers import Opaque, kind_of
-from dora_lab.methods.lora import LoraLinear
 from dora_lab.spec import did_you_mean
 
 LLAMA_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -38,8 +36,7 @@ class Layer:
 
     name: str  # of the module in the base model
     W0_OI: Callable[[], Tensor]  # the frozen base weight; of a layer that is trained itself, its weight now
-    factors: Callable[[], tuple[Tensor, Tensor, float]] | None = None  # A (rank, in), B (out, rank), s
-    magnitude: Callable[[], Tensor] | None = None  # (out,)
+    factors: Callable[[], FactorsOf] | None = None
     dense: Callable[[], Tensor] | None = None  # the effective weight, where there are no factors to be had
     trained: Tensor | None = None  # the weight itself, where it is what is trained
 
@@ -118,12 +115,11 @@ class DecompositionCallback(TrainerCallback):
         None where this process only helps to gather.
         """
         W0_OI = self._start(layer) if layer.trained is not None else layer.W0_OI()
-        m_O = None if layer.magnitude is None else layer.magnitude()
         if layer.factors is None:
             W_OI = layer.dense() if layer.dense is not None else layer.W0_OI()
             W0_OI = W0_OI.to(W_OI.device)
-            return (change(W0_OI, W_OI), m_O, change(W0_OI, W_OI, axis="in")) if first else None
-        A_RI, B_OR, s = layer.factors()
+            return (change(W0_OI, W_OI), None, change(W0_OI, W_OI, axis="in")) if first else None
+        A_RI, B_OR, s, m_O = layer.factors()
         if not first:
             return None
         if layer.name not in self._squares:
@@ -203,18 +199,14 @@ def _layer(name: str, module: Any, wanted: bool) -> Layer | None:
     return Layer(name, lambda: _whole(module.weight), trained=module.weight)
 
 
-def _ours(name: str, layer: Any) -> Layer:
+def _ours(name: str, layer: AdaptedLinear) -> Layer:
     def base() -> Tensor:
         return layer.base_weight() if layer.weight is None else layer.kind.matrix(_whole(layer.weight))
 
-    if isinstance(layer, MagnitudeLinear):
-        nothing = (torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0), 1.0)
-        return Layer(name, base, lambda: nothing, lambda: _whole(layer.magnitude))
-    # another method's layer can only be asked for its weight; FSDP makes classes of its own from these
-    if type(layer).effective_weight not in (LoraLinear.effective_weight, DoraLinear.effective_weight):
+    if (found := layer.factors()) is None:
         return Layer(name, base, dense=layer.effective_weight)
-    magnitude = (lambda: _whole(layer.magnitude)) if isinstance(layer, DoraLinear) else None
-    return Layer(name, base, lambda: (_whole(layer.lora_A), _whole(layer.lora_B), layer.scaling), magnitude)
+    A, B, s, m = found
+    return Layer(name, base, lambda: (_whole(A), _whole(B), s, None if m is None else _whole(m)))
 
 
 def _peft(name: str, layer: Any) -> Layer:
@@ -229,16 +221,15 @@ def _peft(name: str, layer: Any) -> Layer:
             return kind.dense(layer.base_layer)
         return kind.matrix(_whole(layer.base_layer.weight))
 
-    def factors() -> tuple[Tensor, Tensor, float]:
+    def factors() -> FactorsOf:
         if key in layer.lora_embedding_A:
             A, B = _whole(layer.lora_embedding_A[key]), _whole(layer.lora_embedding_B[key])
         else:
             A, B = _whole(layer.lora_A[key].weight), _whole(layer.lora_B[key].weight)
-        return A.flatten(1), B.flatten(1), layer.scaling[key]
+        m = layer.lora_magnitude_vector[key].weight if key in layer.lora_magnitude_vector else None
+        return A.flatten(1), B.flatten(1), layer.scaling[key], None if m is None else _whole(m).reshape(-1)
 
-    if key not in layer.lora_magnitude_vector:
-        return Layer(name, base, factors)
-    return Layer(name, base, factors, lambda: _whole(layer.lora_magnitude_vector[key].weight).reshape(-1))
+    return Layer(name, base, factors)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""What was tuned from a base, matrix by matrix: files are matched and checked here; no model is loaded, nothing merged.
+"""What was tuned from a base, matrix by matrix: files are matched and checked here, nothing is merged.
+
+No model is loaded, but for an adapter of a method that no format holds: only its own layers know what they compute.
 
 What is tuned may be a whole model, an adapter (see `formats`), a folder of ``checkpoint-N`` of either, or one of our
 run directories. Shape suffixes: O = out features, I = in features, R = rank; rows and width are those of the stored
@@ -13,16 +15,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dora_lab.formats.manifest import digest, read_manifest
-from dora_lab.formats.read import CONFIG, Adapter, Factors, read_adapter
+from dora_lab.formats.neutral import CONFIG, Adapter, Factors
+from dora_lab.formats.read import read_adapter
 from dora_lab.formats.shards import FLOATS, INDEX, PICKLES, SINGLE, Shards, refuse_changed
 from dora_lab.io.errors import CheckpointError
 from dora_lab.spec import did_you_mean
+
+if TYPE_CHECKING:
+    from dora_lab.methods.contract import AdaptedLinear
 
 # no product of hidden states: looked up, or turned into words
 _LOOKED_UP = re.compile(r"(^|\.)(embed\w*|wte|wpe|embeddings?(\..*)?)$")
@@ -89,7 +95,20 @@ class LowRank:
         return torch.mm(left, self.right.to(out.dtype), out=out).mul_(self.scaling)
 
 
-Update = Replaced | Held | LowRank
+@dataclass(frozen=True)
+class Made:
+    """The weight is what a layer makes of the base's that no format holds; built whole for every block."""
+
+    layer: AdaptedLinear
+    transposed: bool  # stored as (in, out)
+
+    def difference(self, start: int, W0: Tensor, out: Tensor) -> Tensor:
+        """W - W0 of the rows from `start` on, as stored, in `out`."""
+        W = self.layer.effective_weight()
+        return out.copy_((W.t() if self.transposed else W)[start : start + len(W0)]).sub_(W0)
+
+
+Update = Replaced | Held | LowRank | Made
 
 
 @dataclass(frozen=True)
@@ -223,6 +242,8 @@ def _adapter_updates(
     by_name |= {f"{m.tied_with}.weight": m for m in known if m.tied_with}
     saved = {key.removesuffix(".weight"): tensor for key, tensor in adapter.saved.items() if key.endswith(".weight")}
     parts: dict[str, Any] = {**adapter.layers, **{name: t for name, t in saved.items() if t.dim() >= 2}}
+    if adapter.format == "tensors":
+        parts = _live(base.folder, where)
     found: dict[Matrix, Update] = {}
     for module, part in _chosen(parts, kinds, where, known).items():
         matrix = _of(by_name, base, where, module)
@@ -232,6 +253,8 @@ def _adapter_updates(
             if part.kind in ("conv1d", "embedding") and not matrix.transposed:
                 matrix = replace(matrix, shape=(matrix.shape[1], matrix.shape[0]), transposed=True)
             found[matrix] = _low_rank(where, module, matrix, part)
+        elif adapter.format == "tensors":
+            found[matrix] = Made(part, matrix.transposed)
         elif tuple(part.shape) != base.shape(matrix.name):
             raise CheckpointError(
                 f"{where}: '{module}.weight' is {tuple(part.shape)}, in the base {base.shape(matrix.name)}: another?"
@@ -239,6 +262,15 @@ def _adapter_updates(
         else:
             found[matrix] = Held(part)
     return found
+
+
+def _live(base: Path, where: Path) -> dict[str, AdaptedLinear]:
+    """The layers of an adapter that no format holds, on the base: the one case that needs a model, whole in memory."""
+    from dora_lab.formats.live import load_adapter
+    from dora_lab.methods.inject import adapted
+    from dora_lab.models.open import open_model
+
+    return dict(adapted(load_adapter(open_model(base, "auto"), where)))
 
 
 def _of(by_name: dict[str, Matrix], base: Shards, where: Path, module: str) -> Matrix:

@@ -6,90 +6,19 @@ protocol, differ. The reading side: imports no torch.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dora_lab.io.files import hash_bytes
+from dora_lab.methods.catalog import catalog
 from dora_lab.models import shapes
 from dora_lab.runs.record import read_record
 from dora_lab.runs.streams import read_stream
-from dora_lab.spec import Spec, from_dict, leaves, to_dict
+from dora_lab.spec import Spec, from_dict, leaves, to_dict, words
 from dora_lab.tasks import TEMPLATES, load_task
 
-# what a field means; with a dict, what its values mean. A field that is not here is told by its name and value.
-WORDS: dict[str, str | dict[Any, str]] = {
-    "seed": "seed",
-    "model.name": "base model",
-    "model.revision": "revision of the base model",
-    "model.dtype": "type of the frozen weights",
-    "model.pad": {"own": "padding with the tokenizer's own token", "zero": "padding with the token of id 0"},
-    "model.adapter": "adapter that is evaluated",
-    "model.adapter_revision": "revision of that adapter",
-    "data.name": "training data",
-    "data.eval_name": "evaluation data",
-    "data.tasks": "tasks",
-    "data.sha256": "hash of the data folder",
-    "data.train_items": "training items (none: all there are)",
-    "data.validation_items": "items held out of training",
-    "data.test_items": "test items per task (none: all there are)",
-    "data.template": {
-        "clean": "clean prompt template, the same in training and evaluation",
-        "published": "published prompt template, whose training and evaluation texts differ in whitespace",
-    },
-    "data.cutoff": "tokens per training item at most",
-    "data.truncation": {
-        "prompt": "an item that is too long loses the head of its prompt",
-        "right": "an item that is too long loses its last tokens, the answer among them",
-    },
-    "data.eos": {
-        "always": "end-of-sequence token after every answer",
-        "if_shorter": "end-of-sequence token only after items shorter than the cutoff",
-    },
-    "data.holdout": {
-        "per_task": "items held out evenly from each task",
-        "mixed": "items held out of all together, as released",
-    },
-    "data.pad_to_multiple_of": "length of a training batch is a multiple of",
-    "data.revision": "revision of the data",
-    "data.train_on_prompt": {True: "loss on prompt and answer", False: "loss on the answer alone"},
-    "method.name": "method",
-    "method.rank": "rank",
-    "method.alpha": "alpha",
-    "method.dropout": "dropout",
-    "method.dropout_form": {
-        "published": "dropout on everything but one base product (the authors' code)",
-        "branch": "dropout on the low-rank branch alone",
-    },
-    "method.target_modules": "adapted modules",
-    "method.magnitude_modules": "modules of which the magnitude alone is trained",
-    "method.rslora": {True: "scale alpha / sqrt(rank)", False: "scale alpha / rank"},
-    "method.detach_norm": {True: "norm held constant in the gradient", False: "gradient through the norm"},
-    "optim.learning_rate": "peak learning rate",
-    "optim.schedule": "schedule after warm-up",
-    "optim.warmup_steps": "warm-up steps",
-    "optim.batch_size": "items per optimiser step",
-    "optim.micro_batch_size": "items per forward",
-    "optim.epochs": "passes over the training items",
-    "optim.weight_decay": "weight decay",
-    "optim.max_grad_norm": "gradients clipped to norm",
-    "optim.keep": {
-        "last": "the last weights are evaluated",
-        "best_loss": "the weights of the lowest validation loss are evaluated",
-    },
-    "optim.eval_steps": "steps between validation losses",
-    "evaluation.protocols": "evaluation protocols",
-    "evaluation.split": "items scored: split",
-    "evaluation.num_beams": "beams",
-    "evaluation.max_new_tokens": "new tokens at most",
-    "evaluation.batch_size": "prompts per forward in evaluation",
-    "evaluation.weights": {
-        "exact": "adapter merged in float32, else left beside the base",
-        "merged": "adapter merged into the base's type, rounded",
-        "unmerged": "adapter beside the base",
-    },
-}
 # why a difference matters, where somebody has measured it
 MATTERS = {
     "data.train_on_prompt": "one report has LoRA at 86.5 with the loss on the answer alone (hqsiswiliam/hira#7), "
@@ -185,23 +114,20 @@ def nearest(spec: Spec, published: Iterable[Spec]) -> Spec:
 
 def name(spec: Spec) -> str:
     """A run in a few words: "commonsense, tier mini, DoRA rank 8 on mini, seed 0"."""
-    label = {"lora": "LoRA", "dora": "DoRA", "ft": "full fine-tuning", "base": "base model"}.get(spec.method.name)
+    known = catalog().get(spec.method.name)
     rank = f" rank {spec.method.rank}" if spec.method.rank is not None else ""
-    return (
-        f"{spec.experiment}, tier {spec.tier}, {label or spec.method.name}{rank} on {spec.model.name}, seed {spec.seed}"
-    )
+    words = spec.method.name if known is None else known.words
+    return f"{spec.experiment}, tier {spec.tier}, {words}{rank} on {spec.model.name}, seed {spec.seed}"
 
 
 # ------------------------------------------------------------------------------------------------------------ fields
 def _of_method(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Without the fields that the method does not read."""
-    unread = set()
-    if flat["method.name"] != "dora":
-        unread |= {"method.detach_norm", "method.dropout_form"}
-    if not flat["method.dropout"]:
-        unread.add("method.dropout_form")
-    if flat["method.rank"] is None:
-        unread |= {"method.dropout", "method.rslora"}
+    known = catalog().get(flat["method.name"])
+    unread = set() if flat["method.dropout"] else {"method.dropout_form"}
+    if known is not None:
+        read = {f"method.{field}" for field in ("name", *known.fields)}
+        unread |= {field for field in flat if field.startswith("method.") and field not in read}
     return {field: value for field, value in flat.items() if field not in unread}
 
 
@@ -216,10 +142,10 @@ def _value(value: Any) -> str:
 
 
 def _phrase(field: str, value: Any) -> str:
-    words = WORDS.get(field, field)
-    if isinstance(words, dict):
-        return words.get(value, f"{field} {_value(value)}")
-    return f"{words}: {_value(value)}"
+    said = words().get(field, field)
+    if isinstance(said, dict):
+        return said.get(value, f"{field} {_value(value)}")
+    return f"{said}: {_value(value)}"
 
 
 def _said(flat: Mapping[str, Any], prefixes: tuple[str, ...]) -> list[str]:
@@ -232,14 +158,14 @@ def _said(flat: Mapping[str, Any], prefixes: tuple[str, ...]) -> list[str]:
 
 
 def _difference(field: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    words = WORDS.get(field, field)
+    said = words().get(field, field)
     if field not in first or field not in second:
         where, value = ("A", first[field]) if field in first else ("B", second[field])
         told = f"{_phrase(field, value)} in {where}, nothing of the kind in the other"
-    elif isinstance(words, dict):
+    elif isinstance(said, dict):
         told = f"{_phrase(field, first[field])} in A; {_phrase(field, second[field])} in B"
     else:
-        told = f"{words}: {_value(first[field])} in A, {_value(second[field])} in B"
+        told = f"{said}: {_value(first[field])} in A, {_value(second[field])} in B"
     return f"- {told} (`{field}`)" + (f". It matters: {MATTERS[field]}" if field in MATTERS else "")
 
 
@@ -249,7 +175,7 @@ def _list(title: str, lines: list[str]) -> str:
 
 
 def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hash_bytes(text.encode())[:12]
 
 
 def _shown(text: str) -> str:
@@ -283,7 +209,7 @@ def _counts(record: Mapping[str, Any]) -> list[str]:
 def _trained(record: Mapping[str, Any]) -> list[str]:
     done = record.get("training") or {}
     names = {"steps": "steps", "tokens": "tokens", "shortened": "items cut to fit", "kept_step": "weights of step"}
-    return [f"{words}: {done[key]:,}" for key, words in names.items() if done.get(key) is not None]
+    return [f"{label}: {done[key]:,}" for key, label in names.items() if done.get(key) is not None]
 
 
 def _decoding(spec: Spec) -> list[str]:
@@ -337,11 +263,11 @@ def _record_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> 
     """What differs outside the spec: code, inputs, packages, machine."""
     kinds = {"code": "code", "inputs": "hash or revision of", "packages": "version of", "machine": "machine"}
     lines = []
-    for part, words in kinds.items():
+    for part, kind in kinds.items():
         one, two = (leaves(_without_items(record.get(part) or {})) for record in (first, second))
         for field in {**one, **two}:
             if one.get(field) != two.get(field) and not field.endswith(".name"):
-                lines.append(f"- {words} {field}: {_value(one.get(field))} in A, {_value(two.get(field))} in B")
+                lines.append(f"- {kind} {field}: {_value(one.get(field))} in A, {_value(two.get(field))} in B")
     for split in ("train", "validation", "test"):
         one, two = (((r.get("inputs") or {}).get("items") or {}).get(split) or {} for r in (first, second))
         if one != two:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_lab.io.atomic import write_bytes
 from dora_lab.report.provenance import Provenance
 
 if TYPE_CHECKING:
@@ -43,17 +45,12 @@ def save_figure(figure: Figure, folder: Path, name: str, source: Provenance) -> 
             text.set_parse_math(False)
     about = " ".join([text for text in (source.caption(), source.incomplete()) if text])
     runs = "runs: " + " ".join(source.runs)
-    pdf, png = folder / f"{name}.pdf", folder / f"{name}.png"
-    figure.savefig(
-        pdf,
-        metadata={
-            "Title": name,
-            "Subject": about,
-            "Keywords": runs,
-            "CreationDate": None,
-            "Creator": "dora_lab",
-            "Producer": None,
-        },
-    )
-    figure.savefig(png, dpi=200, metadata={"Title": name, "Description": about, "Comment": runs, "Software": None})
-    return [pdf, png]
+    told = {
+        "pdf": {"Subject": about, "Keywords": runs, "CreationDate": None, "Creator": "dora_lab", "Producer": None},
+        "png": {"Description": about, "Comment": runs, "Software": None},
+    }
+    for ending, metadata in told.items():
+        drawn = BytesIO()  # its writer of PDF hides what a full disk says
+        figure.savefig(drawn, format=ending, dpi=200, metadata={"Title": name, **metadata})
+        write_bytes(folder / f"{name}.{ending}", drawn.getvalue())
+    return [folder / f"{name}.{ending}" for ending in told]

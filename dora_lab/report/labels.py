@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from dora_lab.methods.catalog import catalog, spare_colour
 from dora_lab.tasks import all_tasks
 
 MISSING = "–"
@@ -23,15 +24,12 @@ class Style:
     line: str
 
 
-# In the order of tables and legends. A method that is not listed follows in alphabetical order under its own name.
-METHODS: dict[str, Style] = {
-    "base": Style("Base", "#8c8c8c", "x", ":"),
-    "ft": Style("FT", "#2b2b2b", "s", "--"),
-    "lora": Style("LoRA", "#56a5dd", "o", "-."),
-    "dora": Style("DoRA", "#b8341b", "^", "-"),
-    f"dora{HALF_RANK}": Style(f"DoRA{HALF_RANK}", "#eb9c7c", "v", "-"),
-}
-_OTHER = ("#6a51a3", "#31a354", "#d4a017", "#17869e")
+# In the order of tables and legends. A method that has no file follows in alphabetical order under its own name.
+METHODS: dict[str, Style] = {}
+for _name, _entry in catalog().items():
+    METHODS[_name] = Style(_entry.label, _entry.colour, _entry.marker, _entry.line)
+    if _entry.half is not None:
+        METHODS[_name + HALF_RANK] = Style(_entry.label + HALF_RANK, *_entry.half, _entry.line)
 
 # Task name -> column head, in the order of the paper's table 1. What is not listed follows under its own name.
 TASKS: dict[str, str] = {task.name: task.column for task in all_tasks()}
@@ -74,4 +72,4 @@ def style(label: str) -> Style:
     for known in METHODS.values():
         if known.label == label:
             return known
-    return Style(label, _OTHER[sum(map(ord, label)) % len(_OTHER)], "D", "-")
+    return Style(label, spare_colour(label), "D", "-")

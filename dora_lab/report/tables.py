@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from dora_lab.io.atomic import write_text
 from dora_lab.report.labels import MISSING
 from dora_lab.report.provenance import Provenance
 
@@ -56,10 +57,10 @@ def save_table(
     parts = [*texts, f"<!-- runs: {runs} -->"]
     tex = [f"% runs: {runs}", *(_latex(block, title, tail) for block in blocks)]
     paths = [folder / f"{name}.{ending}" for ending in ("md", "tex", "csv")]
-    paths[0].write_text("\n\n".join(parts) + "\n", encoding="utf-8", newline="\n")
-    paths[1].write_text("\n\n".join(tex) + "\n", encoding="utf-8", newline="\n")
     data = data.rename(columns=_without_nul).map(_without_nul)
-    data.to_csv(paths[2], index=False, lineterminator="\n", float_format="%.6g", quoting=csv.QUOTE_MINIMAL)
+    numbers = data.to_csv(index=False, lineterminator="\n", float_format="%.6g", quoting=csv.QUOTE_MINIMAL)
+    for path, text in zip(paths, ("\n\n".join(parts) + "\n", "\n\n".join(tex) + "\n", numbers), strict=True):
+        write_text(path, text)
     return paths
 
 
@@ -167,5 +168,5 @@ def readme_block(readme: Path, text: str, name: str = "table") -> bool:
         raise ValueError(f"{readme}: needs the lines {begin} and {end} once each, in that order")
     new = old[: old.index(begin) + len(begin)] + f"\n{text.strip()}\n" + old[old.index(end) :]
     if new != old:
-        readme.write_text(new, encoding="utf-8", newline="\n")
+        write_text(readme, new)
     return new != old

@@ -1,6 +1,6 @@
 """Checkpoints of a training run: each a folder that is whole or not there, and that says what it is of (no torch).
 
-A snapshot is filled under a temporary name; its manifest holds a hash of every file, what the run was made of (spec,
+A checkpoint is filled under a temporary name; its manifest holds a hash of every file, what the run was made of (spec,
 inputs, items, number of processes) and how long the run's streams were; all of it is brought to the disk and renamed
 last. Before it is resumed it is verified whole. A broken one is moved to ``quarantine/``, named by its fault, and an
 older one is used; a whole one of something else is refused, with what differs.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_lab.io.atomic import fsync, write_text
+from dora_lab.io.files import hash_bytes, sha256
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.errors import ResumeError
 
@@ -31,13 +31,13 @@ PARTIAL = ".partial"
 
 
 class SaveError(OSError):
-    """A snapshot could not be written; the one before it stays."""
+    """A checkpoint could not be written; the one before it stays."""
 
 
-class Snapshots:
-    """The snapshots of one run, in its ``checkpoints/`` as ``checkpoint-<step>``.
+class Checkpoints:
+    """The checkpoints of one run, in its ``checkpoints/`` as ``checkpoint-<step>``.
 
-    of: what the run is made of, a JSON value with text keys; a snapshot of anything else is refused.
+    of: what the run is made of, a JSON value with text keys; a checkpoint of anything else is refused.
     """
 
     def __init__(self, run: RunDir, of: Mapping[str, Any]) -> None:
@@ -46,7 +46,7 @@ class Snapshots:
 
     @property
     def partial(self) -> Path:
-        """Where a snapshot is filled, under its own name."""
+        """Where a checkpoint is filled, under its own name."""
         return self.folder / PARTIAL
 
     def all(self) -> list[Path]:
@@ -56,7 +56,7 @@ class Snapshots:
 
     @contextlib.contextmanager
     def writing(self, step: int, room: int, beside: list[Path]) -> Iterator[Path]:
-        """A folder to be filled with the snapshot of `step`, which it becomes when the block ends.
+        """A folder to be filled with the checkpoint of `step`, which it becomes when the block ends.
 
         room: bytes that it will take at most; beside: files in ``checkpoints/`` that it needs to be resumed.
         Raises SaveError where the disk has less room or a file cannot be written; what was begun is removed.
@@ -103,7 +103,7 @@ class Snapshots:
             shutil.rmtree(old)
 
     def newest(self) -> Path | None:
-        """The newest snapshot that is whole; broken ones are moved to quarantine, with a note in the record.
+        """The newest checkpoint that is whole; broken ones are moved to quarantine, with a note in the record.
 
         Raises ResumeError, naming each field, if the newest whole one is of something else.
         """
@@ -137,13 +137,13 @@ class Snapshots:
         return moved
 
 
-def step_of(snapshot: Path) -> int:
-    """The optimiser step of a snapshot, from its name."""
-    return int(snapshot.name.split("-")[1])
+def step_of(checkpoint: Path) -> int:
+    """The optimiser step of a checkpoint, from its name."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """(manifest, None) of a whole snapshot; (None, fault) of a broken one, the fault as a part of a file name."""
+    """(manifest, None) of a whole checkpoint; (None, fault) of a broken one, the fault as a part of a file name."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -180,7 +180,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "
 
 
 def clear(folder: Path) -> None:
-    """Remove the snapshots of a run that is complete; what is in quarantine stays to be looked at."""
+    """Remove the checkpoints of a run that is complete; what is in quarantine stays to be looked at."""
     if not folder.exists():
         return
     for path in folder.iterdir():
@@ -192,15 +192,6 @@ def clear(folder: Path) -> None:
         folder.rmdir()
 
 
-def sha256(file: Path) -> str:
-    """Hash of a file's content, 64 hex digits."""
-    content = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            content.update(block)
-    return content.hexdigest()
-
-
 def _of_disk(error: Exception) -> bool:
     """Whether writing failed: torch and safetensors have errors of their own for it."""
     writers = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream error", "os error")
@@ -208,7 +199,7 @@ def _of_disk(error: Exception) -> bool:
 
 
 def _own_hash(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return hash_bytes(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _plain(name: str) -> str:

@@ -9,7 +9,6 @@ Wall time has a stream of its own, so that the others are the same, byte for byt
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -21,10 +20,11 @@ from types import TracebackType
 from typing import IO, Any
 
 from dora_lab.io.atomic import fsync, write_text
+from dora_lab.io.files import hash_bytes
 from dora_lab.runs.errors import OUTSIDE, StoreError
 from dora_lab.runs.lock import acquire
 from dora_lab.runs.record import ENDINGS, SCHEMA, read_record, run_path
-from dora_lab.runs.streams import STREAMS, repair
+from dora_lab.runs.streams import STREAMS, content, repair
 from dora_lab.spec import Spec, did_you_mean, from_dict, spec_id, to_dict
 
 OWN_FIELDS = ("schema", "spec", "spec_id", "status", "error", "notes")  # of record.json, written by RunDir alone
@@ -155,16 +155,14 @@ class RunDir:
             file = self.path / f"{name}.jsonl"
             if file.exists():
                 fsync(file)
-            content = file.read_bytes() if file.exists() else b""
-            found[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            rows = content(self.path, name)
+            found[name] = {"bytes": len(rows), "sha256": hash_bytes(rows)}
         return found
 
     def strayed(self, marks: Mapping[str, Mapping[str, Any]]) -> str | None:
         """The first stream that does not begin with what `marks` saw (rows were lost or changed), or None."""
         for name, mark in marks.items():
-            file = self.path / f"{name}.jsonl"
-            begin = file.read_bytes()[: mark["bytes"]] if file.exists() else b""
-            if hashlib.sha256(begin).hexdigest() != mark["sha256"]:
+            if hash_bytes(content(self.path, name)[: mark["bytes"]]) != mark["sha256"]:
                 return name
         return None
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_lab.io.files import parse_json
+from dora_lab.io.files import hash_bytes, parse_json
 from dora_lab.runs.errors import StoreError
 from dora_lab.runs.record import read_record
 from dora_lab.spec import did_you_mean
@@ -40,10 +39,8 @@ def read_stream(path: Path, name: str) -> list[dict[str, Any]]:
     if name not in STREAMS:
         raise StoreError(f"{path}: unknown stream '{name}'; {did_you_mean(name, STREAMS)}")
     file = Path(path) / f"{name}.jsonl"
-    if not file.exists():
-        return []
     rows = []
-    whole, _, _ = file.read_bytes().rpartition(b"\n")
+    whole, _, _ = content(path, name).rpartition(b"\n")
     for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
         try:
             row = parse_json(line)
@@ -55,6 +52,12 @@ def read_stream(path: Path, name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def content(path: Path, name: str) -> bytes:
+    """One stream of the run directory `path` as it lies there; empty if it was never written."""
+    file = Path(path) / f"{name}.jsonl"
+    return file.read_bytes() if file.exists() else b""
+
+
 def read_rows(path: Path, name: str) -> list[dict[str, Any]]:
     """`read_stream`, and every row has the fields that tables and figures read, of their types.
 
@@ -64,10 +67,10 @@ def read_rows(path: Path, name: str) -> list[dict[str, Any]]:
     rows = read_stream(path, name)
     file = Path(path) / f"{name}.jsonl"
     wanted = stream_hash(read_record(path), name) if (Path(path) / "record.json").exists() else None
-    if wanted not in (None, hashlib.sha256(file.read_bytes() if file.exists() else b"").hexdigest()):
+    if wanted not in (None, hash_bytes(content(path, name))):
         raise StoreError(f"{file}: is not what it was when the run was finished; restore the file or run again")
     for number, row in enumerate(rows, start=1):
-        where = f"{Path(path) / f'{name}.jsonl'}, line {number}"
+        where = f"{file}, line {number}"
         optional = {field: kinds for field, kinds in _OPTIONAL.get(name, {}).items() if field in row}
         for field, kinds in (_REQUIRED.get(name, {}) | optional).items():
             value = row.get(field, row)  # a field that is not there has no value of any of these types

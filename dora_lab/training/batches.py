@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import array
 import hashlib
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,11 +99,6 @@ def _cut(ids: list[int], answer: int, data: Data, end: int, where: str) -> _Cut:
     return _Cut((*kept, *tail), max(0, answer - dropped) + ended, dropped, dropped > 0)
 
 
-def total_steps(items: int, optim: Optim) -> int:
-    """Optimiser steps of a run: epochs x items, in full batches (the last is filled from the next epoch's order)."""
-    return max(1, math.ceil(items * optim.epochs / optim.batch_size))
-
-
 def order(items: int, seed: int, length: int) -> list[int]:
     """The first `length` item indices of the run: one permutation per epoch, each from (seed, epoch) alone."""
     indices: list[int] = []
@@ -126,7 +120,7 @@ class MicroBatches(Dataset[dict[str, Tensor]]):
 
     def __init__(self, examples: Sequence[Example], optim: Optim, seed: int, pad: int, multiple: int = 1) -> None:
         self.examples, self.optim, self.pad, self.multiple = examples, optim, pad, multiple
-        self.steps = total_steps(len(examples), optim)
+        self.steps = optim.steps(len(examples))
         self.indices = order(len(examples), seed, self.steps * optim.batch_size)
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """The fine-tuning run: a model, its items and a spec to trained weights, resumed from the newest whole checkpoint.
 
 How a step is made, and where this differs from transformers' Trainer: `trainer`. Under `torchrun` the processes share
-the micro-batches of every step (DDP, or FSDP2 for a model that `ranks.shard` has cut); the first one writes.
+the micro-batches of every step (DDP, or FSDP2 for a model that `distributed.shard` has cut); the first one writes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from transformers import TrainerCallback
 
 from dora_lab import distributed
-from dora_lab.runs.checkpoints import Snapshots, read_manifest, step_of
+from dora_lab.runs.checkpoints import Checkpoints, read_manifest, step_of
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.record import read_record
 from dora_lab.spec import Spec, canonical_json
@@ -61,12 +61,12 @@ def train(
         encoded.examples, spec.optim, spec.seed, cast(int, tokenizer.pad_token_id), spec.data.pad_to_multiple_of
     )
     arguments = training_arguments(spec, batches.steps, run.checkpoints, model, checkpoint_steps)
-    snapshots = Snapshots(run, _made_of(spec, run, batches))
-    trainer = RunTrainer(spec, model, batches, held.examples, run, snapshots, arguments, progress)
+    checkpoints = Checkpoints(run, _made_of(spec, run, batches))
+    trainer = RunTrainer(spec, model, batches, held.examples, run, checkpoints, arguments, progress)
     for callback in callbacks:
         trainer.add_callback(callback)
     trainer.add_callback(Watch(trainer, stop))
-    checkpoint = distributed.share(_resume(run, snapshots, batches.steps) if distributed.first() else None)
+    checkpoint = distributed.share(_resume(run, checkpoints, batches.steps) if distributed.first() else None)
     step = step_of(checkpoint) if checkpoint else 0
     trainer.continue_counts()
     if step < batches.steps:
@@ -99,9 +99,9 @@ def _made_of(spec: Spec, run: RunDir, batches: MicroBatches) -> dict[str, Any]:
     }
 
 
-def _resume(run: RunDir, snapshots: Snapshots, steps: int) -> Path | None:
+def _resume(run: RunDir, checkpoints: Checkpoints, steps: int) -> Path | None:
     """The checkpoint to go on from, with the run's streams as they were when it was written."""
-    checkpoint = snapshots.newest()
+    checkpoint = checkpoints.newest()
     manifest = read_manifest(checkpoint)[0] if checkpoint else None
     for stream in TRAINED_STREAMS:
         run.cut(stream, manifest["streams"][stream]["bytes"] if manifest else 0)

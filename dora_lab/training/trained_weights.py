@@ -1,6 +1,6 @@
 """What is trained: out of a model and into it, in one piece, also where its weights are shared out over processes.
 
-With shares (`ranks.shard`) every process has to call each of these functions.
+With shares (`distributed.shard`) every process has to call each of these functions.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dora_lab import distributed
+from dora_lab.methods.inject import adapted
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -27,10 +28,16 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
+def _held(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained and whatever else adapted layers say that they hold, by name."""
+    layers = ((f"{name}.", layer.trained_state()) for name, layer in adapted(model))
+    return {**trained(model), **{name + part: held for name, state in layers for part, held in state.items()}}
+
+
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are trained, by name, whole and contiguous on the CPU: in the first process, for all."""
+    """What training leaves, by name, whole and contiguous on the CPU: in the first process, for all."""
     found = {}
-    for name, weight in trained(model).items():
+    for name, weight in _held(model).items():
         gathered = distributed.whole(weight.detach())
         if distributed.first():
             found[name] = gathered.cpu().contiguous()
@@ -38,16 +45,16 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fill_trained(model: nn.Module, values: Mapping[str, Tensor], source: str) -> None:
-    """Put `values` into the parameters that are trained; raises ValueError, naming `source`, where names differ."""
-    parameters = trained(model)
-    if values.keys() != parameters.keys():
-        raise ValueError(f"{source} holds other weights than are trained: {sorted(values.keys() ^ parameters.keys())}")
+    """Put `values` of `trained_weights` back; raises ValueError, naming `source`, where names differ."""
+    held = _held(model)
+    if values.keys() != held.keys():
+        raise ValueError(f"{source} holds other weights than are trained: {sorted(values.keys() ^ held.keys())}")
     with torch.no_grad():
-        for name, weight in parameters.items():
+        for name, weight in held.items():
             weight.copy_(_cut_as(values[name], weight))
 
 
-def _cut_as(value: Tensor, like: nn.Parameter) -> Tensor:
+def _cut_as(value: Tensor, like: Tensor) -> Tensor:
     """`value`, cut as `like` is."""
     if not isinstance(like, DTensor):
         return value

@@ -4,7 +4,7 @@ Differences from the Trainer's own ways, each for a reason:
 - data order from (seed, epoch) alone, never a global generator: resume is bit-exact;
 - a NaN or infinite loss, gradient or weight ends the run at that step; the Trainer would log 0.0 and go on;
 - the loss is the mean over all answer tokens of an optimiser step, however it is cut into micro-batches and processes;
-- checkpoints hold the trainable weights only, and are whole, ours and unchanged or not resumed: see `snapshots`.
+- checkpoints hold the trainable weights only, and are whole, ours and unchanged or not resumed: see `runs.checkpoints`.
 
 Shape suffixes: B items, K last positions, V vocabulary.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -30,8 +29,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from dora_lab import distributed
-from dora_lab.io.atomic import fsync
-from dora_lab.runs.checkpoints import Snapshots, read_manifest
+from dora_lab.io.atomic import replacing
+from dora_lab.runs.checkpoints import Checkpoints, read_manifest
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.errors import ResumeError
 from dora_lab.runs.streams import read_stream
@@ -124,12 +123,12 @@ class RunTrainer(Trainer):
         batches: MicroBatches,
         held: list[Example],
         run: RunDir,
-        snapshots: Snapshots,
+        checkpoints: Checkpoints,
         arguments: TrainingArguments,
         progress: Progress | None,
     ) -> None:
         self.spec, self.run, self.batches, self.held, self.progress = spec, run, batches, held, progress
-        self.network, self.snapshots = model, snapshots
+        self.network, self.checkpoints = model, checkpoints
         self._evaluated = (-1, math.nan)  # step of the last validation, and its loss
         self.tokens, self._since = 0, time.monotonic()
         super().__init__(
@@ -218,7 +217,7 @@ class RunTrainer(Trainer):
             step = self.state.global_step
             parts = self.args.gradient_accumulation_steps * distributed.size()
             items = sorted(item for part in range(parts) for item in self.batches.items_of(step * parts + part))
-            saved = [folder.name for folder in self.snapshots.all()]
+            saved = [folder.name for folder in self.checkpoints.all()]
             raise NonFiniteError(
                 f"{what} is {value.item()} at step {step + 1}, training items {items}; "
                 f"lower optim.learning_rate = {self.args.learning_rate} or look at these items"
@@ -293,10 +292,8 @@ class RunTrainer(Trainer):
         if not distributed.first():
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.tmp")
-        save_file(found, partial)
-        fsync(partial)
-        os.replace(partial, file)
+        with replacing(file) as partial:
+            save_file(found, partial)
 
     def load_trainable(self, file: Path) -> None:
         """Read trainable weights back; raises ValueError where names differ from what is trained now."""
@@ -327,7 +324,7 @@ class RunTrainer(Trainer):
         return cast(Any, self.optimizer).optimizer  # inside accelerate's wrapper
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self.snapshots.partial)  # from where it is moved when it is whole
+        return str(self.checkpoints.partial)  # from where it is moved when it is whole
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
@@ -336,7 +333,7 @@ class RunTrainer(Trainer):
         room = 3 * 4 * max(1, size // 4) + (2 << 20)
         best = self._best_step() if cast(Optim, self.spec.optim).keep == "best_loss" else None
         beside = [self._best_file(best)] if best is not None else []
-        with self.snapshots.writing(step, room, beside) if distributed.first() else contextlib.nullcontext():
+        with self.checkpoints.writing(step, room, beside) if distributed.first() else contextlib.nullcontext():
             distributed.barrier()  # the folder is there
             super()._save_checkpoint(model, trial)
             distributed.barrier()  # every process has written its random state
@@ -346,7 +343,7 @@ class RunTrainer(Trainer):
 
     def _drop_beaten(self) -> None:
         """Best weights that no checkpoint needs: each names the best of its time."""
-        kept = [read_manifest(folder)[0] for folder in self.snapshots.all()]
+        kept = [read_manifest(folder)[0] for folder in self.checkpoints.all()]
         needed = {name for manifest in kept if manifest for name in manifest["beside"]}
         for file in self.run.checkpoints.glob("best-*.safetensors"):
             if file.name not in needed:

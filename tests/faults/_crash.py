@@ -28,8 +28,10 @@ from typing import Any
 import tqdm.auto
 import tqdm.std
 
+from dora_lab.io.files import sha256
 from dora_lab.launch import pool
-from dora_lab.launch.run import Paths, run_spec
+from dora_lab.launch.run import run_spec
+from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.runs import checkpoints
 from dora_lab.runs.record import run_path
 from dora_lab.spec import Method, Spec
@@ -54,10 +56,7 @@ def small_spec(method: str = "dora", **changes: Any) -> Spec:
 @functools.cache
 def inputs() -> Path:
     """A folder with a tiny model and data, made once."""
-    import dora_lab.evaluation.evaluate
-    import dora_lab.formats.live
-    import dora_lab.methods.inject
-    import dora_lab.probing.callback  # noqa: F401  (imported here once, not in every child)
+    import dora_lab.launch.stages  # noqa: F401  (imported here once, not in every child)
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     folder = Path(tempfile.mkdtemp(prefix="dora-lab-faults-"))
@@ -77,7 +76,7 @@ def run(root: Path, spec: Spec, **options: Any) -> None:
 
     torch.set_num_threads(1)
     checkpoints.clear = lambda folder: None  # only ever in a child
-    run_spec(spec, paths(root), checkpoint_steps=EVERY, **options)
+    run_spec(spec, paths(root), Runtime(checkpoint_steps=EVERY, **options))
 
 
 def child(work: Callable[[], Any], errors: Path | None = None, **environment: str) -> int:
@@ -158,7 +157,7 @@ def result(root: Path, spec: Spec) -> dict[str, str]:
     last = path / "checkpoints" / f"checkpoint-{STEPS}"
     files += [file for file in sorted(last.iterdir()) if file.name != checkpoints.MANIFEST]
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt"} <= {file.name for file in files}
-    return {str(file.relative_to(path)): checkpoints.sha256(file) for file in files}
+    return {str(file.relative_to(path)): sha256(file) for file in files}
 
 
 @functools.cache
@@ -299,7 +298,7 @@ def together(root: Path, spec: Spec, errors: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    (outcome,) = pool._together([spec], paths(root), shard=False)
+    (outcome,) = pool._together([spec], paths(root), Runtime())
     errors.write_text(f"{outcome.status}: {outcome.error}")
 
 

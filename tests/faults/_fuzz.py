@@ -15,10 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dora_lab.io.errors import CheckpointError
-from dora_lab.runs.errors import StoreError
-from dora_lab.runs.record import read_record
-from dora_lab.runs.streams import read_rows
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -26,8 +22,12 @@ from dora_lab import report, spec
 from dora_lab.formats.manifest import read_manifest
 from dora_lab.formats.read import read_adapter
 from dora_lab.formats.shards import Shards
+from dora_lab.io.errors import CheckpointError
 from dora_lab.io.files import header, parse_json
 from dora_lab.runs.directory import RunDir
+from dora_lab.runs.errors import StoreError
+from dora_lab.runs.record import read_record
+from dora_lab.runs.streams import read_rows
 from dora_lab.spec import SpecError
 from dora_lab.tasks import ItemError, load_task, read_items
 from tests.faults._models import copy, header_of, write_header

@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dora_lab import report
+from dora_lab.launch.run import run_spec
+from dora_lab.launch.runtime import Paths
+from dora_lab.runs import checkpoints
 from dora_lab.runs.errors import LockedError, ResumeError, StoreError
 from dora_lab.runs.record import read_record, run_path
 from dora_lab.runs.streams import read_stream
-
-from dora_lab import report
-from dora_lab.launch.run import Paths, run_spec
-from dora_lab.runs import checkpoints
 from dora_lab.spec import Spec, derive
 from tests.faults import Skipped, fault
 from tests.faults import _crash as crash

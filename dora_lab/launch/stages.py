@@ -1,0 +1,143 @@
+"""The stages of a run, one function each: load, adapt, train, score. What one leaves, the next one takes.
+
+Each writes what it found into the record; none knows how a run begins, ends or goes on: that is `run`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+
+from dora_lab import distributed
+from dora_lab.evaluation import protocols
+from dora_lab.evaluation.evaluate import evaluate
+from dora_lab.formats.live import load_adapter, save_trained
+from dora_lab.io.errors import LoadError
+from dora_lab.launch import inputs
+from dora_lab.launch.runtime import Paths, Runtime
+from dora_lab.methods.inject import inject, merge
+from dora_lab.models.base import adapter_folder, model_and_tokenizer, model_folder, token_policy
+from dora_lab.probing.callback import DecompositionCallback
+from dora_lab.runs import provenance
+from dora_lab.runs.directory import RunDir
+from dora_lab.spec import Spec
+from dora_lab.tasks import sources
+from dora_lab.training import fit
+from dora_lab.training.trained_weights import fill_trained, trained_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class Loaded:
+    """What a run is made of, in memory; each stage leaves `model` as the next one needs it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    items: sources.Items
+
+
+def load(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir) -> Loaded:
+    """The inputs, if they are those that the run was begun with; the model lies on the processor.
+
+    Raises LoadError for what cannot be had, ResumeError instead where the run had it before, or for other inputs.
+    """
+    provenance.reset_peak_memory()
+    device = torch.cuda.get_device_name() if runtime.device == "cuda" else "cpu"
+    with inputs.begun_is_kept(run):
+        found = inputs.fingerprints(spec, paths)
+        inputs.go_on_with(run, found, device=device, threads=runtime.threads)
+        items = sources.items(spec, paths.data_dir)
+        protocols.ready(spec)  # now, not after days of training
+        model, tokenizer = model_and_tokenizer(spec, paths.model_dir)
+    tokens = {"pad_token": tokenizer.pad_token, "tokens": token_policy(tokenizer)}
+    run.record(inputs={**found, "items": items.counts(), "sources": list(items.sources), **tokens})
+    return Loaded(model, tokenizer, items)
+
+
+def adapt(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir, loaded: Loaded) -> None:
+    """Put the adapter on the model, in place, and the model on the device; cut over the processes with `shard`."""
+    if not runtime.shard:
+        loaded.model.to(runtime.device)  # type: ignore[arg-type]
+    params = _put_on(loaded.model, spec, paths, runtime)
+    run.record(params=params, processes=distributed.size(), sharded=runtime.shard)
+    if runtime.shard:
+        distributed.shard(loaded.model, str(runtime.device))
+
+
+def train(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir, loaded: Loaded) -> None:
+    """Fine-tune, probe, and save the adapter; after it the first process has the model in one piece."""
+    with _probes(spec, paths, run) as callbacks:
+        summary = fit.train(
+            spec, loaded.model, loaded.tokenizer, loaded.items, run, runtime.stop,
+            partial(runtime.progress, "train"), callbacks, runtime.checkpoint_steps,
+        )  # fmt: skip
+    if runtime.shard:
+        _put_together(spec, paths, runtime, loaded)
+    if distributed.first():
+        save_trained(loaded.model, run.adapter, spec.model.name)
+    run.record(training=summary)
+
+
+def score(spec: Spec, runtime: Runtime, run: RunDir, loaded: Loaded) -> None:
+    """Evaluate by every protocol, with the adapter merged where `evaluation.weights` says so."""
+    weights = spec.evaluation.weights
+    if weights == "merged" or (weights == "exact" and spec.model.dtype == "float32"):  # narrower types round
+        merge(loaded.model, keep=False)
+    evaluate(
+        spec, loaded.model, loaded.tokenizer, loaded.items.split(spec.evaluation.split), run, runtime.stop,
+        lambda done, of: runtime.progress("evaluate", done, of, None),
+    )  # fmt: skip
+
+
+def _put_on(model: PreTrainedModel, spec: Spec, paths: Paths, runtime: Runtime) -> dict[str, int]:
+    """The adapter: a new one to be trained, or the saved one that `model.adapter` names; returns what is counted."""
+    params = inject(model, spec.method, spec.seed)
+    if spec.model.adapter is None:
+        return params
+    load_adapter(model, adapter_folder(spec.model, paths.adapter_dir), allow_pickle=runtime.allow_pickle)
+    counted = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return {"trainable": sum(n for n, trained in counted if trained), "total": sum(n for n, _ in counted)}
+
+
+def _put_together(spec: Spec, paths: Paths, runtime: Runtime, loaded: Loaded) -> None:
+    """What was trained in shares, on a base of its own: in the first process, the only one that goes on."""
+    trained = trained_weights(loaded.model)
+    del loaded.model  # the shares give their memory back before the whole takes its own
+    if distributed.first():
+        loaded.model, _ = model_and_tokenizer(spec, paths.model_dir)
+        loaded.model.to(runtime.device)  # type: ignore[arg-type]
+        _put_on(loaded.model, spec, paths, runtime)
+        fill_trained(loaded.model, trained, "the run")
+
+
+@contextlib.contextmanager
+def _probes(spec: Spec, paths: Paths, run: RunDir) -> Iterator[list[Any]]:
+    """The decomposition callback of the spec, reading initial weights from the base model's file where it can."""
+    if spec.probe is None:
+        yield []
+        return
+    base = model_folder(spec.model, paths.model_dir)
+    with contextlib.ExitStack() as stack:
+        files = {
+            name: file
+            for path in sorted(base.glob("*.safetensors"))
+            for file in [stack.enter_context(safe_open(path, "pt"))]
+            for name in file.keys()  # noqa: SIM118  (a safetensors file is not a mapping)
+        }
+        initial = partial(_initial, files, spec)
+        yield [DecompositionCallback(partial(run.append, "probe"), spec.probe.fractions, initial=initial)]
+
+
+def _initial(files: dict[str, safe_open], spec: Spec, name: str) -> Any:
+    """W0 as the run loaded it: in `model.dtype`."""
+    if name not in files:
+        raise LoadError(f"'{name}' is not in the base model's files, so its change cannot be measured")
+    return files[name].get_tensor(name).to(getattr(torch, spec.model.dtype))
