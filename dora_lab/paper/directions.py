@@ -76,6 +76,8 @@ def layer_correlation(probes: pd.DataFrame, label: str, kind: str) -> Estimate |
     Returns the estimate of `statistics.correlation`, None where there are no rows or nothing varies.
     """
     rows = _select(probes, {"label": label, "kind": kind})
+    # of a run so short that two fractions fall on one step, the step is one point, not two
+    rows = rows.drop_duplicates([name for name in ("spec_id", "seed", "module", "step") if name in rows])
     return (
         statistics.correlation(
             {int(seed): (part["delta_d"].to_numpy(), part["delta_m"].to_numpy()) for seed, part in rows.groupby("seed")}

@@ -17,10 +17,11 @@ import pandas as pd
 
 from dora_lab.report import statistics
 from dora_lab.report.labels import HALF_RANK, METHODS, ordered_labels, ordered_tasks
-from dora_lab.runs.record import iter_runs
 from dora_lab.runs.streams import read_rows
+from dora_lab.runs.survey import survey
 from dora_lab.spec import leaves
 
+REFUSED = "damaged or misplaced (`dora-lab doctor` names them)"
 GROUP = ["experiment", "tier", "model", "data", "eval_data", "split"]  # what never shares a column or a panel
 _FIRST = (*GROUP, "spec_id", "method", "rank", "label", "seed", "trainable_percent", "commit", "modified")
 _STREAMS = {  # columns that a frame has even when there are no rows
@@ -53,19 +54,23 @@ def frame(root: Path, experiment: str | None = None, stream: str = "eval") -> pd
         `method`, `rank`, `model`, `data`, `eval_data`, `split` as short names, `label` (name in tables; runs that
         differ in more than the seed have different labels), `trainable_percent` (of all parameters; None unknown),
         `commit` and `modified` (uncommitted changes) of the code. `attrs["incomplete"]` counts the runs that were
-        left out, `attrs["statuses"]` by label and status ("DoRA failed"). No runs: an empty frame of these columns.
-    Raises: ValueError for an unknown stream, and whatever `store` raises for an unreadable record.
+        left out, `attrs["statuses"]` by label and status ("DoRA failed"), with the folders that `runs.survey` refuses.
+        No runs: an empty frame of these columns.
+    Raises: ValueError for an unknown stream.
     """
     if stream not in _STREAMS:
         raise ValueError(f"report.frame: stream {stream!r} is not one of {', '.join(_STREAMS)}")
     runs: list[tuple[Path, dict[str, Any], dict[str, Any]]] = []
     left_out: list[dict[str, Any]] = []
-    for path, record in iter_runs(Path(root), experiment):
+    found = survey(Path(root), experiment)
+    for path, record in found.runs:
         if record["status"] == "complete":
             runs.append((path, record, _run_columns(record)))
         else:
             left_out.append(_run_columns(record) | {"status": record["status"]})
     statuses = _statuses([columns for _, _, columns in runs], left_out)
+    if found.left_out:
+        statuses[REFUSED] = len(found.left_out)
     _add_labels([columns for _, _, columns in runs])
     rows: list[dict[str, Any]] = []
     for path, record, columns in runs:
@@ -77,7 +82,7 @@ def frame(root: Path, experiment: str | None = None, stream: str = "eval") -> pd
     result = pd.DataFrame(rows)
     result = result.reindex(columns=[*first, *(c for c in result.columns if c not in first)])
     result["rank"] = result["rank"].astype("Int64")
-    result.attrs.update(incomplete=len(left_out), statuses=statuses)
+    result.attrs.update(incomplete=len(left_out) + len(found.left_out), statuses=statuses)
     return result
 
 

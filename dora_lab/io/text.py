@@ -1,0 +1,15 @@
+"""Text that came from a file, made fit to be shown."""
+
+from __future__ import annotations
+
+import re
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shown(text: object) -> str:
+    """Text for a terminal: control characters and changes of direction as "\\x1b"; ends of line and tabs stay.
+
+    Whoever names a tensor, a model or a lock file could else move the cursor, set the window's title or hide words.
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), str(text))
