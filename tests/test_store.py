@@ -18,8 +18,8 @@ from dora_lab.runs import directory
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.errors import LockedError, StoreError
 from dora_lab.runs.record import read_record, run_path
-from dora_lab.runs.survey import iter_runs
 from dora_lab.runs.streams import read_stream
+from dora_lab.runs.survey import iter_runs
 from dora_lab.spec import Data, Evaluation, Method, Model, Spec, spec_id, to_dict
 
 SPEC = Spec(

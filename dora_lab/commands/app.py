@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dora_lab.runs.survey import is_run
 from dora_lab.spec import SpecError
 
 app = typer.Typer(
@@ -28,7 +29,8 @@ def find_run(text: str, results: Path) -> Path:
     """
     if (Path(text) / "record.json").exists():
         return Path(text)
-    found = {path.name: path for root in (RESULTS, results) for path in (root / "runs").glob(f"*/{text}*") if text}
+    begins = [path for root in (RESULTS, results) for path in (root / "runs").glob("*/*") if path.name.startswith(text)]
+    found = {path.name: path for path in begins if text and is_run(path)}  # a copy beside a run is none
     if len(found) == 1:
         return next(iter(found.values()))
     there = f"{', '.join(sorted(found))}: give more digits" if found else f"none in {results} or {RESULTS}"

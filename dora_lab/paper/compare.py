@@ -77,7 +77,7 @@ def compare(local_root: Path, committed_root: Path, experiment: str | None = Non
 NOTE = (
     "Average accuracy in percent over tasks and the runs that both have; tolerance: two binomial standard errors of "
     "the difference; flipped: items answered otherwise. Same bytes: every stream, wall time aside; same answers: every "
-    "item alike and the other streams within their tolerances; within the interval: some items flipped."
+    "item alike and the other streams within their tolerances; within the interval: items flipped, or ten tolerances."
 )
 
 

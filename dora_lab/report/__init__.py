@@ -13,7 +13,7 @@ A missing value is None in a frame, `–` in a table and an empty field in a csv
 from __future__ import annotations
 
 from dora_lab.report.figures import new_figure, save_figure
-from dora_lab.report.frames import GROUP, frame, groups, scores
+from dora_lab.report.frames import GROUP, REFUSED, frame, groups, scores
 from dora_lab.report.labels import (
     HALF_RANK,
     KINDS,
@@ -34,6 +34,7 @@ __all__ = [
     "KINDS",
     "METHODS",
     "MISSING",
+    "REFUSED",
     "TASKS",
     "Block",
     "Provenance",

@@ -73,7 +73,9 @@ def _run(path: Path) -> Iterator[Finding]:
         return
     if (path.parent.name, path.name) != (spec.experiment, record["spec_id"]):
         right = f"{spec.experiment}/{record['spec_id']}"
-        yield Finding(path, f"its record is of the run {right}", f"move the folder to {right}")
+        there = (path.parents[1] / right).exists()
+        mend = "a copy: move it out of runs/, or delete it" if there else f"move the folder to {right}"
+        yield Finding(path, f"its record is of the run {right}, so no table or figure counts it", mend)
     status = record["status"]
     if (status == "failed") != bool(record["error"]) and status in ("failed", "complete"):
         yield Finding(path / "record.json", f"status {status} with error {record['error']!r}", ANEW)

@@ -56,8 +56,18 @@ def verified(path: Path) -> dict[str, Any]:
     if right := misplaced(path, record):
         raise StoreError(f"{path} is no run: its record is of {right}; move it out of runs/, or rename it to that")
     if record["status"] == "complete":
-        _whole(Path(path), tuple(_seen(Path(path) / name) for name in ("record.json", *map("{}.jsonl".format, STREAMS))))
+        _whole(
+            Path(path), tuple(_seen(Path(path) / name) for name in ("record.json", *map("{}.jsonl".format, STREAMS)))
+        )
     return record
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` lies where its record says; also for a record that cannot be read, whose reader says so."""
+    try:
+        return not misplaced(path, read_record(path))
+    except StoreError:
+        return (Path(path) / "record.json").exists()
 
 
 @lru_cache(maxsize=4096)
