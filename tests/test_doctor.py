@@ -23,6 +23,7 @@ from dora_lab.paper.claims import examine as examine_claims
 from dora_lab.runs import doctor
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.errors import StoreError
+from dora_lab.runs.lock import acquire
 from dora_lab.runs.streams import STREAMS, read_stream
 from dora_lab.spec import from_dict
 from tests.faults._models import copy, flip
@@ -134,9 +135,11 @@ def test_every_damage_is_found(name: str, run: Path) -> None:
 
 def test_a_run_in_progress_is_left_alone(run: Path) -> None:
     edit(run, status="running")
-    lock(run, os.getpid())
+    (run / "lock").unlink(missing_ok=True)
+    held, _ = acquire(run / "lock")
     (run / ".record.json.17.tmp").write_text("")
     assert list(doctor.examine(run)) == []
+    held.release()
 
 
 def test_an_adapter_is_examined(tmp_path: Path) -> None:

@@ -48,13 +48,15 @@ def test_copies_of_runs_count_nowhere(tmp_path: Path) -> None:
         pd.testing.assert_frame_equal(report.frame(clean, None, stream), report.frame(copied, None, stream))
     for experiment in ("commonsense", None):
         one, other = (
-            paper.verdicts(*(report.frame(root, experiment, s) for s in ("eval", "probe")), paper.claims("commonsense"))
+            paper.verdicts(
+                report.frame(root, experiment), report.frame(root, experiment, "probe"), paper.claims("commonsense")
+            )
             for root in (clean, copied)
         )
         pd.testing.assert_frame_equal(one, other)
     text, agrees = paper.compare(copied, clean)
     assert agrees and text.count("left out:") == len(found.left_out)
-    counts = [paper.cells(root, paper.claims(), published_specs())["n"].sum() for root in (clean, copied)]
+    counts = [paper.cells(root, paper.claims(), published_specs())["n"].tolist() for root in (clean, copied)]
     assert counts[0] == counts[1]
     assert report.frame(copied).attrs["statuses"] == {report.REFUSED: len(found.left_out)}
 
