@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dora_lab.commands.app import LOCAL, ResultsOption, app, find_run
+from dora_lab.io.atomic import write_text
 from dora_lab.launch.select import published_specs
 from dora_lab.runs.record import read_record
 from dora_lab.spec import from_dict
@@ -25,7 +26,7 @@ def card_command(
     text = card.card(find_run(run, results))
     typer.echo(text if out is None else out)
     if out is not None:
-        out.write_text(text, encoding="utf-8")
+        write_text(out, text)
 
 
 @app.command("diff")

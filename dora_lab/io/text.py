@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -13,3 +16,8 @@ def shown(text: object) -> str:
     Whoever names a tensor, a model or a lock file could else move the cursor, set the window's title or hide words.
     """
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), str(text))
+
+
+def no_formula(value: Value) -> Value | str:
+    """A text that a spreadsheet would run as a formula, with an apostrophe before it; any other value as it is."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
