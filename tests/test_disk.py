@@ -85,7 +85,7 @@ def test_a_card_replaces_its_file_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_no_csv_holds_a_formula(tmp_path: Path) -> None:
-    evil = ["=1+1", "+1", "-cmd", "@x", "plain", "\t=1"]
+    evil = ["=1+1", "+1+cmd", "-cmd", "@x", "plain", "\t=1"]
     source = report.Provenance(("x",), ("mini",), ("abc",), (), False, {})
     table = pd.DataFrame({"word": evil, "value": [-1.0] * 6})
     report.save_table(tmp_path, "x", "x", [report.Block(title="x", cells=table)], table, source)
@@ -93,5 +93,5 @@ def test_no_csv_holds_a_formula(tmp_path: Path) -> None:
     for name in ("x.csv", "rows.csv"):
         with (tmp_path / name).open(newline="") as lines:
             rows = list(csv.reader(lines))[1:]
-        assert [row[0] for row in rows] == ["'=1+1", "'+1", "'-cmd", "'@x", "plain", "'\t=1"]
+        assert [row[0] for row in rows] == ["'=1+1", "'+1+cmd", "'-cmd", "'@x", "plain", "'\t=1"]
         assert {float(row[1]) for row in rows} == {-1.0}

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.lines import Line2D
 
-from analysis import script
+from analysis import frame, script
 from dora_lab import report
 from dora_lab.paper import claims
 from dora_lab.report import correlations
@@ -32,7 +32,7 @@ def build(results: Path) -> list[Path]:
         ("commonsense", "correlations", [[("out", "pooled"), ("out", "between layers"), ("out", "changes")]]),
         ("decomposition", "axes", [[(axis, view) for axis in AXES] for view in ("pooled", "between layers")]),
     ):
-        probes = report.frame(results, experiment, "probe")
+        probes = frame(results, experiment, "probe")
         for suffix, rows in report.groups(probes):
             rows = correlations.middle(rows) if experiment == "decomposition" else rows
             if len(rows):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import script
+from analysis import frame, script
 from dora_lab import report
 from dora_lab.report import correlations
 
@@ -21,7 +21,7 @@ VIEWS = ("pooled", "between layers")
 
 def build(results: Path) -> list[Path]:
     """Write results/figures/why{suffix}.{pdf,png}, one pair per group of runs; returns the paths."""
-    probes = report.frame(results, "decomposition", "probe")
+    probes = frame(results, "decomposition", "probe")
     paths = []
     for suffix, rows in report.groups(probes):
         settings = list(correlations.around_the_middle(rows))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import script
+from analysis import frame, script
 from dora_lab import paper, report
 from dora_lab.report import Block, number
 
@@ -48,7 +48,7 @@ def readme(results: Path) -> str:
 
 def load(results: Path) -> tuple[pd.DataFrame, dict[str, int]]:
     """Evaluation rows of the complete runs, and how many runs were left out, by status."""
-    evals = report.frame(results, stream="eval")
+    evals = frame(results, stream="eval")
     of_table = evals["experiment"].astype(str).str.fullmatch(r"commonsense(_\w+)?") & (evals["split"] == "test")
     return evals[of_table], evals.attrs["statuses"]
 

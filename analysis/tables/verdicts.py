@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import script
+from analysis import frame, script
 from dora_lab import paper, report
 from dora_lab.report import Block, number
 
@@ -21,7 +21,7 @@ NOTES = (
 
 def build(results: Path) -> list[Path]:
     """Write results/tables/verdicts.{md,csv,tex}; returns their paths."""
-    evals, probes = (report.frame(results, "commonsense", stream) for stream in ("eval", "probe"))
+    evals, probes = (frame(results, "commonsense", stream) for stream in ("eval", "probe"))
     evals = evals[evals["split"] == "test"]
     rows = paper.verdicts(evals, probes, paper.claims("commonsense"))
     blocks = []
@@ -44,7 +44,7 @@ def build(results: Path) -> list[Path]:
         "Claims of the paper against our runs",
         blocks,
         rows,
-        report.provenance(evals, report.frame(results, "commonsense").attrs["statuses"]),
+        report.provenance(evals, frame(results, "commonsense").attrs["statuses"]),
     )
 
 

@@ -14,7 +14,7 @@ from dora_lab.commands.app import HOUSE, LOCAL, README, RESULTS, ResultsOption, 
 from dora_lab.commands.run import summary
 from dora_lab.launch.pool import run_many
 from dora_lab.launch.runtime import Paths
-from dora_lab.launch.select import chosen, experiment_names, load_experiment, published_specs
+from dora_lab.launch.select import all_specs, chosen, experiment_names, load_experiment, published_specs
 from dora_lab.runs.survey import survey
 from dora_lab.spec import SpecError, did_you_mean
 
@@ -74,7 +74,8 @@ def verify(
         raise SpecError(f"--results {results}: no runs/ is there, so there is nothing to verify")
     for lost in survey(results, experiment).left_out:
         typer.echo(f"left out: {lost.why}", err=True)
-    evals, probes = (report.frame(results, experiment, stream) for stream in ("eval", "probe"))
+    declared = [spec for name in experiment_names() for spec in all_specs(name)]
+    evals, probes = (report.frame(results, experiment, stream, declared) for stream in ("eval", "probe"))
     found = verifying.verdicts(evals, probes, rows)
     nothing = f"no claim of the paper is about {experiment or 'these runs'}"
     typer.echo(found.to_string(index=False) if len(found) else nothing)

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 Value = TypeVar("Value")
 
+_NUMBERS = re.compile(r"[-+]?[\d.]+([eE][-+]?\d+)?( [-+]?[\d.]+([eE][-+]?\d+)?)*")
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -20,4 +21,6 @@ def shown(text: object) -> str:
 
 def no_formula(value: Value) -> Value | str:
     """A text that a spreadsheet would run as a formula, with an apostrophe before it; any other value as it is."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    return value if _NUMBERS.fullmatch(value) else f"'{value}"

@@ -29,8 +29,13 @@ def experiment_names() -> list[str]:
 
 def published_specs() -> list[Spec]:
     """The specs of tier paper of all experiments: the published protocol, any seed."""
-    modules = [load_experiment(name) for name in experiment_names()]
-    return [spec for module in modules if "paper" in module.TIERS for spec in module.specs("paper")]
+    return [spec for name in experiment_names() for spec in all_specs(name) if spec.tier == "paper"]
+
+
+def all_specs(name: str) -> list[Spec]:
+    """The specs of every tier of an experiment."""
+    module = load_experiment(name)
+    return [spec for tier in module.TIERS for spec in module.specs(tier)]
 
 
 def load_experiment(name: str) -> ModuleType:
