@@ -17,7 +17,8 @@ from dora_lab.__main__ import app
 from dora_lab.commands.app import find_run
 from dora_lab.io.files import hash_bytes
 from dora_lab.launch.select import published_specs
-from dora_lab.report import correlations
+from dora_lab.report import card, correlations
+from dora_lab.runs import provenance
 from dora_lab.runs.errors import StoreError
 from dora_lab.runs.survey import survey, verified
 from dora_lab.spec import SpecError
@@ -148,3 +149,32 @@ def test_a_typo_is_told(arguments: list[str], words: str, tmp_path: Path, monkey
     done = CliRunner().invoke(app, arguments)
     assert isinstance(done.exception, SpecError) and words in str(done.exception)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_files_say_steers_no_terminal(tmp_path: Path) -> None:
+    """A model's name that would set the title of the window and hide what follows."""
+    run = write_run(tmp_path, make_spec("lora", 8, 0, model__name="evil\x1b]0;title\x07\u202e"))
+    for arguments in (["card", str(run)], ["diff", str(run), "published"], ["verify", "--results", str(tmp_path)]):
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0 and "evil\\x1b]0;title\\x07\\u202e" in done.output, done.output
+        assert not set("\x1b\x07\u202e") & set(done.output)
+
+
+def test_without_git_the_code_is_named_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle is a change of one byte, and git's own hash of nothing."""
+    for folder in provenance.CODE:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").write_text("1\n")
+    monkeypatch.setattr(provenance, "SOURCE", tmp_path)  # no repository
+    before = provenance.code()
+    assert before["commit"] is None and before["files"] == provenance.code()["files"]
+    (tmp_path / "dora_lab" / "__pycache__").mkdir()
+    (tmp_path / "dora_lab" / "__pycache__" / "a.pyc").write_text("")
+    assert provenance.code() == before
+    (tmp_path / "experiments" / "a.py").write_text("2\n")
+    assert provenance.code()["files"] != before["files"]
+    run = write_run(tmp_path, make_spec("lora", 8, 0))
+    record = json.loads((run / "record.json").read_text())
+    (run / "record.json").write_text(json.dumps(record | {"code": before}))
+    assert f"code files {before['files']}." in report.provenance(report.frame(tmp_path)).caption()
+    assert f"code: files of sha256 {before['files']}" in card.card(run)

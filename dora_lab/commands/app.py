@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dora_lab.io.text import shown
 from dora_lab.runs.survey import is_run
 from dora_lab.spec import SpecError
 
@@ -20,6 +21,11 @@ README = HOUSE / "README.md"
 LOCAL = RESULTS / "local"  # a user's own runs, beside the committed ones without touching them
 
 ResultsOption = Annotated[Path, typer.Option("--results", help="Results folder; runs are in its runs/.")]
+
+
+def say(text: object, err: bool = False) -> None:
+    """Print a text for a person; names that come from files steer no terminal."""
+    typer.echo(shown(text), err=err)
 
 
 def find_run(text: str, results: Path) -> Path:

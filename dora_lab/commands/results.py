@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from dora_lab.commands.app import HOUSE, LOCAL, README, RESULTS, ResultsOption, app
+from dora_lab.commands.app import HOUSE, LOCAL, README, RESULTS, ResultsOption, app, say
 from dora_lab.commands.run import summary
 from dora_lab.launch.pool import run_many
 from dora_lab.launch.runtime import Paths
@@ -24,7 +24,7 @@ def report(results: ResultsOption = RESULTS) -> None:
     """Rebuild every table and figure of a results folder from its runs (and, of the committed one, the README's)."""
     if not any((results / name).is_dir() for name in ("runs", "bench")):
         raise SpecError(f"--results {results}: neither runs/ nor bench/ is there, so there is nothing to report")
-    if not rebuild(results, typer.echo):
+    if not rebuild(results, say):
         raise typer.Exit(1)
 
 
@@ -38,7 +38,7 @@ def rebuild(results: Path, written: Callable[[Path], object] = lambda path: None
 
     whole = True
     for lost in survey(results).left_out:
-        typer.echo(f"left out: {lost.why}", err=True)
+        say(f"left out: {lost.why}", err=True)
 
     if str(HOUSE) not in sys.path:  # the scripts are part of the repository, not of the installed package
         sys.path.insert(0, str(HOUSE))
@@ -53,7 +53,7 @@ def rebuild(results: Path, written: Callable[[Path], object] = lambda path: None
                     written(README)
             except (ValueError, OSError) as error:
                 whole = False
-                typer.echo(f"not built, its files stay as they were: {file.relative_to(HOUSE)}: {error}", err=True)
+                say(f"not built, its files stay as they were: {file.relative_to(HOUSE)}: {error}", err=True)
     return whole
 
 
@@ -73,14 +73,14 @@ def verify(
     if not (results / "runs").is_dir():
         raise SpecError(f"--results {results}: no runs/ is there, so there is nothing to verify")
     for lost in survey(results, experiment).left_out:
-        typer.echo(f"left out: {lost.why}", err=True)
+        say(f"left out: {lost.why}", err=True)
     declared = [spec for name in experiment_names() for spec in all_specs(name)]
     evals, probes = (report.frame(results, experiment, stream, declared) for stream in ("eval", "probe"))
     found = verifying.verdicts(evals, probes, rows)
     nothing = f"no claim of the paper is about {experiment or 'these runs'}"
-    typer.echo(found.to_string(index=False) if len(found) else nothing)
+    say(found.to_string(index=False) if len(found) else nothing)
     cells = verifying.cells(results, verifying.claims(), published_specs())
-    typer.echo("\n" + verifying.summary(cells, experiment))
+    say("\n" + verifying.summary(cells, experiment))
 
 
 @app.command()
@@ -93,7 +93,7 @@ def compare(
     from dora_lab import paper as verifying
 
     text, agrees = verifying.compare(results, committed, experiment)
-    typer.echo(text)
+    say(text)
     raise typer.Exit(0 if agrees else 1)
 
 
@@ -105,15 +105,15 @@ def reproduce(
 ) -> None:
     """Run the mini tier, rebuild tables and figures, print the table and compare with the committed runs."""
     outcomes = run_many(chosen(load_experiment(experiment), "mini"), Paths(results), jobs=jobs)
-    typer.echo(summary(outcomes, results))
+    say(summary(outcomes, results))
     if any(outcome.status in ("failed", "interrupted") for outcome in outcomes):
         raise typer.Exit(1 if any(outcome.status == "failed" for outcome in outcomes) else 130)
     rebuild(results)
     table = results / "tables" / f"{experiment}.md"
     if table.exists():
-        typer.echo(f"\n{table.read_text(encoding='utf-8')}")
+        say(f"\n{table.read_text(encoding='utf-8')}")
     from dora_lab import paper as verifying
 
     # a difference is told, not failed on: another processor may round its way to another answer
     text, _ = verifying.compare(results, RESULTS, experiment)
-    typer.echo(f"{text}\n\ntables and figures: {results / 'tables'}, {results / 'figures'}")
+    say(f"{text}\n\ntables and figures: {results / 'tables'}, {results / 'figures'}")

@@ -106,7 +106,7 @@ def _run_columns(record: Mapping[str, Any]) -> dict[str, Any]:
     return flat | {
         "spec_id": record["spec_id"],
         "trainable_percent": 100 * trainable / total if trainable is not None and total else None,
-        "commit": code.get("commit"),
+        "commit": code.get("commit") or (f"files {code['files']}" if code.get("files") else None),
         "modified": bool(code.get("diff")),
     }
 

@@ -21,6 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from dora_lab.io.text import shown
 from dora_lab.runs.errors import LockedError
 
 BEAT = 30.0  # seconds
@@ -214,4 +215,4 @@ def _describe(owner: dict[str, Any] | None) -> str:
     if not owner:
         return "another process"
     since = f" since {owner['since']}" if "since" in owner else ""
-    return f"process {owner.get('pid')} on host {owner.get('host')}{since}"
+    return shown(f"process {owner.get('pid')} on host {owner.get('host')}{since}")
