@@ -28,7 +28,7 @@ def build(results: Path) -> list[Path]:
         results / "tables",
         "commonsense",
         TITLE,
-        [*our_blocks(scores), paper_block(paper)],
+        [*our_blocks(scores, evals, frame(results)), paper_block(paper)],
         data[["source", *(c for c in scores.columns)]],
         report.provenance(evals, statuses),
     )
@@ -39,7 +39,10 @@ def readme(results: Path) -> str:
     evals, statuses = load(results)
     evals = evals[(evals["tier"] == "mini") & (evals["eval_data"] == "mini") & (evals["protocol"] == "generate")]
     paper = table_1()
-    blocks = [*our_blocks(report.scores(evals)), paper_block(paper[paper["model"] == "LLaMA-7B"])]
+    blocks = [
+        *our_blocks(report.scores(evals), evals, frame(results)),
+        paper_block(paper[paper["model"] == "LLaMA-7B"]),
+    ]
     source = report.provenance(evals, statuses)
     return "\n\n".join(
         [*(report.markdown(block, level=3) for block in blocks), source.caption(), *filter(None, [source.incomplete()])]
@@ -53,8 +56,11 @@ def load(results: Path) -> tuple[pd.DataFrame, dict[str, int]]:
     return evals[of_table], evals.attrs["statuses"]
 
 
-def our_blocks(scores: pd.DataFrame) -> list[Block]:
-    """One block per experiment, tier, model, data and protocol, the embedded default first."""
+def our_blocks(scores: pd.DataFrame, evals: pd.DataFrame, everything: pd.DataFrame) -> list[Block]:
+    """One block per experiment, tier, model, data and protocol, the embedded default first.
+
+    Args: evals: the rows that the scores are of; everything: those of all experiments, with the searches for settings.
+    """
     blocks = []
     parts = [
         pair for _, rows in report.groups(scores) for pair in rows.groupby([*report.GROUP, "protocol"], dropna=False)
@@ -78,7 +84,7 @@ def our_blocks(scores: pd.DataFrame) -> list[Block]:
                 title=f"{experiment}, tier {tier}, model {model}, data {data}, protocol {protocol}",
                 cells=pd.DataFrame(rows),
                 apart=3,
-                notes=_notes(part),
+                notes=(*_notes(part), *_apart(evals, everything, dict(zip(report.GROUP, key, strict=False)))),
             )
         )
     return blocks
@@ -119,6 +125,15 @@ def _notes(part: pd.DataFrame) -> tuple[str, ...]:
     if lacking:
         notes.append(f"{lacking} run{'' if lacking == 1 else 's'} without a score for every task: not in the averages.")
     return tuple(notes)
+
+
+def _apart(evals: pd.DataFrame, everything: pd.DataFrame, group: dict[str, object]) -> list[str]:
+    """What sets the rows of a block apart."""
+    mine = pd.Series(True, index=evals.index)
+    for name, value in group.items():
+        mine &= evals[name] == value
+    said = report.sets_apart(evals[mine], everything)
+    return [said] if said else []
 
 
 def table_1() -> pd.DataFrame:

@@ -70,7 +70,8 @@ def save(rows: list[dict[str, Any]], path: Path) -> Path:
     if path.suffix == ".csv":
         write_text(path, frame.map(no_formula).to_csv(index=False))
     elif path.suffix == ".jsonl":
-        write_text(path, frame.to_json(orient="records", lines=True, force_ascii=False, double_precision=15))
+        rows_text = frame.to_json(orient="records", lines=True, force_ascii=False, double_precision=15)
+        write_text(path, str(rows_text))
     else:
         with replacing(path) as temporary:
             frame.to_parquet(temporary, index=False)
