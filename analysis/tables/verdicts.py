@@ -50,6 +50,8 @@ def build(results: Path) -> list[Path]:
 
 def _apart(evals: pd.DataFrame, everything: pd.DataFrame, key: tuple[object, ...]) -> str | None:
     """What sets the methods of a block apart besides what a claim is about; `key`: its tier, model and data."""
+    if not len(evals):
+        return None
     data = evals["data"].where(evals["data"] == evals["eval_data"], evals["data"] + " → " + evals["eval_data"])
     mine = (evals["tier"] == key[0]) & (evals["model"] == key[1]) & (data == key[2])
     return report.sets_apart(evals[mine], everything)

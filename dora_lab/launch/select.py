@@ -29,7 +29,8 @@ def experiment_names() -> list[str]:
 
 def published_specs() -> list[Spec]:
     """The specs of tier paper of all experiments: the published protocol, any seed."""
-    return [spec for name in experiment_names() for spec in all_specs(name) if spec.tier == "paper"]
+    modules = [load_experiment(name) for name in experiment_names()]
+    return [spec for module in modules if "paper" in module.TIERS for spec in module.specs("paper")]
 
 
 def all_specs(name: str) -> list[Spec]:

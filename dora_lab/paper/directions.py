@@ -95,7 +95,8 @@ def _coefficients(claim: dict[str, Any], scored: pd.DataFrame) -> dict[str, int]
     lowest: list[int] = []
     for method, sign in ((claim["method"].lower(), 1), (claim["other"].lower(), -1)):
         ranks = scored.loc[scored["method"] == method, ["label", "rank"]].drop_duplicates().sort_values("rank")
-        ranks = ranks[~ranks["label"].str.contains("(", regex=False)]  # variants of a setting are no step of a rank
+        plain = ranks["label"].map(lambda label: "(" not in str(label)).astype(bool)
+        ranks = ranks[plain]  # variants of a setting are no step of a rank
         if ranks["rank"].nunique() < 2:
             return None
         lost |= {ranks["label"].iloc[-1]: sign, ranks["label"].iloc[0]: -sign}

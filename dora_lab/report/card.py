@@ -1,6 +1,6 @@
 """Protocol cards and their differences, in words, from records alone: what people who cannot reproduce a number lack.
 
-`card` puts everything that a run's score depends on on one page; `diff` says how two runs, or a run and the published
+`card` puts everything that a run's score depends on on one page; `diff` says how two runs, or a run and the paper's
 protocol, differ. The reading side: imports no torch.
 """
 
@@ -65,7 +65,7 @@ def card(path: Path) -> str:
 
 
 def diff(path: Path, other: Path | Spec) -> str:
-    """How two runs differ, or a run and a published spec, in words; a line per difference, then what both scored."""
+    """How two runs differ, or a run and a spec of the paper, in words; a line per difference, then both scores."""
     record = read_record(path)
     mine = from_dict(record["spec"])
     theirs_record = None if isinstance(other, Spec) else read_record(other)
@@ -89,8 +89,8 @@ def diff(path: Path, other: Path | Spec) -> str:
     return "\n".join(lines)
 
 
-def nearest(spec: Spec, published: Iterable[Spec]) -> Spec:
-    """The published spec that a run is to be held against: of its model, method and rank, as far as there are such.
+def nearest(spec: Spec, protocol: Iterable[Spec]) -> Spec:
+    """The spec of the paper that a run is to be held against: of its model, method and rank, as far as there are such.
 
     Raises ValueError if there is none at all.
     """
@@ -106,7 +106,7 @@ def nearest(spec: Spec, published: Iterable[Spec]) -> Spec:
             other.seed != spec.seed,
         )
 
-    found = min(published, key=far, default=None)
+    found = min(protocol, key=far, default=None)
     if found is None:
         raise ValueError("no experiment has a tier 'paper', so there is no published protocol to compare with")
     return found
