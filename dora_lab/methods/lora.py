@@ -7,6 +7,7 @@ Shape suffixes: O = out features, I = in features, R = rank, T = tokens.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +54,8 @@ class LoraLinear(AdaptedLinear):
             A_RI.uniform_(-bound, bound, generator=generator)
         else:
             B_OR.normal_(generator=generator)
-        opaque = isinstance(self.kind, Opaque)
-        like = next(layer.parameters(), torch.empty(0)).to(torch.float32) if opaque else wide(self.weight)
+        base: Any = layer
+        like = wide(base.weight) if self.kind.readable else next(layer.parameters(), torch.empty(0)).to(torch.float32)
         self.lora_A = nn.Parameter(A_RI.to(like.device, like.dtype))
         self.lora_B = nn.Parameter(B_OR.to(like.device, like.dtype))
 
