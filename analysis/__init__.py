@@ -9,8 +9,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from dora_lab.report import readme_block
+import pandas as pd
+
+from dora_lab import report
 
 
 def modules() -> list[str]:
@@ -22,6 +25,28 @@ def modules() -> list[str]:
         for path in (here / kind).glob("*.py")
         if not path.stem.startswith("_")
     )
+
+
+def probe_figures(
+    results: Path,
+    experiment: str,
+    name: str,
+    draw: Callable[[pd.DataFrame], Any],
+    select: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
+) -> list[Path]:
+    """Draw the probe rows of each group of an experiment's runs; writes results/figures/<name>{suffix}, returns paths.
+
+    select: which of a group's rows are drawn (default: all). No rows, or no figure (None), no file.
+    """
+    probes = report.frame(results, experiment, "probe")
+    paths: list[Path] = []
+    for suffix, rows in report.groups(probes):
+        rows = rows if select is None else select(rows)
+        figure = draw(rows) if len(rows) else None
+        if figure is not None:
+            source = report.provenance(rows, probes.attrs["statuses"])
+            paths += report.save_figure(figure, results / "figures", f"{name}{suffix}", source)
+    return paths
 
 
 def script(
@@ -41,5 +66,9 @@ def script(
     options = parser.parse_args(argv)
     for path in build(options.results):
         print(path)
-    if readme is not None and options.readme is not None and readme_block(options.readme, readme(options.results)):
+    if (
+        readme is not None
+        and options.readme is not None
+        and report.readme_block(options.readme, readme(options.results))
+    ):
         print(options.readme)

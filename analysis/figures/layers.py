@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import script
+from analysis import probe_figures, script
 from dora_lab import report
 
 KINDS = ("q_proj", "k_proj", "v_proj")
@@ -20,12 +20,7 @@ WIDE = 20.0  # highest over lowest value of a row of panels above which its axis
 
 def build(results: Path) -> list[Path]:
     """Write results/figures/layers{suffix}.{pdf,png}, one pair per group of runs; returns the paths."""
-    probes = report.frame(results, "commonsense", "probe")
-    paths = []
-    for suffix, rows in report.groups(probes):
-        source = report.provenance(rows, probes.attrs["statuses"])
-        paths += report.save_figure(draw(rows), results / "figures", f"layers{suffix}", source)
-    return paths
+    return probe_figures(results, "commonsense", "layers", draw)
 
 
 def draw(probes: pd.DataFrame) -> Any:

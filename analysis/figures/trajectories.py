@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import script
+from analysis import probe_figures, script
 from dora_lab import report
 
 KINDS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -19,12 +19,7 @@ MEASURES = {"delta_m": "ΔM: mean |m − m₀|", "delta_d": "ΔD: mean (1 − co
 
 def build(results: Path) -> list[Path]:
     """Write results/figures/trajectories{suffix}.{pdf,png}, one pair per group of runs; returns the paths."""
-    probes = report.frame(results, "commonsense", "probe")
-    paths = []
-    for suffix, rows in report.groups(probes):
-        source = report.provenance(rows, probes.attrs["statuses"])
-        paths += report.save_figure(draw(rows), results / "figures", f"trajectories{suffix}", source)
-    return paths
+    return probe_figures(results, "commonsense", "trajectories", draw)
 
 
 def draw(probes: pd.DataFrame) -> Any:

@@ -6,6 +6,7 @@ a result). Experiments, tiers, models, data and protocols never share a block.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +14,7 @@ import pandas as pd
 from analysis import script
 from dora_lab import paper, report
 from dora_lab.report import Block, number
+from dora_lab.runs.caveats import caveats
 
 TITLE = "Commonsense reasoning: accuracy in percent"
 PAPER = "The paper's table 1 (arXiv 2402.09353 v6; other models and data, single runs)"
@@ -28,7 +30,7 @@ def build(results: Path) -> list[Path]:
         results / "tables",
         "commonsense",
         TITLE,
-        [*our_blocks(scores), paper_block(paper)],
+        [*our_blocks(scores, caveats_of(results)), paper_block(paper)],
         data[["source", *(c for c in scores.columns)]],
         report.provenance(evals, statuses),
     )
@@ -53,8 +55,26 @@ def load(results: Path) -> tuple[pd.DataFrame, dict[str, int]]:
     return evals[of_table], evals.attrs["statuses"]
 
 
-def our_blocks(scores: pd.DataFrame) -> list[Block]:
-    """One block per experiment, tier, model, data and protocol, the embedded default first."""
+def caveats_of(results: Path) -> dict[tuple[str, ...], list[str]]:
+    """What has to be known with the scores (items that were trained on, answers that were cut), by `report.GROUP`."""
+    found: dict[tuple[str, ...], dict[str, set[str]]] = {}
+    for row in report.frame(results, stream="record").to_dict("records"):
+        sources, cut = row.get("inputs.sources"), row.get("training.answers_cut")
+        record = {
+            "inputs": {"sources": json.loads(sources) if isinstance(sources, str) else []},
+            "training": {"answers_cut": int(cut) if pd.notna(cut) else 0},
+        }
+        for text in caveats(record):
+            group = tuple(row[name] for name in report.GROUP)
+            found.setdefault(group, {}).setdefault(text, set()).add(str(row["label"]))
+    return {
+        group: [f"{text} ({', '.join(sorted(labels))})." for text, labels in texts.items()]
+        for group, texts in found.items()
+    }
+
+
+def our_blocks(scores: pd.DataFrame, known: dict[tuple[str, ...], list[str]] | None = None) -> list[Block]:
+    """One block per experiment, tier, model, data and protocol, the embedded default first; `known`: `caveats_of`."""
     blocks = []
     parts = [
         pair for _, rows in report.groups(scores) for pair in rows.groupby([*report.GROUP, "protocol"], dropna=False)
@@ -78,7 +98,7 @@ def our_blocks(scores: pd.DataFrame) -> list[Block]:
                 title=f"{experiment}, tier {tier}, model {model}, data {data}, protocol {protocol}",
                 cells=pd.DataFrame(rows),
                 apart=3,
-                notes=_notes(part),
+                notes=(*_notes(part), *(known or {}).get(key[:-1], ())),
             )
         )
     return blocks

@@ -13,7 +13,8 @@ from dora_lab.commands.app import LOCAL, ResultsOption, app
 from dora_lab.launch.pool import Outcome, describe, run_many
 from dora_lab.launch.runtime import Device, Paths, Runtime
 from dora_lab.launch.select import chosen, experiment_names, load_experiment, pair
-from dora_lab.runs.record import run_path
+from dora_lab.runs.caveats import caveats
+from dora_lab.runs.record import read_record, run_path
 from dora_lab.runs.streams import read_stream
 from dora_lab.spec import SpecError, spec_id
 
@@ -113,8 +114,9 @@ def submit(
 
 
 def summary(outcomes: Sequence[Outcome], results: Path) -> str:
-    """A line per run: name, id, status, seconds and mean accuracy by protocol, and how many ended how."""
-    lines = []
+    """A line per run: name, id, status, seconds and mean accuracy by protocol, below it what has to be known with
+    them; and how many ended how."""
+    lines: list[str] = []
     for outcome in outcomes:
         path = run_path(results, outcome.spec)
         scores: dict[str, list[float]] = {}
@@ -126,6 +128,9 @@ def summary(outcomes: Sequence[Outcome], results: Path) -> str:
         tail = outcome.error if outcome.status in ("failed", "interrupted") else means
         name = f"{describe(outcome.spec):34} {spec_id(outcome.spec)}"
         lines.append(f"{name}  {outcome.status:11} {seconds}  {tail or ''}")
+        if scores:
+            record = read_record(path)
+            lines += [f"{'':34} {text}" for text in (*caveats(record), *record.get("notes", []))]
     ends = [outcome.status for outcome in outcomes]
     counts = ", ".join(f"{ends.count(status)} {status}" for status in dict.fromkeys(ends))
     return "\n".join([*lines, f"{len(ends)} runs: {counts}; records in {results / 'runs'}"])

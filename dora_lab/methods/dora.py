@@ -30,6 +30,7 @@ from dora_lab.methods.dora_autograd import SPARSE, Blocked, Decomposed, Publishe
 from dora_lab.methods.inject import adapted, wrap
 from dora_lab.methods.layers import Opaque
 from dora_lab.methods.lora import LoraLinear
+from dora_lab.methods.narrow import How, Narrow, kernels, narrow_type
 from dora_lab.spec import Method
 
 FIELDS = (
@@ -86,6 +87,9 @@ class DoraLinear(LoraLinear):
             norm_O = self._norm() if self.detach_norm else self._direct_norm()
             return self._onto_base(x, scale(self.magnitude, norm_O, False), second)
         layer = (x, self.matrix, self.bias, self.lora_A, self.lora_B)
+        if dtype := narrow_type(x, self.lora_A):
+            how = How(dtype, self.scaling, dropout, second, not self.detach_norm)
+            return Narrow.apply(*layer, self.magnitude, self._norm(), how)
         if not self._one_type(x) or (second and not self._sparse(x)):
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -162,13 +166,18 @@ class DoraLinear(LoraLinear):
             return self._factored_norm(self._squares())
         if (kept_O := self._kept()) is not None:
             return kept_O
-        if self._square_O is None:
-            self._square_O = self._squares()
-        self._norm_O = self._factored_norm(self._square_O, WA_OR)
+        run = kernels(self.lora_A) if self.lora_A.dtype == torch.float32 else None
+        if run is not None and not isinstance(self.kind, Opaque):  # which rows are zero it keeps to itself
+            W_OI, self._alive = self.kind.matrix(self.weight), False
+            norm_O: Tensor = run.norm(W_OI, self.lora_A, self.lora_B, self.scaling)
+        else:
+            self._square_O = self._squares() if self._square_O is None else self._square_O
+            norm_O = self._factored_norm(self._square_O, WA_OR)
+        self._norm_O = norm_O
         self._norm_stamp = self._stamps()
         if self.lora_A.device.type == "cpu":
             self._seen = [(bits, bits.clone()) for bits in map(_bits, (self.lora_A, self.lora_B))]
-        return self._norm_O
+        return norm_O
 
     def _kept(self) -> Tensor | None:
         """The norm that is kept, if it is that of the A, B and W0 of now; forgets ||W0||^2 if that is another W0's."""
@@ -277,7 +286,7 @@ class MagnitudeLinear(AdaptedLinear):
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """m W0 / ||W0||, (out, in)."""
-        return scale(self.magnitude, self.norm, bool(self.norm.all()))[:, None] * self.base_weight()
+        return scale(self.magnitude, self.norm, False)[:, None] * self.base_weight()
 
     def factors(self) -> FactorsOf:
         """(A, B, 1, m), A and B of rank 0: there is no direction update."""
@@ -288,7 +297,7 @@ class MagnitudeLinear(AdaptedLinear):
         """(..., in) -> (..., out)."""
         base = self._base(x)
         again = base if self.offset is None else base - self.kind.across(self.offset)
-        g_O = scale(self.magnitude, self.norm, bool(self.norm.all()))
+        g_O = scale(self.magnitude, self.norm, False)
         return torch.addcmul(base, again, self.kind.across(g_O - 1)).to(base.dtype)
 
 

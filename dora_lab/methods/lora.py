@@ -17,6 +17,7 @@ from dora_lab.decompose import wide
 from dora_lab.methods.contract import AdaptedLinear, FactorsOf
 from dora_lab.methods.inject import wrap
 from dora_lab.methods.layers import Opaque
+from dora_lab.methods.narrow import How, Narrow, narrow_type
 from dora_lab.spec import Method
 
 FIELDS = ("rank", "alpha", "dropout", "target_modules", "rslora", "rank_pattern", "alpha_pattern")
@@ -68,6 +69,9 @@ class LoraLinear(AdaptedLinear):
         """(..., in) -> (..., out)."""
         if not self.kind.is_matrix:
             return self._sum(x)
+        if not torch.compiler.is_compiling() and (dtype := narrow_type(x, self.lora_A)):
+            how = How(dtype, self.scaling, self.dropout if self.training else 0.0)
+            return Narrow.apply(x, self.matrix, self.bias, self.lora_A, self.lora_B, None, None, how)
         return self._product(x, self.bias)
 
     def factors(self) -> FactorsOf:

@@ -54,7 +54,7 @@ def frame(root: Path, experiment: str | None = None, stream: str = "eval") -> pd
         differ in more than the seed have different labels), `trainable_percent` (of all parameters; None unknown),
         `commit` and `modified` (uncommitted changes) of the code. `attrs["incomplete"]` counts the runs that were
         left out, `attrs["statuses"]` by label and status ("DoRA failed"). No runs: an empty frame of these columns.
-    Raises: ValueError for an unknown stream, and whatever `store` raises for an unreadable record.
+    Raises: ValueError for an unknown stream, and StoreError for an unreadable record.
     """
     if stream not in _STREAMS:
         raise ValueError(f"report.frame: stream {stream!r} is not one of {', '.join(_STREAMS)}")

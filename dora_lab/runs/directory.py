@@ -35,8 +35,9 @@ log = logging.getLogger(__name__)
 class RunDir:
     """One run directory, locked and open for writing; use ``with RunDir.open(root, spec) as run``.
 
-    Leaving the block without `finish` marks the run: `interrupted` (Ctrl-C, a full disk, nothing said), `failed` (any
-    other exception, whose text becomes the error). A complete run is never written to: check `complete` after opening.
+    Leaving the block without `finish` marks the run: `interrupted` (Ctrl-C, a full disk, nothing said, anything at all
+    once its training is done), `failed` (any other exception, whose text becomes the error). A complete run is never
+    written to: check `complete` after opening.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,7 +118,8 @@ class RunDir:
                 else:
                     words = f"{kind.__name__}: {error}" if str(error) else kind.__name__
                     with contextlib.suppress(OSError):  # on a full disk: `running` without a lock says as much
-                        self.finish("interrupted" if issubclass(kind, OUTSIDE) else "failed", words)
+                        kept = issubclass(kind, OUTSIDE) or self._record.get("trained")
+                        self.finish("interrupted" if kept else "failed", words)
         finally:
             self.close()
 
@@ -194,6 +196,13 @@ class RunDir:
         _write_json(self.path / "record.json", merged)
         self._record = merged
 
+    def mark_trained(self, done: bool) -> None:
+        """Say whether the last training step is in a checkpoint. Then no error fails the run any more: a failed run
+        starts from nothing, an interrupted one goes on. The record of a complete run has no such field, `trained`.
+        """
+        if done != self._record.get("trained", False):
+            self.record(trained=done)
+
     def finish(self, status: str, error: str | None = None) -> None:
         """End the run as complete, failed or interrupted; a failure needs its error text, a success has none.
 
@@ -207,7 +216,10 @@ class RunDir:
             )
         self._refuse_if_closed()
         marks = self.marks()  # rows reach the disk before the record says that they are whole
-        more = {"streams": marks} if status == "complete" else {}
+        more = {}
+        if status == "complete":
+            more = {"streams": marks}
+            self._record.pop("trained", None)
         self._record = {**self._record, **more, "status": status, "error": error}
         _write_json(self.path / "record.json", self._record)
 

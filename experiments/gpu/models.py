@@ -29,9 +29,20 @@ FORMS: dict[str, tuple[dict[str, Any], bool]] = {
     "graph": ({"detach_norm": False}, False),
     "published-graph": ({"dropout_form": "published", "detach_norm": False}, True),
     "magnitudes": ({"magnitude_modules": ("o_proj",)}, False),
-    "triton": ({}, False),
     "compiled": ({}, False),
 }
+PLAIN = "-eager"  # at a name's end: the same without the kernels
+
+
+@contextlib.contextmanager
+def switched(name: str) -> Iterator[None]:
+    """No kernels for a contender that wants none, while its step runs."""
+    kept = lab.narrow.FUSED
+    lab.narrow.FUSED = kept and not name.endswith(PLAIN)
+    try:
+        yield
+    finally:
+        lab.narrow.FUSED = kept
 
 
 def llama(visit: Visit, dtype: torch.dtype, layers: int | None = None) -> Any:
@@ -99,7 +110,7 @@ def put_on(
     base: Any, name: str, targets: tuple[str, ...], rank: int, alpha: float, dropout: float = DROPOUT
 ) -> Iterator[Any]:
     """The base with that contender on it, trained values as if after some steps; taken off at the end."""
-    whose, _, method = name.partition("/")
+    whose, _, method = name.removesuffix(PLAIN).partition("/")
     kind, _, form = method.partition("-")
     fields, drops = FORMS[form]
     p, model = (dropout if drops else 0.0), base
@@ -132,11 +143,10 @@ def put_on(
     else:
         off = _authors(base, targets, rank, alpha / rank, dropout, form == "graph")
     stir(model)
-    lab.products.FUSED = form == "triton"
     try:
-        yield model
+        with switched(name):
+            yield model
     finally:
-        lab.products.FUSED = False
         off()
         base.requires_grad_(False)
         for parameter in base.parameters():
