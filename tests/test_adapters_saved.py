@@ -124,6 +124,20 @@ def test_a_compiled_model_is_saved_by_its_own_names(where: str, tmp_path: Path) 
     torch.testing.assert_close(outputs(plain), expected, rtol=1e-5, atol=1e-5)
 
 
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("made", TYPES)
+@pytest.mark.parametrize("loaded", TYPES)
+def test_a_base_is_known_in_whatever_type_it_is_loaded(made: Any, loaded: Any, tmp_path: Path) -> None:
+    if {made, loaded} == {torch.bfloat16, torch.float16}:
+        pytest.skip("two roundings, neither of which can be told from the other")
+    save_adapter(stirred(tiny("llama").to(made), "dora", "q_proj"), tmp_path / "a")
+    load_adapter(tiny("llama").to(loaded), tmp_path / "a")
+    with pytest.raises(CheckpointError, match="made for the base"):
+        load_adapter(tiny("llama", seed=1).to(loaded), tmp_path / "a")
+
+
 # --- export
 
 

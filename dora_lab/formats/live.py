@@ -42,6 +42,11 @@ def fingerprint(model: nn.Module) -> str:
     return manifest.fingerprint(_base_tensors(model))
 
 
+def _through_float16(model: nn.Module) -> str:
+    """The fingerprint that the base has where it is loaded in float16."""
+    return manifest.fingerprint(_base_tensors(model), torch.float16)
+
+
 def save_trained(model: Any, folder: Path, base_name: str) -> None:
     """Write what a finished training leaves: the adapter, or a transformers model of which all was trained.
 
@@ -82,6 +87,7 @@ def save_adapter(model: nn.Module, folder: Path | str, format: str | None = None
     whole = {module: layer.weight for module, layer in found.items() if layer.weight is not None}
     tensors = {module: manifest.digest(tuple(W.shape), iter([W])) for module, W in whole.items()}
     base = {"name": name, "fingerprint": fingerprint(model), "tensors": tensors}
+    base["through_float16"] = _through_float16(model)
     files = {part: sha256(folder / part) for part in (WEIGHTS, CONFIG)}
     _write(folder / MANIFEST, {"schema": 1, "format": format, "base": base, "files": files, "packages": _packages()})
     return folder
@@ -329,7 +335,7 @@ def _check_base(model: nn.Module, path: Path) -> None:
             warnings.warn(f"{path} has no {MANIFEST}: whether this is its base could not be checked", stacklevel=3)
         return
     wanted, seen = found["base"]["fingerprint"], fingerprint(model)
-    if seen != wanted:
+    if seen != wanted and not {wanted, found["base"].get("through_float16")} & {seen, _through_float16(model)}:
         name = found["base"].get("name")
         raise CheckpointError(
             f"{path}: made for the base {name or 'with another fingerprint'} ({wanted[:12]}), this model's is "
