@@ -153,6 +153,11 @@ class AdaptedLinear(nn.Module):
         return self.kind.base(x, self.weight, self.bias if bias else None)
 
 
+def is_traced() -> bool:
+    """Is this pass recorded or transformed (compiled, `torch.jit.trace`, `torch.func`)? Its tensors have no numbers."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+
+
 def _share_hooks(layer: nn.Module, other: nn.Module) -> None:
     """Give `other` the hooks of `layer`, the very ones: whose handle is removed is removed from both."""
     for name in (*_HOOKS, "_is_full_backward_hook"):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_lab.decompose import wide
-from dora_lab.methods.contract import AdaptedLinear, FactorsOf
+from dora_lab.methods.contract import AdaptedLinear, FactorsOf, is_traced
 from dora_lab.methods.inject import wrap
 from dora_lab.methods.layers import Opaque
 from dora_lab.methods.narrow import How, Narrow, narrow_type
@@ -69,7 +69,7 @@ class LoraLinear(AdaptedLinear):
         """(..., in) -> (..., out)."""
         if not self.kind.is_matrix:
             return self._sum(x)
-        if not torch.compiler.is_compiling() and (dtype := narrow_type(x, self.lora_A)):
+        if not is_traced() and (dtype := narrow_type(x, self.lora_A)):
             how = How(dtype, self.scaling, self.dropout if self.training else 0.0)
             return Narrow.apply(x, self.matrix, self.bias, self.lora_A, self.lora_B, None, None, how)
         return self._product(x, self.bias)
