@@ -41,7 +41,7 @@ def stirred(model: Any, name: str, *targets: str, **more: Any) -> Any:
 def tiny(kind: str, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     t: Any = transformers
-    return {
+    model = {
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES, tie_word_embeddings=True)),
         "wide": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES | {"hidden_size": 64, "intermediate_size": 128})),
         "reward": lambda: t.LlamaForSequenceClassification(t.LlamaConfig(**SIZES, num_labels=1, pad_token_id=0)),
@@ -53,6 +53,11 @@ def tiny(kind: str, seed: int = 0) -> Any:
         "bert": lambda: t.BertForMaskedLM(t.BertConfig(**SIZES)),
         "albert": lambda: t.AlbertForMaskedLM(t.AlbertConfig(**SIZES, embedding_size=8)),
     }[kind]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases begin at zero, and a lost one would too
+                parameter.add_(torch.randn(parameter.shape))
+    return model
 
 
 @torch.no_grad()
