@@ -79,3 +79,31 @@ def test_vmap_grad_and_trace_give_what_the_weight_gives(name: str, fields: Any) 
     loss(trained).backward()
     for key, part in trained.items():
         torch.testing.assert_close(grads[key], part.grad)
+
+
+@pytest.mark.parametrize("fields", [{}, {"detach_norm": False}, {"dropout": 0.3, "dropout_form": "branch"}])
+def test_gradients_of_gradients(fields: Any) -> None:
+    """A penalty on the gradient of the input, of a layer used twice; the oracle is a dense V and autograd alone."""
+    found, x = model("dora", **fields), torch.randn(5, 7).double()
+    layer: Any = found[0]
+    parts = (layer.lora_A, layer.lora_B, layer.magnitude)
+
+    def plain(x: Any, rest: Any) -> Any:
+        low = layer.scaling * layer.lora_B @ layer.lora_A
+        norm = (layer.weight + low).norm(dim=1)
+        norm = norm.detach() if layer.detach_norm else norm
+        return layer.magnitude / norm * (x @ layer.weight.t() + x * rest @ low.t()) + layer.bias
+
+    def penalty(call: Any) -> Any:
+        given = x.clone().requires_grad_()
+        y = call(torch.tanh(call(given, 0)[:, :7]), 1).pow(2).sum()
+        return torch.autograd.grad(y, given, create_graph=True)[0].pow(2).sum()
+
+    torch.manual_seed(3)
+    mine = torch.autograd.grad(penalty(lambda x, _: layer(x)), parts)
+    torch.manual_seed(3)
+    kept = 1 - layer.dropout
+    rests = [torch.empty(5, 7).double().bernoulli_(kept) / kept if layer.dropout else 1.0 for _ in range(2)]
+    theirs = torch.autograd.grad(penalty(lambda x, which: plain(x, rests[which])), parts)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
