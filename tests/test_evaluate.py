@@ -15,7 +15,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 from tiny import arc_items, boolq_items, joining_tokenizer, make_spec, save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dora_lab import mini
 from dora_lab import spec as specs
@@ -236,3 +236,31 @@ def test_too_long_a_prompt_is_an_error(loaded: tuple[Any, Any], tmp_path: Path) 
     items[1]["instruction"] = "red " * 600 + items[1]["instruction"]
     with pytest.raises(ItemError, match=r"boolq, item 1: a prompt of \d+ tokens and 12 .* exceed .* 512 pos"):
         go(make_spec(), tmp_path, loaded, {"boolq": items})
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mamba", "mpt"])
+def test_models_that_name_their_positions_otherwise_or_have_none(kind: str, loaded: Any, tmp_path: Path) -> None:
+    tokenizer = loaded[1]
+    more = {"max_seq_len": 512} if kind == "mpt" else {}
+    sizes = {"bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 2}, "mamba": {"hidden_size": 32}, "mpt": {}}[kind]
+    layers = {"mamba": {"num_hidden_layers": 1}, "mpt": {"d_model": 32, "n_layers": 1, "n_heads": 2}}.get(kind, {})
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), pad_token_id=0, **sizes, **layers, **more)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    rows, _ = go(make_spec(), tmp_path / "short", (model, tokenizer))
+    assert [row["n"] for row in rows] == [9, 6, 9, 6]
+    items = boolq_items(2)
+    items[1]["instruction"] = "red " * 600 + items[1]["instruction"]
+    if kind == "mpt":
+        with pytest.raises(ItemError, match="exceed the model's 512 positions"):
+            go(make_spec(), tmp_path / "long", (model, tokenizer), {"boolq": items})
+        return
+    _, samples = go(make_spec(), tmp_path / "long", (model, tokenizer), {"boolq": items})
+    for sample in samples["boolq.loglikelihood"]:
+        start = len(tokenizer(sample["prompt"])["input_ids"])
+        for label, found in sample["output"].items():
+            ids = torch.tensor([tokenizer(f"{sample['prompt']}the correct answer is {label}")["input_ids"]])
+            with torch.no_grad():
+                logs = model(ids).logits[0].log_softmax(-1)
+            wanted = sum(float(logs[t - 1, ids[0, t]]) for t in range(start, ids.shape[1]))
+            assert found == pytest.approx(wanted, rel=1e-4)
