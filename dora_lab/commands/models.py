@@ -76,11 +76,12 @@ def export(
 ) -> None:
     """Merge an adapter into its base and write a plain transformers folder."""
     from dora_lab.formats import live
-    from dora_lab.models.open import open_model, open_tokenizer
+    from dora_lab.models.open import open_as_saved, open_tokenizer
 
-    model = open_model(base, "auto")
+    model: Any = open_as_saved(base)
     has_tokenizer = any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     tokenizer = open_tokenizer(base) if has_tokenizer else None
+    live.refuse_quantised(model)
     live.load_adapter(model, adapter, allow_pickle=allow_pickle)
     say(live.export(model, out, tokenizer))
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_lab.decompose import magnitude, wide
-from dora_lab.methods.contract import AdaptedLinear, FactorsOf
+from dora_lab.methods.contract import AdaptedLinear, FactorsOf, is_traced
 from dora_lab.methods.dora_autograd import SPARSE, Blocked, Decomposed, Published, product, scale
 from dora_lab.methods.inject import adapted, wrap
 from dora_lab.methods.layers import Opaque
@@ -83,7 +83,7 @@ class DoraLinear(LoraLinear):
         """(..., in) -> (..., out)."""
         dropout = self.dropout if self.training else 0.0
         second = bool(dropout) and self.published_dropout
-        if torch.compiler.is_compiling() or not self.kind.is_matrix:  # the compiler fuses by itself
+        if is_traced() or not self.kind.is_matrix:  # the compiler fuses by itself
             norm_O = self._norm() if self.detach_norm else self._direct_norm()
             return self._onto_base(x, scale(self.magnitude, norm_O, False), second)
         layer = (x, self.matrix, self.bias, self.lora_A, self.lora_B)
@@ -128,7 +128,7 @@ class DoraLinear(LoraLinear):
         tokens = x.numel() // self.in_features
         if STACK * tokens > self.out_features:
             return self._norm(), None
-        both = F.linear(torch.cat([x.reshape(tokens, -1), self.lora_A]), self.matrix)
+        both = F.linear(torch.cat([x.reshape(tokens, self.in_features), self.lora_A]), self.matrix)
         return self._norm(both[tokens:].t()), both[:tokens]
 
     def _sparse(self, x: Tensor) -> bool:
@@ -162,10 +162,14 @@ class DoraLinear(LoraLinear):
         """
         if self.lora_A.is_meta:
             return self.lora_A.new_empty(self.out_features)
-        if torch.compiler.is_compiling():  # versions and addresses are no part of a graph
+        if is_traced():  # versions and addresses are no part of a graph
             return self._factored_norm(self._squares())
         if (kept_O := self._kept()) is not None:
             return kept_O
+        with torch.inference_mode(False):  # what is kept may be needed for gradients later
+            return self._computed_norm(WA_OR)
+
+    def _computed_norm(self, WA_OR: Tensor | None) -> Tensor:
         run = kernels(self.lora_A) if self.lora_A.dtype == torch.float32 else None
         if run is not None and not isinstance(self.kind, Opaque):  # which rows are zero it keeps to itself
             W_OI, self._alive = self.kind.matrix(self.weight), False
@@ -233,7 +237,7 @@ class DoraLinear(LoraLinear):
         WA_OR = self._on_factor(A_RI) if WA_OR is None else WA_OR
         half_OR = torch.addmm(WA_OR, B_OR, A_RI @ A_RI.t(), beta=2 * s, alpha=s * s)
         new_O = (half_OR * B_OR).sum(1).add_(square_O)
-        if torch.compiler.is_compiling():
+        if is_traced():
             return new_O.clamp_min(0).sqrt()
         sound_O = new_O > CANCELS * square_O
         self._alive = bool(sound_O.all())

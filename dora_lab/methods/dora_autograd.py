@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dora_lab.decompose import magnitude
+
 SPARSE = 0.1  # dropout up to which few enough entries are dropped for sparse products to be the faster ones
 BLOCK = 2**20  # elements of W0 that are transposed at a time for a sparse product
 WORKSPACE = 2**22  # elements of the largest gradient that is worked on in memory that stays
@@ -80,8 +82,9 @@ class Decomposed(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        if torch.is_grad_enabled():  # create_graph: the gradients are to have gradients
+            return _by_autograd(ctx, grad)
         x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, rest_TI, y = saved(ctx)
         s, needs = ctx.s, ctx.needs_input_grad
         G_TO, x_TI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -254,6 +257,22 @@ class Blocked(torch.autograd.Function):
                 _by_way_of_the_norm(W_OI, A_RI, B_OR, c_O, s, dA_RI, dB_OR)
         dbias_O = G_TO.sum(0) if needs[2] else None
         return dx, None, dbias_O, dA_RI, dB_OR, dm_O, *([None] * 7)
+
+
+def _by_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """The gradients of `Decomposed` as a graph, from the layer written out."""
+    *layer, norm_O, _, _, rest_TI, _ = saved(ctx)
+    # views: where x comes from this very layer, what flows through x is not A's, B's or m's here
+    given = {at: part.view_as(part) for at, part in enumerate(layer) if ctx.needs_input_grad[at] and at != 1}
+    x, W_OI, bias_O, A_RI, B_OR, m_O = (given.get(at, part) for at, part in enumerate(layer))
+    if ctx.through_norm:
+        norm_O = magnitude(torch.addmm(W_OI, B_OR, A_RI, alpha=ctx.s))
+    dropped = x if rest_TI is None else x * rest_TI.view_as(x) / (1 - ctx.dropout)
+    z = F.linear(x, W_OI) + ctx.s * F.linear(F.linear(dropped, A_RI), B_OR)
+    y = scale(m_O, norm_O, ctx.alive) * z
+    y = y if bias_O is None else y + bias_O
+    found = dict(zip(given, torch.autograd.grad(y, list(given.values()), grad, create_graph=True), strict=True))
+    return tuple(found.get(at) for at in range(12))
 
 
 def saved(ctx: Any) -> tuple[Any, ...]:
