@@ -72,6 +72,9 @@ def prepare(folder: Path, block: Shapes, rank: int = RANK) -> None:
         f"{name}.weight": (torch.randn(*shape, generator=source) * 0.02).bfloat16() for name, shape in block.items()
     }
     _save(base, folder / "base" / "model.safetensors")
+    inner, hidden = block["model.layers.0.mlp.up_proj"]
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 1, "num_attention_heads": 1}
+    (folder / "base" / "config.json").write_text(json.dumps({"model_type": "llama"} | sizes))
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
     for turn in range(4):
         tuned = {

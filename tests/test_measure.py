@@ -40,7 +40,7 @@ def truth(W0: Tensor, W: Tensor, axis: str = "out") -> dict[str, float]:
     """The textbook formulas in float64."""
     W0, W = (w.double() if axis == "out" else w.double().t() for w in (W0, W))
     m0, m = W0.norm(dim=1), W.norm(dim=1)
-    turned = ((W / m[:, None] - W0 / m0[:, None]).square().sum(1) / 2).mean()
+    turned = ((W / m[:, None] - W0 / m0[:, None]).square().sum(1) / 2).nanmean()  # zero rows have no direction
     return {
         "delta_m": (m - m0).abs().mean().item(),
         "delta_d": turned.item(),
@@ -101,10 +101,15 @@ def test_rows_without_a_direction_and_turned_ones() -> None:
 # --- saved models
 
 
-def llama() -> Any:
+def llama(**more: Any) -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2} | more
     return LlamaForCausalLM(LlamaConfig(vocab_size=40, initializer_range=0.2, **sizes))
+
+
+def dense(model: Any, folder: Path) -> dict[str, Tensor]:
+    """Weights as transformers loads them, in float64."""
+    return weights(model.from_pretrained(folder, dtype=torch.float64))
 
 
 def gpt2() -> Any:
@@ -264,6 +269,7 @@ def test_pickled_models_only_if_asked(tmp_path: Path) -> None:
     for name, model in (("base", before), ("tuned", after)):
         (tmp_path / name).mkdir()
         torch.save(model.state_dict(), tmp_path / name / "pytorch_model.bin")
+        model.config.save_pretrained(tmp_path / name)
     with pytest.raises(CheckpointError, match=r"only pickled weights .* or allow it with --allow-pickle"):
         list(probe(tmp_path / "base", [tmp_path / "tuned"]))
     rows = list(probe(tmp_path / "base", [tmp_path / "tuned"], kinds=("q_proj",), allow_pickle=True))
@@ -274,16 +280,34 @@ def test_pickled_models_only_if_asked(tmp_path: Path) -> None:
         list(probe(tmp_path / "base", [tmp_path / "tuned"], allow_pickle=True))
 
 
-def test_tied_weights_are_counted_once(tmp_path: Path) -> None:
-    model = llama()
-    model.save_pretrained(tmp_path / "base")
-    config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"tie_word_embeddings": True}
-    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-    moved(llama(), 1e-3).save_pretrained(tmp_path / "tuned")
+@pytest.mark.parametrize("twice", [False, True])
+def test_tied_weights_are_counted_once(twice: bool, tmp_path: Path) -> None:
+    for name, model in (
+        ("base", llama(tie_word_embeddings=True)),
+        ("tuned", moved(llama(tie_word_embeddings=True), 1e-3)),
+    ):
+        model.save_pretrained(tmp_path / name)
+        file = tmp_path / name / "model.safetensors"
+        tensors = load_file(file)
+        if twice:
+            save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
     (row,) = probe(tmp_path / "base", [tmp_path / "tuned"], kinds=("embed_tokens",))
     assert (row["module"], row["tied_with"]) == ("model.embed_tokens", "lm_head")
     with pytest.raises(CheckpointError, match=r"'lm_head' is tied to 'model\.embed_tokens' and counted as that"):
         list(probe(tmp_path / "base", [tmp_path / "tuned"], kinds=("lm_head",)))
+
+
+def test_weights_that_differ_are_not_tied_whatever_the_configuration_says(tmp_path: Path) -> None:
+    """Transformers loads what is stored twice and differs as two weights: so they are here."""
+    for name, model in (("base", llama()), ("tuned", moved(llama(), 1e-3))):
+        model.config.tie_word_embeddings = True
+        model.save_pretrained(tmp_path / name)
+    kinds = ("embed_tokens", "lm_head")
+    rows = {row["kind"]: row for row in probe(tmp_path / "base", [tmp_path / "tuned"], kinds=kinds)}
+    before, after = (dense(LlamaForCausalLM, tmp_path / name) for name in ("base", "tuned"))
+    check(rows["lm_head"], before["lm_head"], after["lm_head"])
+    check(rows["embed_tokens"], before["model.embed_tokens"].t(), after["model.embed_tokens"].t())
+    assert [row["tied_with"] for row in rows.values()] == [None, None]
 
 
 def hub(folder: Path, name: str, source: Path) -> Path:
@@ -334,6 +358,8 @@ def test_an_adapter_that_changed_since_its_manifest(saved: Path, tmp_path: Path)
 
 LIMITED = """
 import resource, sys
+import transformers.models.llama.modeling_llama, transformers.models.auto.modeling_auto
+import transformers.conversion_mapping
 from dora_lab.probing.saved_models import probe
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 24 * 2**20,) * 2)
@@ -350,11 +376,13 @@ print(len(list(probe(sys.argv[1], sys.argv[2:]))))
 def test_a_model_larger_than_the_memory_limit(tmp_path: Path) -> None:
     """48 MB twice, and an adapter, with 24 MB to be had: no file is held, mapped or read whole."""
     source = torch.Generator().manual_seed(0)
-    names = [f"model.layers.{i}.q_proj" for i in range(24)]
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(24)]
+    config = LlamaConfig(hidden_size=1024, num_attention_heads=8, num_hidden_layers=24, intermediate_size=8)
     base = {f"{name}.weight": torch.randn(1024, 1024, generator=source).bfloat16() for name in names}
     for folder, scale in (("base", 1.0), ("tuned", 1.01)):
         (tmp_path / folder).mkdir()
         save_file({name: W * scale for name, W in base.items()}, tmp_path / folder / "model.safetensors")
+        config.save_pretrained(tmp_path / folder)
     environment = {"PYTHONPATH": str(Path(dora_lab.__file__).parents[1]), "OMP_NUM_THREADS": "1", "PATH": ""}
     environment |= {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-c", LIMITED, str(tmp_path / "base"), str(tmp_path / "tuned")]

@@ -63,3 +63,4 @@ class Adapter:
     saved: dict[str, Tensor] = field(default_factory=dict)  # parameter name in the base -> its replacement
     config: dict[str, Any] = field(default_factory=dict)  # the file's own configuration
     tensors: dict[str, Tensor] = field(default_factory=dict)  # of "tensors": the trained state of layers, by name
+    frozen: dict[str, Tensor] = field(default_factory=dict)  # parameter name in the base -> what it was, not changed

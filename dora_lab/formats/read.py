@@ -47,7 +47,10 @@ def read_adapter(path: Path, modules: Iterable[str] = (), *, allow_pickle: bool 
         raise CheckpointError(f"{path}: give the folder that holds {CONFIG} and {WEIGHTS}, not the file alone")
     if "weight_m_wdecomp" in keys:
         return Adapter("authors", peft.read_authors(path, file, tensors, config), {}, config)
-    return Adapter("peft", *peft.read_peft(path, file, tensors, config), config)
+    layers, saved = peft.read_peft(path, file, tensors, config)
+    # PEFT writes the frozen weight of an adapted embedding or head beside its factors
+    frozen = {name.replace(".base_layer.", "."): saved.pop(name) for name in list(saved) if ".base_layer." in name}
+    return Adapter("peft", layers, saved, config, frozen=frozen)
 
 
 def read_tensors(file: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:

@@ -101,14 +101,14 @@ class Shards:
             yield self._read(name, first, min(count, whole - first))
 
     def fill(self, name: str, start: int, out: Tensor) -> None:
-        """Read rows of a tensor, from `start` on, into `out` (rows, width), in the type of `out`."""
+        """Read rows of a tensor, each as wide as `out`'s, from `start` on, into `out` (rows, width), in its type."""
         place = self._places[name]
         if place.dtype not in FLOATS:
             raise CheckpointError(
                 f"{place.file}: '{name}' is {place.dtype}, not floating point: quantised weights have to be "
                 "dequantised first (load the model and save it in a float type)"
             )
-        out.copy_(self._read(name, start * place.width, out.numel()).view(out.shape))
+        out.copy_(self._read(name, start * out.shape[1], out.numel()).view(out.shape))
 
     def _read(self, name: str, first: int, count: int) -> Tensor:
         """Some numbers of a tensor, in its own type; valid until the next call."""

@@ -77,6 +77,30 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def read_object(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file of a folder; nothing larger than `MAX_HEADER` is read.
+
+    Raises CheckpointError, naming the file, for a name that leads out of the folder, for what is no plain file (a
+    device never ends), and for what is no JSON object.
+    """
+    file = inside(folder, name, folder)
+    try:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: {'is no plain file' if file.exists() else 'no such file'}")
+        if (size := file.stat().st_size) > MAX_HEADER:
+            raise CheckpointError(f"{file}: {size} bytes are no {name}; fetch the folder again")
+        value = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise (
+            error
+            if isinstance(error, CheckpointError)
+            else CheckpointError(f"{file}: cannot be read as JSON ({error}); fetch the folder again")
+        ) from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: a JSON {type(value).__name__}, expected an object; fetch the folder again")
+    return value
+
+
 def inside(folder: Path, name: str, where: Path) -> Path:
     """The file of that name in a folder, whether or not it exists; `where` is the file that named it.
 

@@ -9,13 +9,12 @@ tensor, (out, in) or, of GPT-2's Conv1D and of embeddings, (in, out).
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,35 +24,14 @@ from dora_lab.formats.neutral import CONFIG, Adapter, Factors
 from dora_lab.formats.read import read_adapter
 from dora_lab.formats.shards import FLOATS, INDEX, PICKLES, SINGLE, Shards, refuse_changed
 from dora_lab.io.errors import CheckpointError
+from dora_lab.models.layout import Layout, layout_of
+from dora_lab.probing.matrices import Base, Matrix, alike
 from dora_lab.spec import did_you_mean
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     from dora_lab.methods.contract import AdaptedLinear
-
-# no product of hidden states: looked up, or turned into words
-_LOOKED_UP = re.compile(r"(^|\.)(embed\w*|wte|wpe|embeddings?(\..*)?)$")
-_WORDS = re.compile(rf"{_LOOKED_UP.pattern}|(^|\.)lm_head$")
-_TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc", "q_attn")}  # model_type: modules with weights stored as (in, out)
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A weight of the base, seen as a matrix."""
-
-    name: str  # of the tensor
-    shape: tuple[int, int]  # (out, in)
-    transposed: bool  # stored as (in, out)
-    tied_with: str | None = None  # module that uses the same weight, where the model's configuration says so
-
-    @property
-    def module(self) -> str:
-        """Name of the module that the weight is of."""
-        return self.name.removesuffix(".weight")
-
-    @property
-    def stored(self) -> tuple[int, int]:
-        """(rows, width) of the tensor."""
-        return (self.shape[1], self.shape[0]) if self.transposed else self.shape
 
 
 @dataclass(frozen=True)
@@ -62,10 +40,11 @@ class Replaced:
 
     after: Shards
     name: str
+    first: int = 0  # the row of the tensor that the matrix begins at
 
     def difference(self, start: int, W0: Tensor, out: Tensor) -> Tensor:
         """W - W0 of the rows from `start` on, as stored, in `out`."""
-        self.after.fill(self.name, start, out)
+        self.after.fill(self.name, self.first + start, out)
         return out.sub_(W0)
 
 
@@ -140,128 +119,184 @@ def steps_of(path: Path) -> list[tuple[int | None, Path]]:
 
 
 def open_tuned(
-    base: Shards, path: str, step: int | None, folder: Path, kinds: Sequence[str] = (), *,
+    base: Base, path: str, step: int | None, folder: Path, kinds: Sequence[str] = (), *,
     allow_pickle: bool = False, verify: bool = False,
 ) -> Tuned:  # fmt: skip
     """What was tuned, for every matrix of the base that it changes or may have changed; tied ones once.
 
-    kinds: leaf names of modules; () = all that an adapter has, or all matrices of a whole model but embeddings.
+    kinds: leaf names of modules; () = all that an adapter has, or all matrices of a whole model but embeddings and the
+        head.
     verify: compare files with the SHA-256 that a manifest, or the hub's cache, has of them.
 
-    Raises CheckpointError, naming tensor and file, for what is missing or of another shape, or a kind of no matrix.
+    Raises CheckpointError, naming tensor and file, for what is missing or of another shape, a kind of no matrix, and
+    for tensors that are no part of the model.
     """
-    known = matrices(base)
     if folder.is_file() or (folder / CONFIG).is_file():
         manifest = read_manifest(folder)  # its files are compared with it
         for file in (
             (folder.glob("adapter_model.*") if folder.is_dir() else [folder]) if verify and not manifest else ()
         ):
             refuse_changed(file)
-        adapter = read_adapter(folder, [matrix.module for matrix in known], allow_pickle=allow_pickle)
-        updates = _adapter_updates(base, known, folder, adapter, kinds)
+        adapter = read_adapter(folder, base.modules(), allow_pickle=allow_pickle)
+        updates = _adapter_updates(base, folder, adapter, kinds)
         _refuse_other_base(base, folder, manifest, list(updates))
         return Tuned(path, step, updates)
     after = Shards(folder, allow_pickle=allow_pickle)
     if verify:
         for file in after.files():
             refuse_changed(file)
-    plain = [matrix for matrix in known if kinds or not _WORDS.search(matrix.module)]
+    known = base.known()
+    plain = [(matrix, matrix.name) for matrix in known if kinds or matrix.name not in base.words]
     if not plain:
-        raise CheckpointError(f"{base.folder}: no '*.weight' matrix in it: is it quantised, or no language model?")
-    chosen = _chosen({matrix.module: matrix for matrix in plain}, kinds, folder, known)
-    for matrix in chosen.values():
-        _refuse_unlike(base, after, matrix.name)
-    return Tuned(path, step, {matrix: Replaced(after, matrix.name) for matrix in chosen.values()})
+        raise CheckpointError(f"{base.folder}: no matrix in it: is it quantised, or no language model?")
+    chosen = _chosen(_apart(base, after, plain), lambda pair: pair[0].module, kinds, folder, known)
+    for matrix, name in chosen:
+        _refuse_unlike(base, matrix.name, after, name)
+    _refuse_foreign(base, after)
+    base.tell_unseen()
+    return Tuned(path, step, {matrix: Replaced(after, name, matrix.first) for matrix, name in chosen})
 
 
-def matrices(base: Shards) -> list[Matrix]:
-    """Every weight of the base that is a matrix (a convolution's as (out, rest)), in the model's order."""
-    config = _config(base)
-    stored_so = _TRANSPOSED.get(str(config.get("model_type")), ())
-    found = []
-    for name in base:
-        rows, width = (base.shape(name) or (0,))[0], math.prod(base.shape(name)[1:])
-        module = name.removesuffix(".weight")
-        if not name.endswith(".weight") or len(base.shape(name)) < 2 or not rows * width:
+def _apart(base: Base, after: Shards, plain: list[tuple[Matrix, str]]) -> list[tuple[Matrix, str]]:
+    """(matrix, tensor of what was tuned): one more where that has two weights which the base ties."""
+    names = {matrix.name for matrix, _ in plain}
+    for name in after:
+        if not base.ties(name):
             continue
-        transposed = module.rpartition(".")[2] in stored_so or bool(_LOOKED_UP.search(module))
-        found.append(Matrix(name, (width, rows) if transposed else (rows, width), transposed))
-    return _once(found) if config.get("tie_word_embeddings") else found
+        (own, *_) = base.of(name.removesuffix(".weight"), after.folder)
+        if own.name in names and own.name in after and not alike(after, name, own.name):
+            plain = [(_without(matrix, own.module) if matrix.name == own.name else matrix, n) for matrix, n in plain]
+            plain.append((own, name))
+    return plain
 
 
-def _once(found: list[Matrix]) -> list[Matrix]:
-    """The head is the embedding where the configuration says that they are tied, whether it is stored twice or not."""
-    words = next((m for m in found if re.search(r"(^|\.)(embed_tokens|wte|word_embeddings)$", m.module)), None)
-    if words is None:
-        return found
-    return [
-        replace(matrix, tied_with="lm_head") if matrix is words else matrix
-        for matrix in found
-        if matrix.module.rpartition(".")[2] != "lm_head"
-    ]
+def _without(matrix: Matrix, module: str) -> Matrix:
+    tied = [name for name in (matrix.tied_with or "").split(", ") if name != module]
+    return replace(matrix, tied_with=", ".join(tied) or None)
 
 
-def _refuse_unlike(base: Shards, after: Shards, name: str) -> None:
-    if name not in after:
-        raise CheckpointError(f"{after.folder}: '{name}' of the base is missing: is it of the same model?")
-    if after.shape(name) != base.shape(name):
+def _refuse_foreign(base: Base, after: Shards) -> None:
+    """Refuse what makes a model another function than its weights: an adapter's factors beside a frozen base, say."""
+    own = base.layout
+    extra = [name for name in after if name not in base]
+    if extra and (after.folder / "config.json").exists():
+        own = layout_of(after.folder, len(list(after)))
+    known = own.has if isinstance(own, Layout) else lambda name: False
+    strange = next((name for name in extra if not known(name)), None)
+    if strange is None and isinstance(own, Layout):  # in both: was the base an adapted model itself?
+        parts = {name.rpartition(".")[0] for name in base.modules()} | set(base.modules())
+        strange = next((n for n in after if "." in n and n.rpartition(".")[0] in parts and not known(n)), None)
+    if strange is not None:
         raise CheckpointError(
-            f"{after.folder}: '{name}' is {after.shape(name)}, in the base {base.shape(name)}: another base?"
+            f"{after.file(strange)}: '{strange}' is no part of the base {base.folder}, so its weights alone are not "
+            "what the model computes: save the adapter itself (save_adapter, or PEFT's save_pretrained), or merge it"
         )
-    for shards in (base, after):
-        if shards.dtype(name) not in FLOATS:
-            raise CheckpointError(
-                f"{shards.file(name)}: '{name}' is {shards.dtype(name)}, not floating point: quantised weights have "
-                "to be dequantised first (load the model and save it in a float type)"
-            )
+    if heads := [name for name in extra if len(after.shape(name)) > 1 and not base.ties(name)]:
+        warnings.warn(f"{after.folder}: '{heads[0]}' ({len(heads)} such) is not in the base: no row", stacklevel=3)
 
 
-def _chosen(named: dict[str, Any], kinds: Sequence[str], where: Path, known: Sequence[Matrix]) -> dict[str, Any]:
-    leaves = {name.rpartition(".")[2] for name in named}
+def _refuse_unlike(base: Base, name: str, after: Shards, there: str) -> None:
+    if there not in after:
+        raise CheckpointError(f"{after.folder}: '{there}' of the base is missing: is it of the same model?")
+    if after.shape(there) != base.shape(name):
+        raise CheckpointError(
+            f"{after.folder}: '{there}' is {after.shape(there)}, in the base {base.shape(name)}: another base?"
+        )
+    _refuse_quantised(base, name)
+    _refuse_quantised(after, there)
+
+
+def _refuse_quantised(shards: Shards, name: str) -> None:
+    if shards.dtype(name) not in FLOATS:
+        raise CheckpointError(
+            f"{shards.file(name)}: '{name}' is {shards.dtype(name)}, not floating point: quantised weights have "
+            "to be dequantised first (load the model and save it in a float type)"
+        )
+
+
+def _chosen(
+    parts: Sequence[T], name: Callable[[T], str], kinds: Sequence[str], where: Path, known: Sequence[Matrix]
+) -> list[T]:
+    """Those whose module has one of the leaf names; CheckpointError for a leaf name that none has."""
+    leaves = {name(part).rpartition(".")[2] for part in parts}
     for kind in kinds:
         if kind in leaves:
             continue
-        if tied := next((m.module for m in known if m.tied_with == kind), None):
+        if tied := next((m.module for m in known if kind in _leaves(m.tied_with)), None):
             raise CheckpointError(f"{where}: '{kind}' is tied to '{tied}' and counted as that: ask for it")
         raise CheckpointError(f"{where}: no matrix is named '{kind}'; {did_you_mean(kind, leaves)}")
-    return {name: value for name, value in named.items() if not kinds or name.rpartition(".")[2] in kinds}
+    return [part for part in parts if not kinds or name(part).rpartition(".")[2] in kinds]
 
 
-def _config(base: Shards) -> dict[str, Any]:
-    try:
-        found = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def _leaves(tied: str | None) -> set[str]:
+    return {name.rpartition(".")[2] for name in (tied or "").split(", ")}
 
 
-def _adapter_updates(
-    base: Shards, known: Sequence[Matrix], where: Path, adapter: Adapter, kinds: Sequence[str]
-) -> dict[Matrix, Update]:
-    by_name = {matrix.name: matrix for matrix in known}
-    by_name |= {f"{m.tied_with}.weight": m for m in known if m.tied_with}
-    saved = {key.removesuffix(".weight"): tensor for key, tensor in adapter.saved.items() if key.endswith(".weight")}
-    parts: dict[str, Any] = {**adapter.layers, **{name: t for name, t in saved.items() if t.dim() >= 2}}
+def _adapter_updates(base: Base, where: Path, adapter: Adapter, kinds: Sequence[str]) -> dict[Matrix, Update]:
+    _refuse_other_words(base, where, adapter)
+    parts: list[tuple[str, Any]] = list(adapter.layers.items())
     if adapter.format == "tensors":
-        parts = _live(base.folder, where)
+        parts = list(_live(base.folder, where).items())
+    for key, tensor in adapter.saved.items():
+        if tensor.dim() >= 2 and (kinds or not _resized(base, where, key, tensor)):
+            parts.append((key.removesuffix(".weight"), tensor))
     found: dict[Matrix, Update] = {}
-    for module, part in _chosen(parts, kinds, where, known).items():
-        matrix = _of(by_name, base, where, module)
-        if base.dtype(matrix.name) not in FLOATS:
-            _refuse_unlike(base, base, matrix.name)
+    for module, part in _chosen(parts, lambda named: named[0], kinds, where, base.matrices):
         if isinstance(part, Factors):
-            if part.kind in ("conv1d", "embedding") and not matrix.transposed:
-                matrix = replace(matrix, shape=(matrix.shape[1], matrix.shape[0]), transposed=True)
+            matrix = base.fitting(module, where, *_said(part))
             found[matrix] = _low_rank(where, module, matrix, part)
-        elif adapter.format == "tensors":
-            found[matrix] = Made(part, matrix.transposed)
-        elif tuple(part.shape) != base.shape(matrix.name):
-            raise CheckpointError(
-                f"{where}: '{module}.weight' is {tuple(part.shape)}, in the base {base.shape(matrix.name)}: another?"
-            )
+        elif isinstance(part, Tensor):
+            found |= {matrix: _held(base, where, matrix, part) for matrix in base.of(module, where)}
         else:
-            found[matrix] = Held(part)
+            matrix = base.of(module, where)[0]
+            found[matrix] = Made(part, matrix.transposed)
+        for matrix in found:
+            _refuse_quantised(base, matrix.name)
     return found
+
+
+def _said(factors: Factors) -> tuple[tuple[int, int], bool]:
+    """((out, in), whether it is of an embedding) as an adapter's own tensors have it; its flags are not believed."""
+    out = factors.B.shape[0] if factors.B is not None else len(factors.magnitude or ())
+    return (out, factors.A.shape[1] if factors.A is not None else 0), factors.kind == "embedding"
+
+
+def _held(base: Base, where: Path, matrix: Matrix, tensor: Tensor) -> Held:
+    if tuple(tensor.shape) != base.shape(matrix.name):
+        raise CheckpointError(
+            f"{where}: '{matrix.module}' is {tuple(tensor.shape)}, in the base {base.shape(matrix.name)}: another?"
+        )
+    rows = tensor if matrix.expert is None else tensor[matrix.expert]
+    return Held(rows)
+
+
+def _resized(base: Base, where: Path, key: str, tensor: Tensor) -> bool:
+    """Whether a saved embedding or head is of another vocabulary, and so has no change that could be measured."""
+    (matrix, *_) = base.of(key.removesuffix(".weight"), where)
+    shape = base.shape(matrix.name)
+    if matrix.name not in base.words or shape[0] == len(tensor) or shape[1:] != tuple(tensor.shape[1:]):
+        return False
+    warnings.warn(
+        f"{where}: '{key}' has {len(tensor)} rows, the base {shape[0]}: another vocabulary, so it has no row",
+        stacklevel=5,
+    )
+    return True
+
+
+def _refuse_other_words(base: Base, where: Path, adapter: Adapter) -> None:
+    """PEFT writes the frozen weight of an adapted embedding beside its factors: it has to be the base's."""
+    for key, tensor in adapter.frozen.items():
+        module = key.removesuffix(".weight")
+        (matrix, *_) = base.of(module, where)
+        same = tuple(tensor.shape) == base.shape(matrix.name) and torch.equal(
+            tensor.bfloat16(),
+            base.tensor(matrix.name).bfloat16(),  # saved in whatever type it was trained in
+        )
+        if not same:
+            raise CheckpointError(
+                f"{where}: the weight of '{module}' that it was trained on is in it, and is not that of {base.folder}: "
+                "give the base it was (of the same vocabulary)"
+            )
 
 
 def _live(base: Path, where: Path) -> dict[str, AdaptedLinear]:
@@ -271,16 +306,6 @@ def _live(base: Path, where: Path) -> dict[str, AdaptedLinear]:
     from dora_lab.models.open import open_model
 
     return dict(adapted(load_adapter(open_model(base, "auto"), where)))
-
-
-def _of(by_name: dict[str, Matrix], base: Shards, where: Path, module: str) -> Matrix:
-    # a model saved without its head names its tensors without the first part
-    names = [f"{module}.weight", f"{module.partition('.')[2]}.weight", f"model.{module}.weight"]
-    name = next((name for name in names if name in by_name), None)
-    if name is None:
-        near = did_you_mean(f"{module}.weight", list(by_name)[:80])
-        raise CheckpointError(f"{where}: the base {base.folder} has no '{module}.weight': is it the right base? {near}")
-    return by_name[name]
 
 
 def _low_rank(where: Path, module: str, matrix: Matrix, factors: Factors) -> LowRank:
@@ -297,7 +322,7 @@ def _low_rank(where: Path, module: str, matrix: Matrix, factors: Factors) -> Low
     return LowRank(left, right, factors.scaling, factors.magnitude)
 
 
-def _refuse_other_base(base: Shards, where: Path, manifest: dict[str, Any] | None, found: Sequence[Matrix]) -> None:
+def _refuse_other_base(base: Base, where: Path, manifest: dict[str, Any] | None, found: Sequence[Matrix]) -> None:
     """Compare the base with what the adapter's manifest says of it, matrix by matrix."""
     made_for = (manifest or {"base": {"tensors": {}}})["base"]["tensors"]
     for matrix in found:

@@ -6,7 +6,8 @@ the rows concerned. See `decompose.Products` for what follows from the sums.
 
 Columns of a row (o = one output feature; with ``axis="in"`` one input feature; m_o = |W_o|, m0_o = |W0_o|):
 
-- tuned, step, module, layer, kind, axis: what was measured; tied_with: a module that shares the weight, counted here;
+- tuned, step, module, layer, kind, axis: what was measured; tied_with: modules that share the weight, counted here;
+  expert: of a tensor that holds the matrices of many experts, which one, else none;
 - delta_m: mean |m_o - m0_o| (equation 3), in the units of the weight; delta_m_share: the same over the mean m0;
   delta_m_p10, _p50, _p90: quantiles of |m_o - m0_o|; delta_m_signed, delta_m_sd: mean and standard deviation (over o,
   divisor n) of m_o - m0_o; grown: share of the magnitudes that grew;
@@ -40,7 +41,8 @@ from dora_lab.decompose import Change, Products, along_of, dots, exactly, factor
 from dora_lab.formats.shards import Shards, refuse_changed
 from dora_lab.io.errors import CheckpointError, LoadError
 from dora_lab.io.hub import saved_folder
-from dora_lab.probing.pairs import LowRank, Matrix, Tuned, Update, matrices, open_tuned, steps_of
+from dora_lab.probing.matrices import Base, Matrix
+from dora_lab.probing.pairs import LowRank, Tuned, Update, open_tuned, steps_of
 from dora_lab.probing.spectrum import Dynamics
 
 BLOCK = 2**19  # numbers of the base at a time: a block and its change stay in a core's cache
@@ -67,7 +69,7 @@ def probe(
     Raises CheckpointError for a base that cannot be read, ValueError for an unknown axis.
     """
     along_of(axis)
-    weights = Shards(_folder(base), allow_pickle=allow_pickle)
+    weights = Base(_folder(base), allow_pickle=allow_pickle)
     for file in weights.files() if verify else ():
         refuse_changed(file)
     opened: list[Tuned] = []
@@ -82,8 +84,11 @@ def probe(
                     _tell(error, failed)
         except CheckpointError as error:
             _tell(error, failed)
-    order = {matrix.name: place for place, matrix in enumerate(matrices(weights))}
-    wanted = sorted({matrix for one in opened for matrix in one.updates}, key=lambda m: order.get(m.name, 0))
+    order = {name: place for place, name in enumerate(weights)}
+    wanted = sorted(
+        {matrix for one in opened for matrix in one.updates},
+        key=lambda m: (order[m.name], m.expert or 0, m.module, m.tied_with or ""),
+    )
     for done, matrix in enumerate(wanted):
         here = [one for one in opened if matrix in one.updates]
         if not here:
@@ -96,7 +101,7 @@ def probe(
                 _tell(change, failed)
                 opened.remove(one)
                 continue
-            names = {"tuned": one.path, "step": one.step, "tied_with": matrix.tied_with}
+            names = {"tuned": one.path, "step": one.step, "tied_with": matrix.tied_with, "expert": matrix.expert}
             magnitude = update.magnitude if isinstance(update, LowRank) else None
             yield names | row(matrix.module, change, axis, magnitude) | (more.of(update) if more else {})
 
@@ -262,7 +267,7 @@ def _blocks(base: Shards, matrix: Matrix, double: bool) -> Iterator[tuple[int, T
     room = torch.empty(min(rows, size), width, dtype=torch.float64 if double else torch.float32)
     for start in range(0, rows, size):
         W0 = room[: min(size, rows - start)]
-        base.fill(matrix.name, start, W0)
+        base.fill(matrix.name, matrix.first + start, W0)
         yield start, W0
 
 

@@ -15,7 +15,8 @@ from scipy.sparse.linalg import svds
 from torch import Tensor
 
 from dora_lab.formats.shards import Shards
-from dora_lab.probing.pairs import LowRank, Matrix, Update
+from dora_lab.probing.matrices import Matrix
+from dora_lab.probing.pairs import LowRank, Update
 
 FIRST, OVERLAP = 10, 0.5  # of the intruder count
 
@@ -30,7 +31,7 @@ class Dynamics:
     def stored(self) -> Tensor:
         """W0 as stored, float32."""
         W0 = torch.empty(self.matrix.stored)
-        self.base.fill(self.matrix.name, 0, W0)
+        self.base.fill(self.matrix.name, self.matrix.first, W0)
         return W0
 
     @cached_property
