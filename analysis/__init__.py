@@ -7,13 +7,16 @@ returns the paths it wrote; `modules()` finds them all. None imports torch.
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from dora_lab import report
+from dora_lab.spec import Spec
 
 
 def modules() -> list[str]:
@@ -27,6 +30,20 @@ def modules() -> list[str]:
     )
 
 
+@cache
+def declared() -> tuple[Spec, ...]:
+    """The specs of all tiers of all experiments: what their runs are called by, whatever lies beside them."""
+    files = (Path(__file__).parents[1] / "experiments").glob("[!_]*.py")
+    names = sorted(file.stem for file in files if "\ndef specs(" in file.read_text(encoding="utf-8"))
+    modules = [importlib.import_module(f"experiments.{name}") for name in names]
+    return tuple(spec for module in modules for tier in module.TIERS for spec in module.specs(tier))
+
+
+def frame(results: Path, experiment: str | None = None, stream: str = "eval") -> pd.DataFrame:
+    """`report.frame`, its labels by the specs that the experiments declare."""
+    return report.frame(results, experiment, stream, declared())
+
+
 def probe_figures(
     results: Path,
     experiment: str,
@@ -38,7 +55,7 @@ def probe_figures(
 
     select: which of a group's rows are drawn (default: all). No rows, or no figure (None), no file.
     """
-    probes = report.frame(results, experiment, "probe")
+    probes = frame(results, experiment, "probe")
     paths: list[Path] = []
     for suffix, rows in report.groups(probes):
         rows = rows if select is None else select(rows)

@@ -29,8 +29,9 @@ from dora_lab.launch.runtime import TIERS, Paths, Runtime
 from dora_lab.launch.select import chosen, load_experiment
 from dora_lab.models.base import hash_model
 from dora_lab.runs import provenance
-from dora_lab.runs.record import iter_runs, read_record, run_path
+from dora_lab.runs.record import read_record, run_path
 from dora_lab.runs.streams import read_stream
+from dora_lab.runs.survey import iter_runs
 from dora_lab.spec import Method, Spec, SpecError
 from dora_lab.tasks import ItemError, sources
 from dora_lab.training import trainer

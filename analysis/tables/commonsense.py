@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import script
+from analysis import frame, script
 from dora_lab import paper, report
 from dora_lab.report import Block, number
 from dora_lab.runs.caveats import caveats
@@ -30,7 +30,7 @@ def build(results: Path) -> list[Path]:
         results / "tables",
         "commonsense",
         TITLE,
-        [*our_blocks(scores, caveats_of(results)), paper_block(paper)],
+        [*our_blocks(scores, evals, frame(results), caveats_of(results)), paper_block(paper)],
         data[["source", *(c for c in scores.columns)]],
         report.provenance(evals, statuses),
     )
@@ -41,7 +41,10 @@ def readme(results: Path) -> str:
     evals, statuses = load(results)
     evals = evals[(evals["tier"] == "mini") & (evals["eval_data"] == "mini") & (evals["protocol"] == "generate")]
     paper = table_1()
-    blocks = [*our_blocks(report.scores(evals)), paper_block(paper[paper["model"] == "LLaMA-7B"])]
+    blocks = [
+        *our_blocks(report.scores(evals), evals, frame(results), caveats_of(results)),
+        paper_block(paper[paper["model"] == "LLaMA-7B"]),
+    ]
     source = report.provenance(evals, statuses)
     return "\n\n".join(
         [*(report.markdown(block, level=3) for block in blocks), source.caption(), *filter(None, [source.incomplete()])]
@@ -50,7 +53,7 @@ def readme(results: Path) -> str:
 
 def load(results: Path) -> tuple[pd.DataFrame, dict[str, int]]:
     """Evaluation rows of the complete runs, and how many runs were left out, by status."""
-    evals = report.frame(results, stream="eval")
+    evals = frame(results, stream="eval")
     of_table = evals["experiment"].astype(str).str.fullmatch(r"commonsense(_\w+)?") & (evals["split"] == "test")
     return evals[of_table], evals.attrs["statuses"]
 
@@ -73,14 +76,24 @@ def caveats_of(results: Path) -> dict[tuple[str, ...], list[str]]:
     }
 
 
-def our_blocks(scores: pd.DataFrame, known: dict[tuple[str, ...], list[str]] | None = None) -> list[Block]:
-    """One block per experiment, tier, model, data and protocol, the embedded default first; `known`: `caveats_of`."""
+def our_blocks(
+    scores: pd.DataFrame,
+    evals: pd.DataFrame,
+    everything: pd.DataFrame,
+    known: dict[tuple[str, ...], list[str]],
+) -> list[Block]:
+    """One block per experiment, tier, model, data and protocol, the embedded default first.
+
+    Args: evals: the rows that the scores are of; everything: those of all experiments, with the searches for settings;
+        known: `caveats_of`.
+    """
     blocks = []
     parts = [
         pair for _, rows in report.groups(scores) for pair in rows.groupby([*report.GROUP, "protocol"], dropna=False)
     ]
     for key, part in parts:
         experiment, tier, model, trained, evaluated, _, protocol = key
+        group = dict(zip(report.GROUP, key, strict=False))
         tasks = [task for task in part["task"].unique() if task != "average"]
         rows = [_method_row(part[part["label"] == label], tasks) for label in part["label"].unique()]
         rows += [
@@ -98,7 +111,7 @@ def our_blocks(scores: pd.DataFrame, known: dict[tuple[str, ...], list[str]] | N
                 title=f"{experiment}, tier {tier}, model {model}, data {data}, protocol {protocol}",
                 cells=pd.DataFrame(rows),
                 apart=3,
-                notes=(*_notes(part), *(known or {}).get(key[:-1], ())),
+                notes=(*_notes(part), *known.get(key[:-1], ()), *_apart(evals, everything, group)),
             )
         )
     return blocks
@@ -139,6 +152,15 @@ def _notes(part: pd.DataFrame) -> tuple[str, ...]:
     if lacking:
         notes.append(f"{lacking} run{'' if lacking == 1 else 's'} without a score for every task: not in the averages.")
     return tuple(notes)
+
+
+def _apart(evals: pd.DataFrame, everything: pd.DataFrame, group: dict[str, object]) -> list[str]:
+    """What sets the rows of a block apart."""
+    mine = pd.Series(True, index=evals.index)
+    for name, value in group.items():
+        mine &= evals[name] == value
+    said = report.sets_apart(evals[mine], everything)
+    return [said] if said else []
 
 
 def table_1() -> pd.DataFrame:

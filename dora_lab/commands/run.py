@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dora_lab import distributed
-from dora_lab.commands.app import LOCAL, ResultsOption, app
+from dora_lab.commands.app import LOCAL, ResultsOption, app, say
 from dora_lab.launch.pool import Outcome, describe, run_many
 from dora_lab.launch.runtime import Device, Paths, Runtime
 from dora_lab.launch.select import chosen, experiment_names, load_experiment, pair
@@ -28,7 +28,7 @@ def list_command() -> None:
     for name in experiment_names():
         module = load_experiment(name)
         counts = ", ".join(f"{tier}: {len(module.specs(tier))} runs" for tier in module.TIERS)
-        typer.echo(f"{name:22} {(module.__doc__ or '').strip().splitlines()[0]}  [{counts}]")
+        say(f"{name:22} {(module.__doc__ or '').strip().splitlines()[0]}  [{counts}]")
 
 
 @app.command()
@@ -62,11 +62,11 @@ def run(
         from dora_lab.launch import plan as planning
 
         for line in planning.lines(specs, getattr(module, "ITEMS", {}), model_dir, gpu, tokens, runtime):
-            typer.echo(line)
+            say(line)
         return
     outcomes = run_many(specs, Paths(results, data_dir, model_dir), runtime, jobs)
     if distributed.first():
-        typer.echo(summary(outcomes, results))
+        say(summary(outcomes, results))
     if any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(1)
     if any(outcome.status == "interrupted" for outcome in outcomes):
@@ -106,8 +106,8 @@ def submit(
     runtime = Runtime(device=device, threads=threads)
     jobs = cluster.submit(specs, Paths(results, data_dir, model_dir), resources, runtime, local=local)
     for spec, job in jobs:
-        typer.echo(f"{spec_id(spec)}  {describe(spec):34} job {job.job_id}{f'  {job.state}' if local else ''}")
-    typer.echo(f"{len(jobs)} jobs, {len(specs) - len(jobs)} runs complete before; logs in {results / 'cluster'}")
+        say(f"{spec_id(spec)}  {describe(spec):34} job {job.job_id}{f'  {job.state}' if local else ''}")
+    say(f"{len(jobs)} jobs, {len(specs) - len(jobs)} runs complete before; logs in {results / 'cluster'}")
     failed = [error for _, job in jobs if local and (error := job.exception()) is not None]
     if failed:
         raise SpecError(f"{len(failed)} jobs failed; the first: {str(failed[0]).strip().splitlines()[-1]}")

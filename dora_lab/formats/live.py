@@ -26,7 +26,7 @@ from dora_lab.formats.manifest import MANIFEST
 from dora_lab.formats.neutral import CONFIG, OWN, WEIGHTS, Adapter, Factors, refuse_not_finite
 from dora_lab.formats.peft import write_config, write_tensors
 from dora_lab.formats.read import read_adapter
-from dora_lab.io.atomic import replacing, write_text
+from dora_lab.io.atomic import disk_errors, replacing, write_text
 from dora_lab.io.errors import CheckpointError
 from dora_lab.io.files import sha256
 from dora_lab.methods.contract import AdaptedLinear
@@ -58,7 +58,8 @@ def save_trained(model: Any, folder: Path, base_name: str) -> None:
     if any(True for _ in adapted(model)):
         save_adapter(model, folder, base_name=base_name)
     else:
-        model.save_pretrained(folder)
+        with disk_errors(folder):
+            model.save_pretrained(folder)
 
 
 def save_adapter(model: nn.Module, folder: Path | str, format: str | None = None, base_name: str | None = None) -> Path:
@@ -135,7 +136,7 @@ def export(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> Path:
         whole = Path(temporary) / folder.name
         merge(model)
         try:
-            with _untied(live) as state:
+            with _untied(live) as state, disk_errors(whole):
                 live.save_pretrained(whole, state_dict=state)
         finally:
             if was_adapted:

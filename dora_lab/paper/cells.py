@@ -28,8 +28,8 @@ import pandas as pd
 from dora_lab.methods.catalog import catalog
 from dora_lab.models import shapes
 from dora_lab.report import statistics
-from dora_lab.runs.record import iter_runs
 from dora_lab.runs.streams import read_rows
+from dora_lab.runs.survey import iter_runs
 from dora_lab.spec import Spec, from_dict
 from dora_lab.tasks import all_tasks, table_1
 

@@ -252,7 +252,8 @@ def _scores(evals: list[dict[str, Any]]) -> str | None:
 def _machine(record: Mapping[str, Any]) -> list[str]:
     code, machine = record.get("code") or {}, record.get("machine") or {}
     changed = f", with uncommitted changes {code['diff']}" if code.get("diff") else ""
-    lines = [f"code: {code.get('commit') or 'unknown'}{changed}"]
+    files = f"files of sha256 {code['files']}" if code.get("files") else "unknown"
+    lines = [f"code: {code.get('commit') or files}{changed}"]
     lines += [f"{key}: {value}" for key, value in machine.items()]
     lines += [f"device: {record['device']}"] if record.get("device") else []
     seconds = record.get("seconds") or {}

@@ -17,12 +17,12 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from dora_lab.io.atomic import fsync, write_text
 from dora_lab.io.files import hash_bytes
-from dora_lab.runs.errors import OUTSIDE, StoreError
-from dora_lab.runs.lock import acquire
+from dora_lab.runs.errors import OUTSIDE, LockedError, StoreError
+from dora_lab.runs.lock import Lock, acquire
 from dora_lab.runs.record import ENDINGS, SCHEMA, read_record, run_path
 from dora_lab.runs.streams import STREAMS, content, repair
 from dora_lab.spec import Spec, did_you_mean, from_dict, spec_id, to_dict
@@ -45,7 +45,7 @@ class RunDir:
         self.samples = path / "samples"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
-        self._lock: IO[str] | None = None
+        self._lock: Lock | None = None
         self._record: dict[str, Any] = {}
 
     @classmethod
@@ -93,6 +93,7 @@ class RunDir:
 
         A crash in between leaves a failed run, which starts from nothing as well.
         """
+        self._refuse_if_closed()
         kept = {name: self._record[name] for name in ("schema", "spec", "spec_id")}
         self._record = {**kept, "status": "failed", "error": f"starting anew: {reason}", "notes": [reason]}
         _write_json(self.path / "record.json", self._record)
@@ -117,7 +118,8 @@ class RunDir:
                     self.finish("interrupted", "the run was left unfinished")
                 else:
                     words = f"{kind.__name__}: {error}" if str(error) else kind.__name__
-                    with contextlib.suppress(OSError):  # on a full disk: `running` without a lock says as much
+                    # on a full disk `running` without a lock says as much; a lock that was lost forbids to say it
+                    with contextlib.suppress(OSError, LockedError):
                         kept = issubclass(kind, OUTSIDE) or self._record.get("trained")
                         self.finish("interrupted" if kept else "failed", words)
         finally:
@@ -226,14 +228,13 @@ class RunDir:
     def close(self) -> None:
         """Give the lock back; the directory stays as it is."""
         if self._lock is not None:
-            with contextlib.suppress(OSError):  # gone already, or the disk is read-only by now: the kernel's lock ends
-                os.unlink(self.path / "lock")
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def _refuse_if_closed(self) -> None:
         if self._lock is None:
             raise StoreError(f"{self.path} is closed; open it again to write")
+        self._lock.require()
         if self.complete:
             raise StoreError(f"{self.path} is complete and is not written to; remove it to run it again")
 
