@@ -155,7 +155,7 @@ class AdaptedLinear(nn.Module):
 
 def is_traced() -> bool:
     """Is this pass recorded or transformed (compiled, `torch.jit.trace`, `torch.func`)? Its tensors have no numbers."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateImportUsage]
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def _share_hooks(layer: nn.Module, other: nn.Module) -> None:

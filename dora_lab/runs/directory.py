@@ -93,7 +93,7 @@ class RunDir:
 
         A crash in between leaves a failed run, which starts from nothing as well.
         """
-        self._refuse_if_closed()
+        self._refuse_if_lost()
         kept = {name: self._record[name] for name in ("schema", "spec", "spec_id")}
         self._record = {**kept, "status": "failed", "error": f"starting anew: {reason}", "notes": [reason]}
         _write_json(self.path / "record.json", self._record)
@@ -231,10 +231,13 @@ class RunDir:
             self._lock.release()
             self._lock = None
 
-    def _refuse_if_closed(self) -> None:
+    def _refuse_if_lost(self) -> None:
         if self._lock is None:
             raise StoreError(f"{self.path} is closed; open it again to write")
         self._lock.require()
+
+    def _refuse_if_closed(self) -> None:
+        self._refuse_if_lost()
         if self.complete:
             raise StoreError(f"{self.path} is complete and is not written to; remove it to run it again")
 
