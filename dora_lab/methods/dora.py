@@ -166,7 +166,7 @@ class DoraLinear(LoraLinear):
             return self._factored_norm(self._squares())
         if (kept_O := self._kept()) is not None:
             return kept_O
-        with torch.inference_mode(False):  # what is kept may be needed for gradients later
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may be needed for gradients later
             return self._computed_norm(WA_OR)
 
     def _computed_norm(self, WA_OR: Tensor | None) -> Tensor:

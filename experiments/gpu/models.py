@@ -45,18 +45,24 @@ def switched(name: str) -> Iterator[None]:
         lab.narrow.FUSED = kept
 
 
-def llama(visit: Visit, dtype: torch.dtype, layers: int | None = None) -> Any:
-    """A Llama of the visit's size with random frozen weights, built where it is used."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def llama_config(visit: Visit, layers: int | None = None) -> Any:
+    """A LLaMA of the visit's size, with so many layers or all."""
+    from transformers import LlamaConfig
 
     size = visit.size
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=size.hidden, intermediate_size=size.intermediate, vocab_size=size.vocabulary,
         num_hidden_layers=min(layers or size.layers, size.layers), num_attention_heads=size.heads,
-        num_key_value_heads=size.heads, max_position_embeddings=4096,
+        num_key_value_heads=size.heads, max_position_embeddings=4096, architectures=["LlamaForCausalLM"],
     )  # fmt: skip
+
+
+def llama(visit: Visit, dtype: torch.dtype, layers: int | None = None) -> Any:
+    """A Llama of the visit's size with random frozen weights, built where it is used."""
+    from transformers import AutoModelForCausalLM
+
     with torch.device(visit.device):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(llama_config(visit, layers), dtype=dtype)
     model.enable_input_require_grads()  # PEFT asks for it where there is checkpointing: the same for all, then
     return model.requires_grad_(False).train()
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from experiments.gpu import lab
-from experiments.gpu.models import SEVEN, kept_llama, llama, put_on, stir
+from experiments.gpu.models import SEVEN, kept_llama, llama, llama_config, put_on, stir
 from experiments.gpu.visit import Visit
 
 LAYERS = 8  # of 32: what can be written and read in the time
@@ -78,6 +78,7 @@ def _files(visit: Visit, folder: Path) -> dict[str, Any]:
     for kind, tensors in (("base", base), ("full", full)):
         (folder / kind).mkdir()
         save_file(tensors, folder / kind / "model.safetensors", metadata={"format": "pt"})
+        llama_config(visit, len(names) // 7).save_pretrained(folder / kind)  # what says which axis is which
     for kind, tensors in factors.items():
         (folder / kind).mkdir()
         save_file(tensors, folder / kind / "adapter_model.safetensors", metadata={"format": "pt"})
