@@ -7,10 +7,16 @@ returns the paths it wrote; `modules()` finds them all. None imports torch.
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from dora_lab.report import readme_block
+import pandas as pd
+
+from dora_lab import report
+from dora_lab.spec import Spec
 
 
 def modules() -> list[str]:
@@ -22,6 +28,42 @@ def modules() -> list[str]:
         for path in (here / kind).glob("*.py")
         if not path.stem.startswith("_")
     )
+
+
+@cache
+def declared() -> tuple[Spec, ...]:
+    """The specs of all tiers of all experiments: what their runs are called by, whatever lies beside them."""
+    files = (Path(__file__).parents[1] / "experiments").glob("[!_]*.py")
+    names = sorted(file.stem for file in files if "\ndef specs(" in file.read_text(encoding="utf-8"))
+    modules = [importlib.import_module(f"experiments.{name}") for name in names]
+    return tuple(spec for module in modules for tier in module.TIERS for spec in module.specs(tier))
+
+
+def frame(results: Path, experiment: str | None = None, stream: str = "eval") -> pd.DataFrame:
+    """`report.frame`, its labels by the specs that the experiments declare."""
+    return report.frame(results, experiment, stream, declared())
+
+
+def probe_figures(
+    results: Path,
+    experiment: str,
+    name: str,
+    draw: Callable[[pd.DataFrame], Any],
+    select: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
+) -> list[Path]:
+    """Draw the probe rows of each group of an experiment's runs; writes results/figures/<name>{suffix}, returns paths.
+
+    select: which of a group's rows are drawn (default: all). No rows, or no figure (None), no file.
+    """
+    probes = frame(results, experiment, "probe")
+    paths: list[Path] = []
+    for suffix, rows in report.groups(probes):
+        rows = rows if select is None else select(rows)
+        figure = draw(rows) if len(rows) else None
+        if figure is not None:
+            source = report.provenance(rows, probes.attrs["statuses"])
+            paths += report.save_figure(figure, results / "figures", f"{name}{suffix}", source)
+    return paths
 
 
 def script(
@@ -41,5 +83,9 @@ def script(
     options = parser.parse_args(argv)
     for path in build(options.results):
         print(path)
-    if readme is not None and options.readme is not None and readme_block(options.readme, readme(options.results)):
+    if (
+        readme is not None
+        and options.readme is not None
+        and report.readme_block(options.readme, readme(options.results))
+    ):
         print(options.readme)

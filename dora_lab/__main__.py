@@ -8,6 +8,7 @@ import typer
 
 from dora_lab.commands import inspect, models, results, run  # noqa: F401  (each adds its commands)
 from dora_lab.commands.app import app
+from dora_lab.io.text import shown
 
 
 def main() -> None:
@@ -15,7 +16,7 @@ def main() -> None:
     try:
         app()
     except ValueError as error:  # all our errors about input are; their text says what to do
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(shown(f"error: {error}"), err=True)
         sys.exit(2)
 
 

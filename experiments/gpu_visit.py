@@ -29,8 +29,9 @@ NEEDED = ("torch", "transformers", "safetensors", "numpy", "tokenizers")
 USED = {"peft": "PEFT's contenders", "accelerate": "the resume check", "triton": "the kernels"}
 ROOM = 70 * 2**30  # bytes of the card: LLaMA-7B in bfloat16 with its activations
 STAGES = (
-    "ceilings", "right", "fast", "linears", "table7", "whole", "more", "compiled", "llava", "probe", "merge", "llm",
+    "ceilings", "right", "fast", "linears", "table7", "whole", "probe", "merge", "compiled", "more", "llava", "llm",
 )  # fmt: skip
+ASKED = ("passes", "profile")  # where a step's time goes: by name alone
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,13 +39,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=420.0, help="time in all (default: 420)")
     parser.add_argument("--out", type=Path, default=Path("results/local/bench"), help="folder of gpu.jsonl")
-    parser.add_argument("--only", default="", help=f"stages, by commas: {', '.join(STAGES)}")
+    parser.add_argument("--only", default="", help=f"stages, by commas, in this order: {', '.join((*STAGES, *ASKED))}")
     parser.add_argument("--cpu", action="store_true", help="the dry run: tiny shapes, without a GPU")
     parser.add_argument("--go-on", help=argparse.SUPPRESS)  # the visit that a lost process was in
     options = parser.parse_args(argv)
     chosen = [name for name in options.only.split(",") if name] or list(STAGES)
-    if unknown := [name for name in chosen if name not in STAGES]:
-        _leave(f"no stage is called {', '.join(unknown)}; there are: {', '.join(STAGES)}")
+    if unknown := [name for name in chosen if name not in (*STAGES, *ASKED)]:
+        _leave(f"no stage is called {', '.join(unknown)}; there are: {', '.join((*STAGES, *ASKED))}")
     begun = time.monotonic()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched, and nothing waits for a network
     warnings.filterwarnings("ignore", category=FutureWarning)  # names that transformers is about to change
@@ -90,17 +91,21 @@ def _refuse(cpu: bool) -> None:
 
 
 def _stages(visit: Visit, chosen: list[str]) -> None:
-    from experiments.gpu import ceilings, fast, layer, memory, probe, right
+    from experiments.gpu import ceilings, child, fast, lab, layer, memory, passes, probe, right
 
     runs = {
         "ceilings": ceilings.run, "right": right.run, "fast": fast.run, "linears": layer.run, "table7": memory.run,
         "whole": fast.run_whole, "more": fast.run_more, "compiled": layer.run_compiled, "llava": memory.run_llava,
-        "probe": probe.run, "merge": probe.run_merge, "llm": _real_llm,
+        "probe": probe.run, "merge": probe.run_merge, "llm": _real_llm, "passes": passes.run,
+        "profile": layer.run_profile,
     }  # fmt: skip
     gc.freeze()  # what the imports made is no garbage: memory is looked through after every cell
-    for stage in STAGES:
-        if stage in chosen:
-            runs[stage](visit)
+    if visit.cpu:
+        child.as_on_a_gpu()
+    for stage in chosen:
+        if stage not in ("ceilings", "right"):  # what is not right there is not timed
+            lab.narrow.FUSED = not visit.cpu and child.kernels_are_right(visit)
+        runs[stage](visit)
 
 
 def _real_llm(visit: Visit) -> None:

@@ -145,7 +145,7 @@ def write_run(
             }
             for s in (1, 100, 200)
         ]
-        streams["probe"] = _probe_rows(spec, rng)
+        streams["probe"] = _probe_rows(spec, rng) if spec["probe"] else []
     for stream, rows in streams.items():
         (folder / f"{stream}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import dora_lab
 from dora_lab.decompose import magnitude
-from dora_lab.methods import dora, dora_autograd
+from dora_lab.methods import dora, dora_autograd, narrow
 from dora_lab.methods.catalog import methods
 from dora_lab.methods.contract import AdaptedLinear
 from dora_lab.methods.dora import DoraLinear
@@ -654,19 +654,34 @@ def test_gradcheck_of_blocks(second: bool, through_norm: bool, bias: bool, monke
     assert torch.autograd.gradcheck(output, (x, layer.lora_A, layer.lora_B, layer.magnitude))
 
 
-def narrow_twins(dtype: torch.dtype, **fields: Any) -> tuple[DoraLinear, DoraLinear]:
+def narrow_twins(dtype: torch.dtype, kind: Any = DoraLinear, rank: int = 8, **fields: Any) -> tuple[Any, Any]:
     """A layer on a narrow base with trained-looking values, and the same in float64."""
     torch.manual_seed(2)
-    layer = DoraLinear(nn.Linear(96, 80).to(dtype), method("dora", rank=8, **fields), torch.Generator())
+    layer = kind(nn.Linear(96, 80).to(dtype), method("dora", rank=rank, **fields), torch.Generator())
     nn.init.normal_(layer.lora_B, std=0.02)
-    layer.magnitude.data *= 1 + 0.05 * torch.randn(80)
+    if kind is DoraLinear:
+        layer.magnitude.data *= 1 + 0.05 * torch.randn(80)
     return layer, copy.deepcopy(layer).double()
 
 
+@torch.no_grad()
+def strange(layer: DoraLinear) -> None:
+    """V's row 3 is a small share of W0's, its row 5 is zero, W0's row 6 too, and the magnitude of row 7 alone."""
+    layer.lora_B[5] = 0
+    layer.weight[5:7] = 0
+    layer.weight[3] = (-layer.scaling * 0.98 * layer.lora_B[3] @ layer.lora_A).to(layer.weight.dtype)
+    layer.magnitude[7], layer.lora_B[7] = 0, 1.0
+    layer.magnitude[5] = 0.7
+
+
+@pytest.mark.parametrize("on", [("cuda",), ("cuda", "cpu")], ids=["in blocks", "in narrow parts"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("fields", [{}, {"detach_norm": False}, {"dropout": 0.3}], ids=str)
-def test_gradients_on_a_narrow_base(dtype: torch.dtype, fields: dict[str, Any]) -> None:
+def test_gradients_on_a_narrow_base(
+    dtype: torch.dtype, fields: dict[str, Any], on: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As near to float64 as rounding once to the narrow type allows; blocks of tokens change nothing."""
+    monkeypatch.setattr(narrow, "ON", on)
     layer, truth = narrow_twins(dtype, **fields)
     x, upstream = torch.randn(40, 96).to(dtype), torch.randn(40, 80).to(dtype)
     x.requires_grad_()
@@ -689,7 +704,52 @@ def test_gradients_on_a_narrow_base(dtype: torch.dtype, fields: dict[str, Any]) 
         assert apart(one.double(), other) <= 2 * step
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_factors_are_not_rounded_in_narrow_parts(
+    name: str, dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x and dy are as they are, so the gradients of A and B are float32's, though no product has a float32 operand."""
+    monkeypatch.setattr(narrow, "ON", ("cpu",))
+    kind = {"lora": LoraLinear, "dora": DoraLinear}[name]
+    plain = nn.Linear(96, 80, bias=bias).to(dtype)
+    layer = kind(plain, method("dora", rank=8), torch.Generator())
+    x, upstream = torch.randn(40, 96).to(dtype), torch.randn(40, 80).to(dtype)
+    assert torch.equal(layer(x), plain(x)), "not the base at the start"
+    nn.init.normal_(layer.lora_B, std=1e-4)  # its low parts are below float16's normal numbers
+    truth = copy.deepcopy(layer).double()
+    seen, expected = layer(x), truth(x.double())
+    assert apart(seen.double(), expected) <= torch.finfo(dtype).eps
+    mine = torch.autograd.grad(seen, [layer.lora_A, layer.lora_B], upstream)
+    theirs = torch.autograd.grad(expected, [truth.lora_A, truth.lora_B], upstream.double())
+    for one, other in zip(mine, theirs, strict=True):
+        assert apart(one.double(), other) <= 5e-5  # 2^-16 a factor
+
+
+def test_zeros_and_writing_models_in_narrow_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A magnitude of zero learns, a row of zeros has gradients, and an output that was written into costs nothing."""
+    monkeypatch.setattr(narrow, "ON", ("cpu",))
+    layer, _ = narrow_twins(torch.bfloat16)
+    strange(layer)
+    truth = copy.deepcopy(layer).double()
+    assert truth._norm()[3] < 0.1 * magnitude(truth.weight)[3], "nothing cancels"
+    x, upstream = torch.randn(40, 96).bfloat16(), torch.randn(40, 80).bfloat16()
+    expected = torch.autograd.grad(truth(x.double()), [truth.lora_B, truth.magnitude], upstream.double())
+    for written in (False, True):
+        y = layer(x)
+        y = y.add_(1.0) if written else y
+        seen = torch.autograd.grad(y, [layer.lora_B, layer.magnitude], upstream)
+        assert seen[1][7] != 0
+        assert apart(seen[0].double(), expected[0]) <= 5e-5
+        assert torch.isfinite(seen[1]).all()
+        seen[1][3] = expected[1][3]  # of a V that is a fiftieth of W0, and x W0^T is rounded
+        assert apart(seen[1].double(), expected[1]) <= 2 * torch.finfo(torch.bfloat16).eps
+        torch.testing.assert_close(layer._norm().double(), truth._norm(), rtol=1e-5, atol=0)
+
+
 def test_triton_kernels_are_the_eager_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float16: the interpreter multiplies no bfloat16. Rows of zeros, that cancel, and of an m of zero are there."""
     pytest.importorskip("triton", reason="triton comes with CUDA builds of torch alone")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and "TRITON_INTERPRET" not in os.environ:  # read when triton is first imported
@@ -697,17 +757,47 @@ def test_triton_kernels_are_the_eager_form(monkeypatch: pytest.MonkeyPatch) -> N
         done = subprocess.run(again, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
         return
-    monkeypatch.setattr(dora_autograd, "FUSED_ON", (device,))
-    for bias in (True, False):
-        layer, _ = narrow_twins(torch.bfloat16)
+    monkeypatch.setattr(narrow, "ON", (device,))
+    for kind, bias, form, zero in (
+        (LoraLinear, True, "branch", False), (DoraLinear, True, "branch", False), (DoraLinear, False, "branch", True),
+        (DoraLinear, True, "published", True),
+    ):  # fmt: skip
+        layer, _ = narrow_twins(torch.float16, kind, dropout=0.3, dropout_form=form)
         layer = layer.to(device)
         layer.bias = layer.bias if bias else None
-        x = torch.randn(50, 96, device=device).bfloat16().requires_grad_()
-        upstream = torch.randn(50, 80, device=device).bfloat16()
+        if zero:
+            strange(layer)
+        x = torch.randn(50, 96, device=device).half().requires_grad_()
+        upstream = torch.randn(50, 80, device=device).half()
         found = []
         for fused in (False, True):
-            monkeypatch.setattr(dora_autograd, "FUSED", fused)
-            y = layer(x)
-            found.append([y, *torch.autograd.grad(y, [x, layer.lora_A, layer.lora_B, layer.magnitude], upstream)])
-        for eager, other in zip(*found, strict=True):
-            assert apart(other.float(), eager.float()) <= 2 * torch.finfo(torch.bfloat16).eps
+            monkeypatch.setattr(narrow, "FUSED", fused)
+            torch.manual_seed(4)
+            trained = [p for p in layer.parameters() if p.requires_grad]
+            for written in (False, True):
+                y = layer(x)
+                y = y.add_(1.0) if written else y
+                found.append([y, *torch.autograd.grad(y, [x, *trained], upstream)])
+            layer._forget() if isinstance(layer, DoraLinear) else None
+        for eager, other in zip(found[0] + found[1], found[2] + found[3], strict=True):
+            assert apart(other.float(), eager.float()) <= 2 * torch.finfo(torch.float16).eps
+
+
+def test_norms_by_the_kernel() -> None:
+    """Of narrow and of float32 weights, rows that cancel to nearly or wholly nothing among them."""
+    triton_norm = pytest.importorskip("dora_lab.methods.narrow_triton", reason="no triton here").norm
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and "TRITON_INTERPRET" not in os.environ:
+        again = [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_norms_by_the_kernel"]
+        done = subprocess.run(again, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        return
+    for dtype, rank in ((torch.float16, 8), (torch.float16, 40), (torch.float32, 8)):
+        layer, _ = narrow_twins(dtype, rank=rank)
+        strange(layer)
+        W, A, B = (p.detach().double() for p in (layer.weight, layer.lora_A, layer.lora_B))
+        exact = magnitude(W + layer.scaling * B @ A)
+        parts = (layer.weight.to(device), layer.lora_A.detach().to(device), layer.lora_B.detach().to(device))
+        seen = triton_norm(*parts, layer.scaling).cpu()
+        assert seen[5] == 0 and 0 < exact[3] < 0.1 * magnitude(W)[3]
+        torch.testing.assert_close(seen.double(), exact, rtol=2e-6, atol=0)

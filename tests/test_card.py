@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 from dora_lab import __main__ as command
 from dora_lab import spec as specs
 from dora_lab.commands.app import find_run
+from dora_lab.commands.run import summary
+from dora_lab.launch.pool import Outcome
 from dora_lab.launch.select import published_specs
 from dora_lab.report import card
 from dora_lab.tasks import TEMPLATES, load_task
@@ -117,3 +120,25 @@ def test_the_commands(tmp_path: Path) -> None:
         find_run("nothing", tmp_path)
     with pytest.raises(specs.SpecError, match="give more digits"):
         find_run("6", COMMITTED)
+
+
+def test_leakage_and_cut_answers_are_said_with_the_scores(tmp_path: Path, run_writer: Writer) -> None:
+    from analysis.tables import commonsense
+
+    folder = run_writer(tmp_path, make_spec("lora", 8, 0))
+    file = folder / "record.json"
+    record = json.loads(file.read_text())
+    assert "To be known" not in card.card(folder)
+    assert commonsense.caveats_of(tmp_path) == {}
+    sources = [{"task": "boolq", "split": "test", "items": 120, "used": 120, "asked_in_training": 7}]
+    record |= {"inputs": {"sources": sources}, "training": {"answers_cut": 3}, "notes": ["it was a full moon"]}
+    file.write_text(json.dumps(record))
+    said = (
+        "boolq: 7 of its 120 test items are asked in the training items, too",
+        "3 training items lost the end of their answer to data.cutoff",
+    )
+    (table,) = (path for path in commonsense.build(tmp_path) if path.suffix == ".md")
+    told = summary([Outcome(specs.from_dict(record["spec"]), "complete")], tmp_path)
+    for text in said:
+        assert f"- {text}\n" in card.card(folder) and text in told and f"{text} (LoRA)." in table.read_text()
+    assert "- it was a full moon\n" in card.card(folder) and "full moon" in told and "moon" not in table.read_text()

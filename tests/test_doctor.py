@@ -23,6 +23,7 @@ from dora_lab.paper.claims import examine as examine_claims
 from dora_lab.runs import doctor
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.errors import StoreError
+from dora_lab.runs.lock import acquire
 from dora_lab.runs.streams import STREAMS, read_stream
 from dora_lab.spec import from_dict
 from tests.faults._models import copy, flip
@@ -74,12 +75,21 @@ def renamed(path: Path) -> None:
     shutil.move(path, path.with_name("0123456789ab"))
 
 
+def backed_up(path: Path) -> None:
+    shutil.copytree(path, path.with_name(f"{path.name}.bak"))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no record": (lambda p: (p / "record.json").unlink(), "does not exist"),
     "record cut": (lambda p: (p / "record.json").write_text("{"), "is not JSON"),
     "spec changed": (lambda p: edit(p, spec=make_spec("lora", 8, 1)), "but its spec is"),
     "field unknown": (lambda p: edit(p, spec=make_spec("lora", 8, 0) | {"new": 1}), "unknown field 'new'"),
     "folder renamed": (renamed, "its record is of the run commonsense/"),
+    "a copy beside it": (backed_up, "a copy: move it out of runs/"),
+    "a copy in another experiment": (
+        lambda p: shutil.copytree(p, p.parents[1] / "elsewhere" / p.name),
+        "a copy: move it out of runs/",
+    ),
     "killed": (lambda p: edit(p, status="running"), "nobody runs it: it was killed"),
     "failed without a reason": (lambda p: edit(p, status="failed"), "status failed with error None"),
     "stale lock": (lambda p: lock(p, dead()), "which has ended"),
@@ -125,9 +135,11 @@ def test_every_damage_is_found(name: str, run: Path) -> None:
 
 def test_a_run_in_progress_is_left_alone(run: Path) -> None:
     edit(run, status="running")
-    lock(run, os.getpid())
+    (run / "lock").unlink(missing_ok=True)
+    held, _ = acquire(run / "lock")
     (run / ".record.json.17.tmp").write_text("")
     assert list(doctor.examine(run)) == []
+    held.release()
 
 
 def test_an_adapter_is_examined(tmp_path: Path) -> None:

@@ -5,21 +5,29 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import arc_items, boolq_items, make_spec, save_model
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.huggingface import HFLM
+from tiny import arc_items, boolq_items, joining_tokenizer, make_spec, save_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from dora_lab import mini
 from dora_lab import spec as specs
-from dora_lab.evaluation.evaluate import evaluate
+from dora_lab.evaluation.evaluate import evaluate, prepare
 from dora_lab.evaluation.protocols import PROTOCOLS
 from dora_lab.models.base import model_and_tokenizer
+from dora_lab.models.open import open_tokenizer
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Spec
-from dora_lab.tasks import ItemError, prompt
+from dora_lab.tasks import ItemError, load_task, prompt
+from dora_lab.training.batches import IGNORED, encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ITEMS = {"boolq": boolq_items(9), "ARC-Easy": arc_items(6)}
@@ -28,6 +36,14 @@ ITEMS = {"boolq": boolq_items(9), "ARC-Easy": arc_items(6)}
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return model_and_tokenizer(make_spec(), save_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def joining(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A model whose tokenizer has one token for ":" and the line end, as those of Llama-3 and DeepSeek have."""
+    return model_and_tokenizer(
+        make_spec(), save_model(tmp_path_factory.mktemp("joining"), tokenizer=joining_tokenizer())
+    )
 
 
 def go(spec: Spec, root: Path, loaded: tuple[Any, Any], items: Any = None) -> tuple[list[Any], dict[str, list[Any]]]:
@@ -77,14 +93,83 @@ def test_loglikelihood_is_that_of_the_model(loaded: tuple[Any, Any], tmp_path: P
     model, tokenizer = loaded
     sample = samples["ARC-Easy.loglikelihood"][1]
     assert list(sample["output"]) == ["answer1", "answer2", "answer3", "answer4"]
-    bare = sample["prompt"].rstrip()
-    start = len(tokenizer(bare)["input_ids"])
+    start = len(tokenizer(sample["prompt"])["input_ids"])  # this tokenizer cuts at every line end
     for label, found in sample["output"].items():
         ids = torch.tensor([tokenizer(f"{sample['prompt']}the correct answer is {label}")["input_ids"]])
         with torch.no_grad():
             logs = model(ids).logits[0].log_softmax(-1)
         wanted = sum(float(logs[t - 1, ids[0, t]]) for t in range(start, ids.shape[1]))
         assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_loglikelihood_is_over_the_trained_tokens(joining: Any, tmp_path: Path) -> None:
+    """Where ":" and the line end are one token: minus the loss of training on that answer, not what lm-eval cuts."""
+    model, tokenizer = joining
+    spec = make_spec(evaluation__protocols="loglikelihood")
+    _, samples = go(spec, tmp_path, joining)
+    changed = 0
+    for name, items in ITEMS.items():
+        for sample, item in zip(samples[f"{name}.loglikelihood"], items, strict=True):
+            for label, found in sample["output"].items():
+                trained = encode({name: [item | {"output": f"the correct answer is {label}"}]}, spec.data, tokenizer)
+                ids, labels = trained.examples[0].ids[:-1], trained.examples[0].labels[:-1]  # without the end
+                scored = [token for token in labels if token != IGNORED]
+                assert tokenizer.decode(scored) == f"the correct answer is {label}"
+                assert tokenizer.convert_ids_to_tokens(ids[-len(scored) - 1]) == ":\u010a"
+                with torch.no_grad():
+                    loss = model(torch.tensor([ids]), labels=torch.tensor([labels])).loss
+                assert found == pytest.approx(-float(loss) * len(scored), rel=1e-4)
+                plain = HFLM(model, tokenizer=tokenizer, max_length=512)._encode_pair(
+                    sample["prompt"], f"the correct answer is {label}"
+                )
+                changed += plain[0] + plain[1] != list(ids)
+    assert changed == 9 * 2 + 3 * 3 + 3 * 4
+
+
+def test_the_embedded_base_reads_what_lm_eval_gives_it() -> None:
+    """Its tokenizer cuts at the line end: the same tokens are read, and one more is scored by lm-eval, for all answers
+    of an item alike. So no accuracy differs."""
+    tokenizer: Any = open_tokenizer(mini.folder())
+    lm: Any = SimpleNamespace(backend="causal", tok_encode=tokenizer.encode)
+    (line_end,) = tokenizer.encode("\n", add_special_tokens=False)
+    for task in make_spec(data__tasks="boolq,winogrande,hellaswag").data.tasks:
+        for item in mini.items(task, "test")[:40]:
+            for label in load_task(task).options(item):
+                pair = prompt(item, "clean"), f"the correct answer is {label}"
+                context, continuation = TemplateLM._encode_pair(lm, *pair)
+                ours = PROTOCOLS["loglikelihood"].cut(*pair, tokenizer)
+                assert ours == ([*context, line_end], continuation[1:]) and continuation[0] == line_end
+
+
+def wordless() -> Any:
+    """A tokenizer whose tokens may hold anything, among them the line end with the answer's first word."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(["Response:\nthe correct answer is true"] * 50, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="</s>", bos_token="<s>", eos_token="</s>")
+
+
+def test_an_answer_that_does_not_split_is_refused(loaded: Any, joining: Any) -> None:
+    spec, (model, _) = make_spec(evaluation__protocols="loglikelihood"), loaded
+    with pytest.raises(ItemError, match=r"boolq, item 0: the tokenizer does not cut between the prompt and the answer"):
+        prepare(spec, model, wordless(), ITEMS)
+    unknowing = wordless_of_words()
+    with pytest.raises(ItemError, match=r"ARC-Easy, item 0: the tokenizer makes the same tokens of two of its answers"):
+        prepare(spec, model, unknowing, {"ARC-Easy": arc_items(1)})
+    for good in (loaded, joining):
+        assert len(prepare(spec, *good, ITEMS)) == 2
+
+
+def wordless_of_words() -> Any:
+    """A tokenizer of whole words, to which all labels are unknown."""
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "the": 2, "correct": 3, "answer": 4}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="</s>", eos_token="</s>", unk_token="<unk>")
 
 
 def test_rows(loaded: tuple[Any, Any], tmp_path: Path) -> None:
@@ -151,3 +236,31 @@ def test_too_long_a_prompt_is_an_error(loaded: tuple[Any, Any], tmp_path: Path) 
     items[1]["instruction"] = "red " * 600 + items[1]["instruction"]
     with pytest.raises(ItemError, match=r"boolq, item 1: a prompt of \d+ tokens and 12 .* exceed .* 512 pos"):
         go(make_spec(), tmp_path, loaded, {"boolq": items})
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mamba", "mpt"])
+def test_models_that_name_their_positions_otherwise_or_have_none(kind: str, loaded: Any, tmp_path: Path) -> None:
+    tokenizer = loaded[1]
+    more = {"max_seq_len": 512} if kind == "mpt" else {}
+    sizes = {"bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 2}, "mamba": {"hidden_size": 32}, "mpt": {}}[kind]
+    layers = {"mamba": {"num_hidden_layers": 1}, "mpt": {"d_model": 32, "n_layers": 1, "n_heads": 2}}.get(kind, {})
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), pad_token_id=0, **sizes, **layers, **more)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    rows, _ = go(make_spec(), tmp_path / "short", (model, tokenizer))
+    assert [row["n"] for row in rows] == [9, 6, 9, 6]
+    items = boolq_items(2)
+    items[1]["instruction"] = "red " * 600 + items[1]["instruction"]
+    if kind == "mpt":
+        with pytest.raises(ItemError, match="exceed the model's 512 positions"):
+            go(make_spec(), tmp_path / "long", (model, tokenizer), {"boolq": items})
+        return
+    _, samples = go(make_spec(), tmp_path / "long", (model, tokenizer), {"boolq": items})
+    for sample in samples["boolq.loglikelihood"]:
+        start = len(tokenizer(sample["prompt"])["input_ids"])
+        for label, found in sample["output"].items():
+            ids = torch.tensor([tokenizer(f"{sample['prompt']}the correct answer is {label}")["input_ids"]])
+            with torch.no_grad():
+                logs = model(ids).logits[0].log_softmax(-1)
+            wanted = sum(float(logs[t - 1, ids[0, t]]) for t in range(start, ids.shape[1]))
+            assert found == pytest.approx(wanted, rel=1e-4)

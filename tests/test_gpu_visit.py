@@ -116,6 +116,33 @@ def test_a_cell_that_raises_is_a_row_and_a_lost_device_a_new_process(
     assert rows(tmp_path)[-1]["out_of_memory"] == "CUDA out of memory. Tried to allocate 2 GiB"
 
 
+def test_a_ratio_of_what_was_timed_in_turns_is_round_by_round() -> None:
+    rows = [
+        {"group": "g", "contender": name, "seconds": 9.0, "taken": taken, "in_turns": True}
+        for name, taken in (("a", [2.0, 20.0, 30.0]), ("b", [1.0, 10.0, 10.0]))
+    ]
+    assert table.ratio(rows[0], rows, "b") == 2.0
+    assert table.ratio(rows[0] | {"in_turns": False}, rows, "b") == 1.0
+
+
+def test_the_commit_that_is_told_is_the_one_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from experiments.gpu.visit import stamp
+
+    monkeypatch.delenv("DORA_LAB_COMMIT", raising=False)
+    assert stamp(True)["commit"] != "0123abc"
+    monkeypatch.setenv("DORA_LAB_COMMIT", "0123abc")
+    assert stamp(True)["commit"] == "0123abc" and stamp(True)["diff"] is None
+
+
+def test_what_is_asked_for_by_name_runs_too(tmp_path: Path) -> None:
+    done = visit(tmp_path, "--cpu", "--seconds", "100", "--only", "passes,profile")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = rows(tmp_path)
+    assert {row["stage"] for row in found} == {"passes", "profile"}
+    assert not [row for row in found if "error" in row]
+    assert any("kernels in" in line and "waits" in line for line in done.stdout.splitlines())
+
+
 def test_the_tables_read_what_a_card_gave(dry: tuple[Path, str], tmp_path: Path) -> None:
     assert gpu.build(tmp_path) == memory.build(tmp_path) == []
     found = rows(dry[0])
@@ -123,6 +150,7 @@ def test_the_tables_read_what_a_card_gave(dry: tuple[Path, str], tmp_path: Path)
     file = tmp_path / "bench" / "gpu.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in found))
     assert gpu.build(tmp_path) == memory.build(tmp_path) == [], "a dry run measures nothing"
+    found = [row for row in found if row.get("contender") != "ours/dora-branch"]  # as if there had been no time for it
     for row in found:  # as if on a card
         row["card"] = "a card"
         if "contender" in row and "peak_bytes" in row:
@@ -131,7 +159,7 @@ def test_the_tables_read_what_a_card_gave(dry: tuple[Path, str], tmp_path: Path)
     texts = {path.name: path.read_text() for one in (gpu, memory) for path in one.build(tmp_path)}
     line = next(line for line in texts["memory.md"].splitlines() if "as released" in line and "| norm detached" in line)
     assert "| 28.2 | 21.0 | 25.0 |" in " ".join(line.split()), line
-    assert "| linears | ours/dora-triton / ours/lora |" in texts["gpu.md"] and "not run" in texts["gpu.md"]
+    assert "| linears | ours/dora / ours/lora |" in texts["gpu.md"] and "not run" in texts["gpu.md"]
     assert "dora, norm in the graph: float32" in texts["gpu.md"]
 
 

@@ -18,7 +18,7 @@ from tiny import arc_items, boolq_items, make_spec, save_model
 from dora_lab.evaluation.evaluate import evaluate
 from dora_lab.models.base import model_and_tokenizer
 from dora_lab.runs.directory import RunDir
-from dora_lab.tasks import Task, family, prompt, table_1
+from dora_lab.tasks import Task, family, load_task, prompt, read_items, table_1
 from dora_lab.tasks.commonsense.lm_eval import FOLDER
 from dora_lab.tasks.commonsense.lm_eval import items as loader
 from dora_lab.tasks.commonsense.lm_eval.write import definitions, lm_eval_name
@@ -159,6 +159,9 @@ def test_group_averages_over_tasks_from_the_command_line_alone(data_dir: Path, t
         ("[]", r"expected a list of items"),
         (json.dumps([boolq_items(1)[0] | {"answer": None}]), r"item 0, field 'answer': missing or not text"),
         (json.dumps([boolq_items(1)[0] | {"input": "a passage"}]), r"field 'input': must be empty"),
+        (json.dumps([boolq_items(1)[0] | {"answer": "True"}]), r"field 'answer': 'True' is not one .* true/false"),
+        (json.dumps([boolq_items(1)[0] | {"answer": "true "}]), r"field 'answer': 'true ' is not one"),
+        (json.dumps([arc_items(1)[0] | {"answer": "answer1"}]), r"field 'instruction': .* is not followed by labels"),
     ],
 )
 def test_bad_files_are_named(content: str | None, message: str, tmp_path: Path) -> None:
@@ -167,6 +170,26 @@ def test_bad_files_are_named(content: str | None, message: str, tmp_path: Path) 
         (tmp_path / "boolq" / "test.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         loaded(["dora_boolq"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "said", ["answer1 / answer2 / answer3.", "answer1/answer2", "answer1", "answer1/answer1", "a/b"]
+)
+@pytest.mark.parametrize("answer", ["answer1", "answer3", "Answer1"])
+def test_items_are_taken_where_the_lab_takes_them(said: str, answer: str, tmp_path: Path) -> None:
+    item = arc_items(1)[0] | {"answer": answer, "output": f"the correct answer is {answer}"}
+    item["instruction"] = f"Which?\n\nAnswer format: {said}"
+    file = tmp_path / "ARC-Easy" / "test.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps([item]))
+    taken = []
+    for read in (lambda: loaded(["dora_arc_easy"], tmp_path), lambda: read_items(file, load_task("ARC-Easy"))):
+        try:
+            taken.append(bool(read()))
+        except ValueError:
+            taken.append(False)
+    right = said in ("answer1 / answer2 / answer3.", "answer1/answer2") and answer in said
+    assert taken == [right, right]
 
 
 def test_the_data_folder_is_asked_for() -> None:

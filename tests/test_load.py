@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import boolq_items, make_spec, save_data, save_model
+from tiny import arc_items, boolq_items, make_spec, save_data, save_model
 
 from dora_lab.io.errors import LoadError
 from dora_lab.launch import inputs
@@ -53,6 +53,25 @@ def test_more_items_than_there_are(data_dir: Path) -> None:
 def test_subsets_are_even_over_tasks() -> None:
     pools = {name: [{}] * size for name, size in {"a": 100, "b": 3, "c": 100}.items()}
     assert _shares(pools, 31) == {"a": 14, "b": 3, "c": 14}
+
+
+@pytest.mark.parametrize("held", [0, 20])
+def test_fewer_items_of_all_together_are_of_all_tasks(held: int, tmp_path: Path) -> None:
+    for name in ("boolq", "ARC-Easy"):
+        for split in ("train", "test"):
+            file = tmp_path / name / f"{split}.json"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps(boolq_items(200) if name == "boolq" else arc_items(200)))
+    spec = make_spec(data__holdout="mixed", data__train_items=100, data__validation_items=held)
+    items = sources.items(spec, tmp_path)
+    counts = items.counts()["train"]
+    assert sum(counts.values()) == 100 and min(counts.get(name, 0) for name in ("boolq", "ARC-Easy")) > 30
+    every = make_spec(data__holdout="mixed", data__train_items=400 - held, data__validation_items=held)
+    whole = sources.items(every, tmp_path)
+    if not held:  # all there are stay in file order
+        assert whole.train == {"boolq": boolq_items(200), "ARC-Easy": arc_items(200)}
+    for name, pool in items.train.items():
+        assert all(item in whole.train[name] for item in pool)
 
 
 def test_items_of_the_embedded_world() -> None:

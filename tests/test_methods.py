@@ -225,11 +225,23 @@ class Told(Halved):
         return self.lora_A, self.lora_B, 0.5, None
 
 
+class Doubling:
+    """Of no class of ours; what it is mixed into computes something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)  # type: ignore[misc]
+
+
+class Mixed(Doubling, LoraLinear):  # type: ignore[misc]
+    """Redefines nothing itself."""
+
+
 def test_factors_are_not_inherited_by_what_computes_something_else() -> None:
     layers = {
-        kind: kind(nn.Linear(8, 6), small_method("lora", ()), torch.Generator()) for kind in (Halved, Renamed, Told)
+        kind: kind(nn.Linear(8, 6), small_method("lora", ()), torch.Generator())
+        for kind in (Halved, Renamed, Told, Mixed)
     }
-    assert layers[Halved].factors() is None
+    assert layers[Halved].factors() is None and layers[Mixed].factors() is None
     assert layers[Renamed].factors() is not None and layers[Told].factors() is not None
     model = nn.Sequential(layers[Halved])
     with pytest.raises(CheckpointError, match="'0' is of no method, so nothing could load it"):

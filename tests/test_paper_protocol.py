@@ -266,6 +266,7 @@ def test_the_run_merges_as_its_spec_says(tmp_path: Path, monkeypatch: pytest.Mon
             model__dtype=dtype,
             evaluation__weights=weights,
             optim__epochs=0.2,
+            optim__warmup_steps=0,
             evaluation__protocols="generate",
             probe="none",
         )

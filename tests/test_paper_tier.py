@@ -15,8 +15,8 @@ import pytest
 from tiny import arc_items, boolq_items, save_model
 
 from dora_lab.launch.select import load_experiment
-from dora_lab.runs.record import iter_runs
 from dora_lab.runs.streams import read_stream
+from dora_lab.runs.survey import iter_runs
 from dora_lab.tasks.commonsense.released_files import KNOWN
 
 HOUSE = Path(__file__).resolve().parents[1]

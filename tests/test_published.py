@@ -68,7 +68,7 @@ def test_every_format_gives_what_the_live_model_gives(folder: Path, tmp_path: Pa
     for adapter in ("peft", "authors", "pickled"):
         done = go(folder, adapter, tmp_path / adapter, "--allow-pickle")
         assert done.exit_code == 0, (done.output, done.exception)
-        assert "DoRA, rank 16" in done.output and "no published number" in done.output
+        assert "DoRA, rank 16" in done.output and "no number in the paper" in done.output
         (path,) = (tmp_path / adapter / "runs" / "published").iterdir()
         found[adapter] = [
             (row["task"], row["value"], row["n_unparsed"], row["correct"]) for row in read_stream(path, "eval")
@@ -143,7 +143,7 @@ def run_with(tmp_path: Path, changed: dict[str, dict[str, Any]]) -> Path:
         ({}, "equal", "give the paper's numbers to within 0.0 points"),
         ({"boolq": {"value": 0.704}}, "close", "to within 0.4 points"),
         ({"boolq": {"value": 0.60}}, "differs", "Differs from the paper: BoolQ"),
-        ({"boolq": {"value": 0.66, "n": 100}}, "within item noise", "not all published items were asked"),
+        ({"boolq": {"value": 0.66, "n": 100}}, "within item noise", "not all released items were asked"),
         ({"boolq": {"value": 0.40, "n": 100}}, "differs", "Differs from the paper: BoolQ"),
     ],
 )
@@ -160,7 +160,7 @@ def test_flags_and_unknown_cells(tmp_path: Path) -> None:
     rows = comparison.compare(run_with(tmp_path, changed), "LoRA", 4, "LLaMA-7B")
     assert rows["paper"][0] == 2.3 and rows["flags"][0] == "unparsed above 1 %, below chance"
     nowhere = comparison.compare(run_with(tmp_path, {}), "DoRA", 7, "LLaMA-7B")
-    assert set(nowhere["verdict"]) == {"no published number"} and nowhere["paper"].isna().all()
+    assert set(nowhere["verdict"]) == {"no number in the paper"} and nowhere["paper"].isna().all()
     assert "nothing is verified" in comparison.summary(nowhere)
     again = comparison.compare(run_with(tmp_path, {}), "DoRA", 64, "LLaMA-7B")
     assert again["elsewhere"][8] == [76.8] and again["paper"][8] == 72.1

@@ -58,6 +58,7 @@ def test_an_unknown_method_has_its_own_name_and_comes_last(tmp_path: Path, run_w
     record["spec"]["method"]["name"] = "newest"
     record["spec_id"] = spec_id(from_dict(record["spec"]))
     (folder / "record.json").write_text(json.dumps(record))
+    folder.rename(folder.with_name(record["spec_id"]))
     run_writer(tmp_path, make_spec("dora", 8, 0))
     assert report.ordered_labels(report.frame(tmp_path)) == ["DoRA", "newest"]
     assert report.style("newest") == report.style("newest")

@@ -43,7 +43,8 @@ def run(tmp_path: Path) -> Path:
         (path / "samples" / f"{task}.generate.jsonl").write_text(lines, encoding="utf-8")
         value = sum(sample["correct"] for sample in samples) / len(samples)
         row = next(row for row in read_stream(path, "eval") if row["task"] == task)
-        rows.append(row | {"value": value, "n": len(samples), "n_unparsed": parsed.count(None)})
+        correct = "".join(str(int(sample["correct"])) for sample in samples)
+        rows.append(row | {"value": value, "n": len(samples), "n_unparsed": parsed.count(None), "correct": correct})
     (path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -64,6 +65,42 @@ def test_another_pattern_for_one_task(run: Path) -> None:
     rows, _ = rescore(run, ["nothing", "ARC-Easy=(answer[1-5])"])
     assert [(row["value"], row["n_unparsed"]) for row in rows] == [(0.0, 4), (2 / 3, 1)]
     assert [row["pattern"] for row in rows] == ["nothing", "(answer[1-5])"]
+
+
+def test_a_match_that_is_no_label_is_no_answer(run: Path) -> None:
+    rows, _ = rescore(run, [r"ARC-Easy=(\d)|(?i:ANSWER3)", "boolq=(?i)yes|true|FALSE"])
+    assert [(row["correct"], row["n_unparsed"]) for row in rows] == [("1100", 1), ("000", 3)]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (["boolk=true"], r"'boolk' is no task of this run; did you mean 'boolq'\? .*'\(\?:boolk\)=true'"),
+        (["piqa=solution1"], "'piqa' is no task of this run"),
+        (["boolq=a", "boolq=b"], "boolq=b: a second pattern for boolq"),
+        (["true", "false"], "false: a second pattern for all tasks"),
+    ],
+)
+def test_patterns_of_nobody(run: Path, patterns: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rescore(run, patterns)
+    assert not (run / "rescored").exists()
+
+
+def test_a_pattern_for_all_may_hold_an_equals_sign(run: Path) -> None:
+    rows, _ = rescore(run, ["(?=t)true"])
+    assert [row["correct"] for row in rows] == ["1001", "000"]
+    assert [row["correct"] for row in rescore(run, ["boolq = true"])[0]] == ["0000", "101"]
+
+
+@pytest.mark.parametrize("field", ["output", "gold"])
+def test_samples_of_other_scores_are_refused(field: str, run: Path) -> None:
+    file = run / "samples" / "boolq.generate.jsonl"
+    samples = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    samples[3] |= {"output": "true"} if field == "output" else {"gold": "false"}
+    file.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
+    with pytest.raises(StoreError, match=r"task boolq, item 3: wrong in the record, its saved text is right"):
+        rescore(run, ["true|false"])
 
 
 def test_every_choice_has_its_file_and_the_record_stays(run: Path) -> None:

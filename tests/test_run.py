@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from dora_lab import __main__ as command
 from dora_lab.commands.run import summary
-from dora_lab.launch import select
+from dora_lab.launch import select, stages
 from dora_lab.launch.inputs import is_complete
 from dora_lab.launch.pool import run_many
 from dora_lab.launch.run import run_spec
@@ -29,10 +29,12 @@ from dora_lab.launch.runtime import TIERS, Paths, Runtime
 from dora_lab.launch.select import chosen, load_experiment
 from dora_lab.models.base import hash_model
 from dora_lab.runs import provenance
-from dora_lab.runs.record import iter_runs, read_record, run_path
+from dora_lab.runs.record import read_record, run_path
 from dora_lab.runs.streams import read_stream
+from dora_lab.runs.survey import iter_runs
 from dora_lab.spec import Method, Spec, SpecError
-from dora_lab.tasks import sources
+from dora_lab.tasks import ItemError, sources
+from dora_lab.training import trainer
 from dora_lab.training.fit import Interrupted
 
 HOUSE = Path(__file__).resolve().parents[1]
@@ -179,6 +181,79 @@ def test_failed_run_says_why_and_starts_anew(paths: Paths) -> None:
             run_spec(spec, paths)
     record = read_record(run_path(paths.results, spec))
     assert record["status"] == "failed" and "rank = 500 must be in 1 .. 32" in record["error"]
+
+
+@pytest.mark.parametrize("where", ["save_trained", "merge", "evaluate"])
+def test_an_error_after_training_keeps_the_training(
+    where: str, paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, whole = make_spec(), replace(paths, results=tmp_path / "whole")
+    with monkeypatch.context() as broken:
+        for words in ("no memory", "again none"):
+            broken.setattr(stages, where, raiser(words))
+            with pytest.raises(RuntimeError, match=words):
+                run_spec(spec, paths)
+            record = read_record(run_path(paths.results, spec))
+            assert (record["status"], record["error"]) == ("interrupted", f"RuntimeError: {words}")
+        broken.setattr(stages, "model_and_tokenizer", raiser("not even a model"))
+        with pytest.raises(RuntimeError, match="not even"):
+            run_spec(spec, paths)
+    run_spec(spec, paths)
+    record = read_record(run_path(paths.results, spec))
+    assert record["status"] == "complete" and record["training"]["resumed_from"] == 20 and "trained" not in record
+    run_spec(spec, whole)
+    for stream in ("metrics", "probe", "eval"):
+        found = (run_path(place.results, spec) / f"{stream}.jsonl" for place in (paths, whole))
+        assert next(found).read_bytes() == next(found).read_bytes()
+
+
+def raiser(words: str) -> Callable[..., Any]:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(words)
+
+    return broken
+
+
+def test_an_error_while_training_still_fails_the_run(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_spec()
+    monkeypatch.setattr(trainer.RunTrainer, "refuse_weights", raiser("a weight is nan"))
+    with pytest.raises(RuntimeError):
+        run_spec(spec, paths)
+    assert read_record(run_path(paths.results, spec))["status"] == "failed"
+
+
+def test_what_the_evaluation_cannot_take_is_told_before_training(paths: Paths, tmp_path: Path) -> None:
+    data = save_data(tmp_path / "data")
+    items = boolq_items(6, start=1000)
+    items[4]["instruction"] = "red " * 600 + items[4]["instruction"]
+    (data / "boolq" / "test.json").write_text(json.dumps(items))
+    spec = make_spec()
+    with pytest.raises(ItemError, match=r"boolq, item 4: a prompt of \d+ tokens"):
+        run_spec(spec, replace(paths, data_dir=data))
+    assert not read_stream(run_path(tmp_path, spec), "metrics")
+    assert read_record(run_path(tmp_path, spec))["status"] == "failed"
+    items[4]["instruction"] = "\ud800 " + items[3]["instruction"]
+    (data / "boolq" / "test.json").write_text(json.dumps(items))
+    with pytest.raises(
+        ItemError, match=r"test.json, item 4, field 'instruction': half a character .*d800.* at place 0"
+    ):
+        run_spec(spec, replace(paths, data_dir=data))
+
+
+def test_a_rate_that_never_leaves_zero_is_refused(paths: Paths) -> None:
+    idle = make_spec(optim__epochs=0.1, optim__warmup_steps=3)
+    with pytest.raises(SpecError, match=r"warmup_steps = 3: training has 1 step, all of learning rate 0"):
+        run_spec(idle, paths)
+    assert not read_stream(run_path(paths.results, idle), "metrics")
+    late = make_spec(optim__epochs=1.0, optim__warmup_steps=10)
+    run_spec(late, paths)
+    path = run_path(paths.results, late)
+    best = max(row["learning_rate"] for row in read_stream(path, "metrics"))
+    (note,) = read_record(path)["notes"]
+    assert note.endswith(f"5 steps, the learning rate reaches {best:g} of optim.learning_rate = 0.005")
+    early = make_spec(optim__eval_steps=6, optim__keep="best_loss", data__validation_items=8, optim__epochs=1.0)
+    with pytest.raises(SpecError, match=r"eval_steps = 6: training has 4 steps"):
+        run_spec(early, paths)
 
 
 def test_complete_run_of_other_inputs_is_replaced(paths: Paths, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ import pytest
 from dora_lab.runs import directory
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.errors import LockedError, StoreError
-from dora_lab.runs.record import iter_runs, read_record, run_path
+from dora_lab.runs.record import read_record, run_path
 from dora_lab.runs.streams import read_stream
+from dora_lab.runs.survey import iter_runs
 from dora_lab.spec import Data, Evaluation, Method, Model, Spec, spec_id, to_dict
 
 SPEC = Spec(
@@ -190,7 +191,7 @@ def test_the_lock_of_another_host_is_respected(tmp_path: Path) -> None:
     path = run_path(tmp_path, SPEC)
     path.mkdir(parents=True)
     (path / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
-    with pytest.raises(LockedError, match="process 1 on host elsewhere; if it has ended, remove"):
+    with pytest.raises(LockedError, match=r"process 1 on host elsewhere.*if it has ended, remove"):
         RunDir.open(tmp_path, SPEC)
 
 

@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 from tiny import arc_items, boolq_items
 
-from dora_lab.tasks import ItemError, all_tasks, load_task, prompt, read_items, table_1, train_prefix, train_text
+from dora_lab.tasks import (
+    ItemError,
+    all_tasks,
+    check_items,
+    load_task,
+    prompt,
+    read_items,
+    table_1,
+    train_prefix,
+    train_text,
+)
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "llm_adapters"
 S16 = " " * 16
@@ -65,6 +75,30 @@ def test_patterns_are_those_of_the_protocol() -> None:
 def test_options_come_from_the_item() -> None:
     assert load_task("ARC-Easy").options(arc_items(1)[0]) == ("answer1", "answer2", "answer3")
     assert load_task("openbookqa").options({"instruction": "no format"}) == ("answer1", "answer2", "answer3", "answer4")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "answer1/answer2/answer3",
+        "answer1 / answer2 / answer3",
+        " answer1/answer2/answer3.",
+        "answer1/answer2 /answer3 .\n",
+    ],
+)
+def test_options_however_they_are_written(said: str) -> None:
+    assert load_task("ARC-Easy").options({"instruction": f"Which?\n\nAnswer format:{said}"}) == (
+        "answer1", "answer2", "answer3",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "said", ["answer1", "", "answer1, answer2", "answer1/answer1", "a/b/c", "answer1/answer2\nThink."]
+)
+def test_options_that_cannot_be_read_are_refused(said: str) -> None:
+    item = arc_items(1)[0] | {"instruction": f"Which?\n\nAnswer format: {said}"}
+    with pytest.raises(ItemError, match="here, item 0, field 'instruction': 'Answer format:' is followed by"):
+        check_items([item], load_task("ARC-Easy"), "here")
 
 
 def test_clean_template_is_the_same_in_training_and_evaluation() -> None:

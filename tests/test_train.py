@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,20 @@ import pytest
 import torch
 from tiny import boolq_items, make_spec, save_data, save_model
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, get_scheduler
 
+from dora_lab.io.errors import LoadError
 from dora_lab.methods.inject import inject
 from dora_lab.models.base import model_and_tokenizer
+from dora_lab.models.open import open_tokenizer
 from dora_lab.probing.callback import DecompositionCallback
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Spec
 from dora_lab.tasks import ItemError, sources
+from dora_lab.tasks.limits import limits
 from dora_lab.training.batches import IGNORED, MicroBatches, collate, encode, order
+from dora_lab.training.checks import rate_reached
 from dora_lab.training.fit import Interrupted, train
 from dora_lab.training.trained_weights import trained_weights
 from dora_lab.training.trainer import NonFiniteError
@@ -123,6 +129,45 @@ def test_long_items_keep_their_answer_and_are_counted(model_dir: Path) -> None:
     assert cut.examples[0].ids == full.ids[5:]
     with pytest.raises(ItemError, match=r"training item 0 of boolq: .* the answer would be cut; raise data.cutoff"):
         encode({"boolq": boolq_items(1)}, make_spec(data__cutoff=3).data, tokenizer)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_the_rate_reached_is_that_of_the_schedule(schedule: str) -> None:
+    name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
+    for warmup in range(8):
+        optim = replace(make_spec().optim, warmup_steps=warmup, schedule=schedule)
+        for steps in range(1, 12):
+            made = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=optim.learning_rate)
+            schedules = get_scheduler(name, made, num_warmup_steps=warmup, num_training_steps=steps)
+            rates = []
+            for _ in range(steps):
+                rates.append(schedules.get_last_lr()[0])
+                made.step()
+                schedules.step()
+            assert rate_reached(optim, steps) == pytest.approx(max(rates))
+
+
+def test_items_beyond_the_model_are_named(model_dir: Path) -> None:
+    spec = make_spec(data__cutoff=600)
+    model, tokenizer = model_and_tokenizer(spec, model_dir)
+    items = boolq_items(3)
+    items[2]["instruction"] = "red " * 580 + items[2]["instruction"]
+    with pytest.raises(ItemError, match=r"training item 2 of boolq: 600 tokens exceed the model's 512 positions"):
+        encode({"boolq": items}, spec.data, tokenizer, limits(model))
+    tokenizer.add_tokens(["blue"])
+    with pytest.raises(ItemError, match=rf"training item 0 of boolq: token {len(tokenizer) - 1} has no embedding"):
+        encode({"boolq": boolq_items(3)}, spec.data, tokenizer, limits(model))
+
+
+def test_a_padding_token_without_an_embedding_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    tokenizer = open_tokenizer(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(LoadError, match=rf"pad token '\[PAD\]' has id {len(tokenizer) - 1}, the model has"):
+        model_and_tokenizer(make_spec(), folder)
+    model, found = model_and_tokenizer(make_spec(model__pad="zero"), folder)
+    assert found.pad_token_id == model.config.pad_token_id == 0
 
 
 def test_order_comes_from_seed_and_epoch_alone() -> None:

@@ -17,6 +17,7 @@ from scipy import stats
 
 from dora_lab import paper, report
 from dora_lab.report import statistics
+from dora_lab.spec import SpecError
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "paper" / "reference.csv"
 
@@ -204,7 +205,7 @@ def test_items_that_differ_are_not_paired(tmp_path: Path, run_writer: Callable[.
 
 def test_compare_agrees_exactly_with_itself(synthetic_results: Path) -> None:
     text, ok = paper.compare(synthetic_results, synthetic_results)
-    assert ok and "10 agree exactly" in text
+    assert ok and "10 same bytes" in text
 
 
 def test_compare_tells_tolerance_difference_and_absence_apart(tmp_path: Path, run_writer: Callable[..., Path]) -> None:
@@ -221,10 +222,11 @@ def test_compare_tells_tolerance_difference_and_absence_apart(tmp_path: Path, ru
     text, ok = paper.compare(mine, theirs)
     assert not ok
     lines = {line.split("  ")[0].strip(): line for line in text.splitlines() if "generate" in line}
-    assert lines["base"].endswith("agree exactly") and lines["ft"].endswith("within tolerance")
-    assert lines["lora rank 8"].endswith("differ") and lines["dora rank 8"].endswith("missing")
+    assert lines["base"].endswith("same bytes") and lines["ft"].endswith("within the interval")
+    assert lines["lora rank 8"].endswith("differs") and lines["dora rank 8"].endswith("missing")
     assert "1 of your runs have no committed record" in text
-    assert paper.compare(mine, tmp_path / "nothing")[1] is False
+    with pytest.raises(SpecError, match="nothing is no results folder"):
+        paper.compare(mine, tmp_path / "nothing")
 
 
 def test_compare_leaves_out_committed_runs_that_nobody_asked_for(

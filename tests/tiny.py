@@ -10,14 +10,20 @@ WORDS = """Below is an instruction that describes a task . Write a response appr
 Instruction : Response the correct answer true false Please question is red blue big small Answer format"""
 
 
-def save_model(folder: Path, seed: int = 0, positions: int = 512, hidden: int = 32) -> Path:
-    """A random Llama of a few thousand parameters with a byte-level tokenizer, saved as a hub model would be."""
-    import torch
+# words, numbers, punctuation with the line ends after it: as Llama-3, Qwen2 and cl100k cut
+JOINING = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def byte_tokenizer(split: Any = None, words: str = WORDS) -> Any:
+    """A byte-level tokenizer of `words`; `split` cuts texts into pieces, None: as GPT-2 does."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split is not None:
+        bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        core.pre_tokenizer = pre_tokenizers.Sequence([split, bytewise])  # type: ignore[assignment]
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
@@ -25,11 +31,26 @@ def save_model(folder: Path, seed: int = 0, positions: int = 512, hidden: int = 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator([WORDS] * 20, trainer)
+    core.train_from_iterator([words] * 20, trainer)
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
     )
+
+
+def joining_tokenizer() -> Any:
+    """One that has a token for ":" and the line end after it."""
+    from tokenizers import Regex, pre_tokenizers
+
+    return byte_tokenizer(pre_tokenizers.Split(Regex(JOINING), "isolated"), WORDS + "\n\n### Response:\n")
+
+
+def save_model(folder: Path, seed: int = 0, positions: int = 512, hidden: int = 32, tokenizer: Any = None) -> Path:
+    """A random Llama of a few thousand parameters with a byte-level tokenizer, saved as a hub model would be."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tokenizer or byte_tokenizer()
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.lines import Line2D
 
-from analysis import script
+from analysis import probe_figures, script
 from dora_lab import report
 from dora_lab.paper import claims
 from dora_lab.report import correlations
@@ -26,20 +26,15 @@ AXES = {"out": "one magnitude per output feature (the paper's)", "in": "one magn
 
 def build(results: Path) -> list[Path]:
     """Write results/figures/correlations{suffix} and axes{suffix} (.pdf, .png), a pair per group; returns the paths."""
-    paths = []
     paper = claims("commonsense")
-    for experiment, name, panels in (
-        ("commonsense", "correlations", [[("out", "pooled"), ("out", "between layers"), ("out", "changes")]]),
-        ("decomposition", "axes", [[(axis, view) for axis in AXES] for view in ("pooled", "between layers")]),
-    ):
-        probes = report.frame(results, experiment, "probe")
-        for suffix, rows in report.groups(probes):
-            rows = correlations.middle(rows) if experiment == "decomposition" else rows
-            if len(rows):
-                source = report.provenance(rows, probes.attrs["statuses"])
-                figure = draw(rows, panels, paper)
-                paths += report.save_figure(figure, results / "figures", f"{name}{suffix}", source)
-    return paths
+    by_view = [[("out", "pooled"), ("out", "between layers"), ("out", "changes")]]
+    by_axis = [[(axis, view) for axis in AXES] for view in ("pooled", "between layers")]
+    return [
+        *probe_figures(results, "commonsense", "correlations", lambda rows: draw(rows, by_view, paper)),
+        *probe_figures(
+            results, "decomposition", "axes", lambda rows: draw(rows, by_axis, paper), select=correlations.middle
+        ),
+    ]
 
 
 def draw(probes: pd.DataFrame, panels: Sequence[Sequence[tuple[str, str]]], paper: pd.DataFrame) -> Any:

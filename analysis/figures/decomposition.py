@@ -14,7 +14,7 @@ import seaborn as sns
 from matplotlib import colormaps
 from matplotlib.lines import Line2D
 
-from analysis import script
+from analysis import probe_figures, script
 from dora_lab import report
 from dora_lab.paper import claims, layer_correlation
 from dora_lab.report.statistics import Estimate
@@ -26,13 +26,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 def build(results: Path) -> list[Path]:
     """Write results/figures/decomposition{suffix}.{pdf,png}, one pair per group of runs; returns the paths."""
-    probes = report.frame(results, "commonsense", "probe")
     paper = claims("commonsense")
-    paths = []
-    for suffix, rows in report.groups(probes):
-        source = report.provenance(rows, probes.attrs["statuses"])
-        paths += report.save_figure(draw(rows, paper), results / "figures", f"decomposition{suffix}", source)
-    return paths
+    return probe_figures(results, "commonsense", "decomposition", lambda rows: draw(rows, paper))
 
 
 def draw(probes: pd.DataFrame, paper: pd.DataFrame) -> Any:

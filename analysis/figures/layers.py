@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import script
+from analysis import probe_figures, script
 from dora_lab import report
 
 KINDS = ("q_proj", "k_proj", "v_proj")
@@ -20,12 +20,7 @@ WIDE = 20.0  # highest over lowest value of a row of panels above which its axis
 
 def build(results: Path) -> list[Path]:
     """Write results/figures/layers{suffix}.{pdf,png}, one pair per group of runs; returns the paths."""
-    probes = report.frame(results, "commonsense", "probe")
-    paths = []
-    for suffix, rows in report.groups(probes):
-        source = report.provenance(rows, probes.attrs["statuses"])
-        paths += report.save_figure(draw(rows), results / "figures", f"layers{suffix}", source)
-    return paths
+    return probe_figures(results, "commonsense", "layers", draw)
 
 
 def draw(probes: pd.DataFrame) -> Any:
@@ -38,9 +33,9 @@ def draw(probes: pd.DataFrame) -> Any:
         logarithmic = len(positive) == len(last) > 0 and positive.max() / positive.min() > WIDE
         for j, kind in enumerate(KINDS):
             axis = axes[i, j]
-            for k, label in enumerate(labels):
+            for k, (label, look) in enumerate(report.styles(labels).items()):
                 rows = last[(last["kind"] == kind) & (last["label"] == label)]
-                _line(axis, rows, measure, label, shift=0.08 * (k - (len(labels) - 1) / 2))
+                _line(axis, rows, measure, look, shift=0.08 * (k - (len(labels) - 1) / 2))
             axis.set_title(report.KINDS[kind] if i == 0 else "")
             if not (last["kind"] == kind).any():
                 axis.text(0.5, 0.5, "no runs", ha="center", va="center", transform=axis.transAxes)
@@ -65,16 +60,15 @@ def draw(probes: pd.DataFrame) -> Any:
     return figure
 
 
-def _line(axis: Any, rows: pd.DataFrame, measure: str, label: str, shift: float) -> None:
+def _line(axis: Any, rows: pd.DataFrame, measure: str, look: report.Style, shift: float) -> None:
     """Mean over seeds per layer with bars to the extremes, shifted sideways so that bars do not hide each other."""
     if not len(rows):
         return
     by_layer = rows.groupby("layer")[measure].agg(["mean", "min", "max"])
-    look = report.style(label)
     axis.errorbar(
         by_layer.index + 1 + shift,
         by_layer["mean"],
-        label=label,
+        label=look.label,
         color=look.colour,
         marker=look.marker,
         ls=look.line,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import script
+from analysis import probe_figures, script
 from dora_lab import report
 
 KINDS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -19,12 +19,7 @@ MEASURES = {"delta_m": "ΔM: mean |m − m₀|", "delta_d": "ΔD: mean (1 − co
 
 def build(results: Path) -> list[Path]:
     """Write results/figures/trajectories{suffix}.{pdf,png}, one pair per group of runs; returns the paths."""
-    probes = report.frame(results, "commonsense", "probe")
-    paths = []
-    for suffix, rows in report.groups(probes):
-        source = report.provenance(rows, probes.attrs["statuses"])
-        paths += report.save_figure(draw(rows), results / "figures", f"trajectories{suffix}", source)
-    return paths
+    return probe_figures(results, "commonsense", "trajectories", draw)
 
 
 def draw(probes: pd.DataFrame) -> Any:
@@ -35,8 +30,8 @@ def draw(probes: pd.DataFrame) -> Any:
     for i, (measure, name) in enumerate(MEASURES.items()):
         for j, kind in enumerate(kinds):
             axis = axes[i, j]
-            for label in report.ordered_labels(shown):
-                _line(axis, shown[(shown["kind"] == kind) & (shown["label"] == label)], measure, label)
+            for label, look in report.styles(report.ordered_labels(shown)).items():
+                _line(axis, shown[(shown["kind"] == kind) & (shown["label"] == label)], measure, look)
             axis.set_title(report.KINDS[kind] if i == 0 else "")
             axis.set_ylim(bottom=0)
             axis.set_xlim(0, 1.03)
@@ -53,13 +48,14 @@ def draw(probes: pd.DataFrame) -> Any:
     return figure
 
 
-def _line(axis: Any, rows: pd.DataFrame, measure: str, label: str) -> None:
+def _line(axis: Any, rows: pd.DataFrame, measure: str, look: report.Style) -> None:
     if not len(rows):
         return
     by_seed = rows.groupby(["fraction", "seed"])[measure].mean().groupby("fraction").agg(["mean", "min", "max"])
     by_seed = pd.concat([pd.DataFrame(0.0, index=[0.0], columns=by_seed.columns), by_seed])
-    look = report.style(label)
-    axis.plot(by_seed.index, by_seed["mean"], label=label, color=look.colour, marker=look.marker, ls=look.line, ms=5)
+    axis.plot(
+        by_seed.index, by_seed["mean"], label=look.label, color=look.colour, marker=look.marker, ls=look.line, ms=5
+    )
     axis.fill_between(by_seed.index, by_seed["min"], by_seed["max"], color=look.colour, alpha=0.2, lw=0)
 
 

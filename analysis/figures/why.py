@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import script
+from analysis import probe_figures, script
 from dora_lab import report
 from dora_lab.report import correlations
 
@@ -21,18 +21,14 @@ VIEWS = ("pooled", "between layers")
 
 def build(results: Path) -> list[Path]:
     """Write results/figures/why{suffix}.{pdf,png}, one pair per group of runs; returns the paths."""
-    probes = report.frame(results, "decomposition", "probe")
-    paths = []
-    for suffix, rows in report.groups(probes):
-        settings = list(correlations.around_the_middle(rows))
-        if settings:
-            source = report.provenance(rows, probes.attrs["statuses"])
-            paths += report.save_figure(draw(settings), results / "figures", f"why{suffix}", source)
-    return paths
+    return probe_figures(results, "decomposition", "why", draw)
 
 
-def draw(settings: list[tuple[str, str, float, float, pd.DataFrame]]) -> Any:
-    """The figure for the settings of one grid: a row per view and kind, a column per factor, a line per method."""
+def draw(probes: pd.DataFrame) -> Any:
+    """The figure of one grid, None if it is none: a row per view and kind, a column per factor, a line per method."""
+    settings = list(correlations.around_the_middle(probes))
+    if not settings:
+        return None
     factors = [name for name in correlations.FACTORS if any(name == setting[1] for setting in settings)]
     labels = list(dict.fromkeys(setting[0] for setting in settings))
     rows = [(view, kind) for view in VIEWS for kind in KINDS]

@@ -6,13 +6,15 @@ a result). Experiments, tiers, models, data and protocols never share a block.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
 
-from analysis import script
+from analysis import frame, script
 from dora_lab import paper, report
 from dora_lab.report import Block, number
+from dora_lab.runs.caveats import caveats
 
 TITLE = "Commonsense reasoning: accuracy in percent"
 PAPER = "The paper's table 1 (arXiv 2402.09353 v6; other models and data, single runs)"
@@ -28,7 +30,7 @@ def build(results: Path) -> list[Path]:
         results / "tables",
         "commonsense",
         TITLE,
-        [*our_blocks(scores), paper_block(paper)],
+        [*our_blocks(scores, evals, frame(results), caveats_of(results)), paper_block(paper)],
         data[["source", *(c for c in scores.columns)]],
         report.provenance(evals, statuses),
     )
@@ -39,7 +41,10 @@ def readme(results: Path) -> str:
     evals, statuses = load(results)
     evals = evals[(evals["tier"] == "mini") & (evals["eval_data"] == "mini") & (evals["protocol"] == "generate")]
     paper = table_1()
-    blocks = [*our_blocks(report.scores(evals)), paper_block(paper[paper["model"] == "LLaMA-7B"])]
+    blocks = [
+        *our_blocks(report.scores(evals), evals, frame(results), caveats_of(results)),
+        paper_block(paper[paper["model"] == "LLaMA-7B"]),
+    ]
     source = report.provenance(evals, statuses)
     return "\n\n".join(
         [*(report.markdown(block, level=3) for block in blocks), source.caption(), *filter(None, [source.incomplete()])]
@@ -48,19 +53,47 @@ def readme(results: Path) -> str:
 
 def load(results: Path) -> tuple[pd.DataFrame, dict[str, int]]:
     """Evaluation rows of the complete runs, and how many runs were left out, by status."""
-    evals = report.frame(results, stream="eval")
+    evals = frame(results, stream="eval")
     of_table = evals["experiment"].astype(str).str.fullmatch(r"commonsense(_\w+)?") & (evals["split"] == "test")
     return evals[of_table], evals.attrs["statuses"]
 
 
-def our_blocks(scores: pd.DataFrame) -> list[Block]:
-    """One block per experiment, tier, model, data and protocol, the embedded default first."""
+def caveats_of(results: Path) -> dict[tuple[str, ...], list[str]]:
+    """What has to be known with the scores (items that were trained on, answers that were cut), by `report.GROUP`."""
+    found: dict[tuple[str, ...], dict[str, set[str]]] = {}
+    for row in report.frame(results, stream="record").to_dict("records"):
+        sources, cut = row.get("inputs.sources"), row.get("training.answers_cut")
+        record = {
+            "inputs": {"sources": json.loads(sources) if isinstance(sources, str) else []},
+            "training": {"answers_cut": int(cut) if pd.notna(cut) else 0},
+        }
+        for text in caveats(record):
+            group = tuple(row[name] for name in report.GROUP)
+            found.setdefault(group, {}).setdefault(text, set()).add(str(row["label"]))
+    return {
+        group: [f"{text} ({', '.join(sorted(labels))})." for text, labels in texts.items()]
+        for group, texts in found.items()
+    }
+
+
+def our_blocks(
+    scores: pd.DataFrame,
+    evals: pd.DataFrame,
+    everything: pd.DataFrame,
+    known: dict[tuple[str, ...], list[str]],
+) -> list[Block]:
+    """One block per experiment, tier, model, data and protocol, the embedded default first.
+
+    Args: evals: the rows that the scores are of; everything: those of all experiments, with the searches for settings;
+        known: `caveats_of`.
+    """
     blocks = []
     parts = [
         pair for _, rows in report.groups(scores) for pair in rows.groupby([*report.GROUP, "protocol"], dropna=False)
     ]
     for key, part in parts:
         experiment, tier, model, trained, evaluated, _, protocol = key
+        group = dict(zip(report.GROUP, key, strict=False))
         tasks = [task for task in part["task"].unique() if task != "average"]
         rows = [_method_row(part[part["label"] == label], tasks) for label in part["label"].unique()]
         rows += [
@@ -78,7 +111,7 @@ def our_blocks(scores: pd.DataFrame) -> list[Block]:
                 title=f"{experiment}, tier {tier}, model {model}, data {data}, protocol {protocol}",
                 cells=pd.DataFrame(rows),
                 apart=3,
-                notes=_notes(part),
+                notes=(*_notes(part), *known.get(key[:-1], ()), *_apart(evals, everything, group)),
             )
         )
     return blocks
@@ -119,6 +152,15 @@ def _notes(part: pd.DataFrame) -> tuple[str, ...]:
     if lacking:
         notes.append(f"{lacking} run{'' if lacking == 1 else 's'} without a score for every task: not in the averages.")
     return tuple(notes)
+
+
+def _apart(evals: pd.DataFrame, everything: pd.DataFrame, group: dict[str, object]) -> list[str]:
+    """What sets the rows of a block apart."""
+    mine = pd.Series(True, index=evals.index)
+    for name, value in group.items():
+        mine &= evals[name] == value
+    said = report.sets_apart(evals[mine], everything)
+    return [said] if said else []
 
 
 def table_1() -> pd.DataFrame:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import script
+from analysis import frame, script
 from dora_lab import report
 from dora_lab.paper import claims
 from dora_lab.report import Block, correlations, number, statistics
@@ -32,7 +32,7 @@ def build(results: Path) -> list[Path]:
     printed = paper[(paper["metric"] == "correlation") & paper["kind"].isin(("number", "rerun"))]
     rows, blocks, used, statuses = [], [], [], {}
     for experiment in ("commonsense", "decomposition"):
-        probes = report.frame(results, experiment, "probe")
+        probes = frame(results, experiment, "probe")
         statuses = statuses or probes.attrs["statuses"]
         for _, part in report.groups(probes):
             part = correlations.middle(part) if experiment == "decomposition" else part
@@ -45,7 +45,7 @@ def build(results: Path) -> list[Path]:
     blocks.append(_printed_block(printed))
     columns = [*report.GROUP, "label", "kind", "axis", "view", "r", "fisher_low", "fisher_high"]
     data = pd.DataFrame(rows, columns=[*columns, "layers_low", "layers_high", "p", "n", "seeds"])
-    source = report.provenance(pd.concat(used) if used else report.frame(results, "commonsense", "probe"), statuses)
+    source = report.provenance(pd.concat(used) if used else frame(results, "commonsense", "probe"), statuses)
     return report.save_table(results / "tables", "correlations", TITLE, blocks, data, source)
 
 

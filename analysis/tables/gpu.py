@@ -15,9 +15,10 @@ from experiments.gpu.table import LOST, TARGETS, ratio
 MISSING = "not run"
 NOTES = (
     "A time is the median of the steps of one contender by device events, forward, backward and AdamW; contenders come "
-    "one after the other in one process, and `again` is LoRA once more. Ratios are within one visit. LLaMA-7B's shapes "
-    "with random weights, rank 32 on all seven kinds of linear layer, bfloat16, 16 x 256 tokens; dropout 0.05 where a "
-    "form has it (`dropped`: LoRA, or PEFT's, with dropout).",
+    "one after the other in one process; those of the linear layers and of the decoder layer take turns, and what is "
+    "divided is what one round gave. `again` is LoRA once more, `eager` without the Triton kernels. Ratios are within "
+    "one visit. LLaMA-7B's shapes with random weights, rank 32 on all seven kinds of linear layer, bfloat16, 16 x 256 "
+    "tokens; dropout 0.05 where a form has it (`dropped`: LoRA, or PEFT's, with dropout).",
     "Share: operations of the dense products of forward and backward (attention as causal; no adapters, nor what "
     "checkpointing makes again) a second, over those of a large bfloat16 product measured in the same visit.",
     "The published dropout is two dense products each way where LoRA has one: its ratio is the cost of that form.",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import script
+from analysis import frame, script
 from dora_lab import paper, report
 from dora_lab.report import Block, number
 from experiments import commonsense, commonsense_ablations
@@ -36,7 +36,7 @@ def build(results: Path) -> list[Path]:
     rows = paper.claims()
     published = [*commonsense.specs("paper"), *commonsense_ablations.specs("paper")]
     cells = paper.cells(results, rows, published)
-    records = report.frame(results, stream="record")
+    records = frame(results, stream="record")
     records = records[records["tier"] == "paper"]
     averages = cells[(cells["subject"] == "average") & (cells["metric"] == "accuracy_percent")]
     blocks = [
@@ -54,7 +54,7 @@ def build(results: Path) -> list[Path]:
         "The paper's numbers against runs",
         blocks,
         cells,
-        report.provenance(records, report.frame(results).attrs["statuses"]),
+        report.provenance(records, frame(results).attrs["statuses"]),
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import script
+from analysis import frame, script
 from dora_lab import paper, report
 from dora_lab.report import Block, number
 
@@ -21,8 +21,8 @@ NOTES = (
 
 def build(results: Path) -> list[Path]:
     """Write results/tables/verdicts.{md,csv,tex}; returns their paths."""
-    evals, probes = (report.frame(results, "commonsense", stream) for stream in ("eval", "probe"))
-    evals = evals[evals["split"] == "test"]
+    evals, probes = (frame(results, "commonsense", stream) for stream in ("eval", "probe"))
+    evals, everything = evals[evals["split"] == "test"], frame(results)
     rows = paper.verdicts(evals, probes, paper.claims("commonsense"))
     blocks = []
     keys = ["tier", "model", "data"]
@@ -35,7 +35,7 @@ def build(results: Path) -> list[Path]:
                 title=title,
                 cells=pd.DataFrame([_cells(row) for row in part.to_dict("records")]),
                 text=("Claim", "Verdict", "Protocol", "n", "Test", "Source"),
-                notes=NOTES,
+                notes=(*NOTES, *filter(None, [_apart(evals, everything, key)])),
             )
         )
     return report.save_table(
@@ -44,8 +44,17 @@ def build(results: Path) -> list[Path]:
         "Claims of the paper against our runs",
         blocks,
         rows,
-        report.provenance(evals, report.frame(results, "commonsense").attrs["statuses"]),
+        report.provenance(evals, frame(results, "commonsense").attrs["statuses"]),
     )
+
+
+def _apart(evals: pd.DataFrame, everything: pd.DataFrame, key: tuple[object, ...]) -> str | None:
+    """What sets the methods of a block apart besides what a claim is about; `key`: its tier, model and data."""
+    if not len(evals):
+        return None
+    data = evals["data"].where(evals["data"] == evals["eval_data"], evals["data"] + " → " + evals["eval_data"])
+    mine = (evals["tier"] == key[0]) & (evals["model"] == key[1]) & (data == key[2])
+    return report.sets_apart(evals[mine], everything)
 
 
 def _cells(row: dict[str, object]) -> dict[str, object]:

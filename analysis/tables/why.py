@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import script
+from analysis import frame, script
 from analysis.tables.correlations import interval
 from dora_lab import report
 from dora_lab.report import Block, correlations, number, statistics
@@ -42,7 +42,7 @@ Setting = tuple[str, str, float, float, pd.DataFrame]
 
 def build(results: Path) -> list[Path]:
     """Write results/tables/why{suffix}.{md,csv,tex}, one set per grid; returns the paths (none without a grid)."""
-    probes = report.frame(results, "decomposition", "probe")
+    probes = frame(results, "decomposition", "probe")
     paths = []
     for suffix, rows in report.groups(probes):
         settings = list(correlations.around_the_middle(rows))

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from dora_lab.io.text import shown
+from dora_lab.runs.survey import is_run
 from dora_lab.spec import SpecError
 
 app = typer.Typer(
@@ -21,6 +23,11 @@ LOCAL = RESULTS / "local"  # a user's own runs, beside the committed ones withou
 ResultsOption = Annotated[Path, typer.Option("--results", help="Results folder; runs are in its runs/.")]
 
 
+def say(text: object, err: bool = False) -> None:
+    """Print a text for a person; names that come from files steer no terminal."""
+    typer.echo(shown(text), err=err)
+
+
 def find_run(text: str, results: Path) -> Path:
     """A run directory: a path, or the beginning of an id under `results` or the committed results.
 
@@ -28,7 +35,8 @@ def find_run(text: str, results: Path) -> Path:
     """
     if (Path(text) / "record.json").exists():
         return Path(text)
-    found = {path.name: path for root in (RESULTS, results) for path in (root / "runs").glob(f"*/{text}*") if text}
+    begins = [path for root in (RESULTS, results) for path in (root / "runs").glob("*/*") if path.name.startswith(text)]
+    found = {path.name: path for path in begins if text and is_run(path)}  # a copy beside a run is none
     if len(found) == 1:
         return next(iter(found.values()))
     there = f"{', '.join(sorted(found))}: give more digits" if found else f"none in {results} or {RESULTS}"

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from dora_lab.commands.app import LOCAL, ResultsOption, app, find_run
+from dora_lab.commands.app import LOCAL, ResultsOption, app, find_run, say
+from dora_lab.io.atomic import write_text
 from dora_lab.launch.select import published_specs
 from dora_lab.runs.record import read_record
 from dora_lab.spec import from_dict
@@ -23,9 +24,9 @@ def card_command(
     from dora_lab.report import card
 
     text = card.card(find_run(run, results))
-    typer.echo(text if out is None else out)
+    say(text if out is None else out)
     if out is not None:
-        out.write_text(text, encoding="utf-8")
+        write_text(out, text)
 
 
 @app.command("diff")
@@ -39,9 +40,9 @@ def diff_command(
 
     first = find_run(run, results)
     if other != "published":
-        typer.echo(card.diff(first, find_run(other, results)))
+        say(card.diff(first, find_run(other, results)))
     else:
-        typer.echo(card.diff(first, card.nearest(from_dict(read_record(first)["spec"]), published_specs())))
+        say(card.diff(first, card.nearest(from_dict(read_record(first)["spec"]), published_specs())))
 
 
 @app.command()
@@ -53,7 +54,7 @@ def doctor(path: Annotated[Path, typer.Argument(help="A results folder, a run's,
     findings = list(examining.examine(path))
     if (path / "runs").is_dir():
         findings += examine_claims()
-    typer.echo(examining.report(findings))
+    say(examining.report(findings))
     raise typer.Exit(1 if findings else 0)
 
 
@@ -66,4 +67,4 @@ def rescore(
     from dora_lab.evaluation import rescore as rescoring
 
     rows, file = rescoring.rescore(run, pattern or ())
-    typer.echo(f"{rescoring.table(rows)}\n{file}")
+    say(f"{rescoring.table(rows)}\n{file}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dora_lab.commands.app import LOCAL, ResultsOption, app
+from dora_lab.commands.app import LOCAL, ResultsOption, app, say
 from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.launch.select import load_experiment, pair
 from dora_lab.models.base import hash_adapter, hash_model
@@ -55,14 +55,14 @@ def probe(
         except saved_models.CheckpointError as error:
             failures.append(str(error))
     if rows:
-        typer.echo(probe_rows.summary(rows))
+        say(probe_rows.summary(rows))
         for path in (
             *([probe_rows.save(rows, out)] if out else []),
             *([probe_rows.plot(rows, plot)] if plot else []),
         ):
-            typer.echo(path)
+            say(path)
     for failure in failures:
-        typer.echo(f"error: {failure}", err=True)
+        say(f"error: {failure}", err=True)
     if failures:
         raise typer.Exit(2)
 
@@ -76,13 +76,14 @@ def export(
 ) -> None:
     """Merge an adapter into its base and write a plain transformers folder."""
     from dora_lab.formats import live
-    from dora_lab.models.open import open_model, open_tokenizer
+    from dora_lab.models.open import open_as_saved, open_tokenizer
 
-    model = open_model(base, "auto")
+    model: Any = open_as_saved(base)
     has_tokenizer = any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     tokenizer = open_tokenizer(base) if has_tokenizer else None
+    live.refuse_quantised(model)
     live.load_adapter(model, adapter, allow_pickle=allow_pickle)
-    typer.echo(live.export(model, out, tokenizer))
+    say(live.export(model, out, tokenizer))
 
 
 @app.command("verify-published")
@@ -118,7 +119,5 @@ def verify_published(
     paths, runtime = Paths(results, data_dir, base_dir, adapter_dir), Runtime(allow_pickle=allow_pickle)
     found, run = released_adapter.evaluate(spec, paths, runtime)
     rows = comparison.compare(run, found.method, found.rank, paper_model or shapes.printed_name(base))
-    typer.echo(
-        f"{found.method}, rank {found.rank}, on {base}\n{comparison.table(rows)}\n{comparison.summary(rows)}\n{run}"
-    )
+    say(f"{found.method}, rank {found.rank}, on {base}\n{comparison.table(rows)}\n{comparison.summary(rows)}\n{run}")
     raise typer.Exit(1 if "differs" in list(rows["verdict"]) else 0)

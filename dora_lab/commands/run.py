@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 
 from dora_lab import distributed
-from dora_lab.commands.app import LOCAL, ResultsOption, app
+from dora_lab.commands.app import LOCAL, ResultsOption, app, say
 from dora_lab.launch.pool import Outcome, describe, run_many
 from dora_lab.launch.runtime import Device, Paths, Runtime
 from dora_lab.launch.select import chosen, experiment_names, load_experiment, pair
-from dora_lab.runs.record import run_path
+from dora_lab.runs.caveats import caveats
+from dora_lab.runs.record import read_record, run_path
 from dora_lab.runs.streams import read_stream
 from dora_lab.spec import SpecError, spec_id
 
@@ -27,7 +28,7 @@ def list_command() -> None:
     for name in experiment_names():
         module = load_experiment(name)
         counts = ", ".join(f"{tier}: {len(module.specs(tier))} runs" for tier in module.TIERS)
-        typer.echo(f"{name:22} {(module.__doc__ or '').strip().splitlines()[0]}  [{counts}]")
+        say(f"{name:22} {(module.__doc__ or '').strip().splitlines()[0]}  [{counts}]")
 
 
 @app.command()
@@ -61,11 +62,11 @@ def run(
         from dora_lab.launch import plan as planning
 
         for line in planning.lines(specs, getattr(module, "ITEMS", {}), model_dir, gpu, tokens, runtime):
-            typer.echo(line)
+            say(line)
         return
     outcomes = run_many(specs, Paths(results, data_dir, model_dir), runtime, jobs)
     if distributed.first():
-        typer.echo(summary(outcomes, results))
+        say(summary(outcomes, results))
     if any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(1)
     if any(outcome.status == "interrupted" for outcome in outcomes):
@@ -105,16 +106,17 @@ def submit(
     runtime = Runtime(device=device, threads=threads)
     jobs = cluster.submit(specs, Paths(results, data_dir, model_dir), resources, runtime, local=local)
     for spec, job in jobs:
-        typer.echo(f"{spec_id(spec)}  {describe(spec):34} job {job.job_id}{f'  {job.state}' if local else ''}")
-    typer.echo(f"{len(jobs)} jobs, {len(specs) - len(jobs)} runs complete before; logs in {results / 'cluster'}")
+        say(f"{spec_id(spec)}  {describe(spec):34} job {job.job_id}{f'  {job.state}' if local else ''}")
+    say(f"{len(jobs)} jobs, {len(specs) - len(jobs)} runs complete before; logs in {results / 'cluster'}")
     failed = [error for _, job in jobs if local and (error := job.exception()) is not None]
     if failed:
         raise SpecError(f"{len(failed)} jobs failed; the first: {str(failed[0]).strip().splitlines()[-1]}")
 
 
 def summary(outcomes: Sequence[Outcome], results: Path) -> str:
-    """A line per run: name, id, status, seconds and mean accuracy by protocol, and how many ended how."""
-    lines = []
+    """A line per run: name, id, status, seconds and mean accuracy by protocol, below it what has to be known with
+    them; and how many ended how."""
+    lines: list[str] = []
     for outcome in outcomes:
         path = run_path(results, outcome.spec)
         scores: dict[str, list[float]] = {}
@@ -126,6 +128,9 @@ def summary(outcomes: Sequence[Outcome], results: Path) -> str:
         tail = outcome.error if outcome.status in ("failed", "interrupted") else means
         name = f"{describe(outcome.spec):34} {spec_id(outcome.spec)}"
         lines.append(f"{name}  {outcome.status:11} {seconds}  {tail or ''}")
+        if scores:
+            record = read_record(path)
+            lines += [f"{'':34} {text}" for text in (*caveats(record), *record.get("notes", []))]
     ends = [outcome.status for outcome in outcomes]
     counts = ", ".join(f"{ends.count(status)} {status}" for status in dict.fromkeys(ends))
     return "\n".join([*lines, f"{len(ends)} runs: {counts}; records in {results / 'runs'}"])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lm_eval import evaluator
 
-from dora_lab.evaluation.lm_eval_model import Model, max_length, quiet, undisturbed
+from dora_lab.evaluation.lm_eval_model import Model, quiet, undisturbed
 from dora_lab.evaluation.protocols import PROTOCOLS
 from dora_lab.evaluation.protocols.protocol import Item, Protocol, Question, Sample
 from dora_lab.io.atomic import write_text
@@ -25,6 +25,7 @@ from dora_lab.runs.directory import RunDir
 from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Spec
 from dora_lab.tasks import Task, load_task
+from dora_lab.tasks.limits import limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ class Stopped(KeyboardInterrupt):
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """One row of the record to be: a task by a protocol."""
 
     protocol: Protocol
@@ -73,14 +74,7 @@ def evaluate(
     Stopped if `stop` is set. Rows that are there already, of the same questions, are kept: a task is evaluated by
     itself, so that its numbers do not depend on which others were done in one go.
     """
-    tasks = [load_task(name) for name in items or spec.data.tasks]  # with protocol builtin alone, no items are ours
-    parts = [
-        _Part(protocol, task, protocol.questions(spec, task, items.get(task.name, ())))
-        for protocol in (PROTOCOLS[name] for name in spec.evaluation.protocols)
-        for task in tasks
-    ]
-    for part in parts:
-        part.protocol.refuse_too_long(spec, part.task, part.questions, tokenizer, max_length(model))
+    parts = prepare(spec, model, tokenizer, items)
     rows = _kept(run, parts)
     batches = [part.batches(spec.evaluation.batch_size) for part in parts]
     for place, part in list(enumerate(parts))[len(rows) :]:
@@ -98,13 +92,32 @@ def evaluate(
         _write_samples(run, row, samples)
         run.append("eval", row)
         rows.append(row)
+    tasks = len(parts) // len(spec.evaluation.protocols)
     return {
-        protocol: sum(row["value"] for row in rows if row["protocol"] == protocol) / len(tasks)
+        protocol: sum(row["value"] for row in rows if row["protocol"] == protocol) / tasks
         for protocol in spec.evaluation.protocols
     }
 
 
-def _kept(run: RunDir, parts: Sequence[_Part]) -> list[dict[str, Any]]:
+def prepare(
+    spec: Spec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: dict[str, list[Item]]
+) -> list[Part]:
+    """What `evaluate` will ask, task by task and protocol by protocol.
+
+    Raises ItemError for what it could not ask or the model not take: to be called before a training, too.
+    """
+    tasks = [load_task(name) for name in items or spec.data.tasks]  # with protocol builtin alone, no items are ours
+    parts = [
+        Part(protocol, task, protocol.questions(spec, task, items.get(task.name, ())))
+        for protocol in (PROTOCOLS[name] for name in spec.evaluation.protocols)
+        for task in tasks
+    ]
+    for part in parts:
+        part.protocol.check(spec, part.task, part.questions, tokenizer, limits(model))
+    return parts
+
+
+def _kept(run: RunDir, parts: Sequence[Part]) -> list[dict[str, Any]]:
     """Rows of an evaluation that was cut short: those of the first parts; none if any is of other questions."""
     rows = read_stream(run.path, "eval")
     fits = len(rows) <= len(parts) and all(
@@ -118,13 +131,13 @@ def _kept(run: RunDir, parts: Sequence[_Part]) -> list[dict[str, Any]]:
 
 
 def _samples(
-    spec: Spec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: _Part, tick: Callable[[], None]
+    spec: Spec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: Part, tick: Callable[[], None]
 ) -> list[Sample]:
     """What the model answered: index, prompt, output, parsed, gold, correct and what else the protocol keeps."""
     name, wanted = part.task.name, part.protocol.lm_eval_task(spec, part.task, part.questions, tokenizer)
     # `evaluate`, not `simple_evaluate`: the latter reseeds every generator and collects the machine's environment
     result = evaluator.evaluate(
-        lm=Model(model, tokenizer, spec.evaluation.batch_size, tick),
+        lm=Model(model, tokenizer, spec.evaluation.batch_size, tick, part.protocol.cut),
         task_dict=cast(Any, {"tasks": {name: wanted}, "groups": {}, "group_map": {}}),
         limit=len(part.questions),  # lm-eval's own tasks would ask all they have
         bootstrap_iters=0,
@@ -134,7 +147,7 @@ def _samples(
     return [_sample(part, question, entry) for question, entry in zip(part.questions, logged, strict=True)]
 
 
-def _sample(part: _Part, question: Question, logged: dict[str, Any]) -> Sample:
+def _sample(part: Part, question: Question, logged: dict[str, Any]) -> Sample:
     answer = part.protocol.answer(part.task, question, logged)
     correct = answer["parsed"] == question["gold"]
     if correct != bool(logged["acc"]):
@@ -145,7 +158,7 @@ def _sample(part: _Part, question: Question, logged: dict[str, Any]) -> Sample:
     return asked | answer | {"gold": question["gold"], "correct": correct}
 
 
-def _row(part: _Part, samples: list[Sample]) -> dict[str, Any]:
+def _row(part: Part, samples: list[Sample]) -> dict[str, Any]:
     n = len(samples)
     accuracy = sum(sample["correct"] for sample in samples) / n
     golds = [sample["gold"] for sample in samples]

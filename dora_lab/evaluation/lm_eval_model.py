@@ -14,31 +14,52 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import GenerationConfig
 
+from dora_lab.tasks.limits import limits
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Cut = Callable[[str, str, Any], tuple[list[int], list[int]] | None]
+NO_LIMIT = 1 << 30  # tokens; of models without a last position
 
 
 # a decorator hides HFLM's type: to type checkers the class is a bare `LM`
 class Model(cast(Any, HFLM)):
-    """lm-eval's wrapper; `tick` is called before each batch and may raise, which ends the evaluation."""
+    """lm-eval's wrapper; `tick` is called before each batch and may raise, which ends the evaluation.
+
+    `cut` says which tokens of a request for a likelihood (context, continuation) are read and which are scored; where
+    it answers None, lm-eval cuts the request itself.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, tick: Callable[[], None]
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        tick: Callable[[], None],
+        cut: Cut = lambda *_: None,
     ) -> None:
-        self._tick = tick
+        self._tick, self._cut = tick, cut
         super().__init__(
             pretrained=model,
             tokenizer=cast(Any, tokenizer),
             backend="causal",
             batch_size=batch_size,
-            max_length=max_length(model),
+            # everything was found to fit before (`Protocol.check`); lm-eval's own guess, 2048, would cut
+            max_length=limits(model).positions or NO_LIMIT,
         )
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         return super().generate_until(requests, disable_tqdm=True)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)
+        cut: list[Any] = []
+        for request in requests:
+            pair = self._cut(request.args[0], request.args[1], self.tokenizer)
+            if pair is None:
+                return super().loglikelihood(requests, disable_tqdm=True)
+            cut.append((request.args, *pair))
+        return self._loglikelihood_tokens(cut, disable_tqdm=True)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
         self._tick()
@@ -58,14 +79,6 @@ class Model(cast(Any, HFLM)):
     def _model_call(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._tick()
         return super()._model_call(*args, **kwargs)
-
-
-def max_length(model: PreTrainedModel) -> int:
-    """The model's positions, in tokens; raises ValueError where its config does not say them."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(limit, int):
-        raise ValueError(f"{type(model).__name__}: config.max_position_embeddings is {limit!r}; set it")
-    return limit
 
 
 @contextlib.contextmanager

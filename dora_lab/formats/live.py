@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,11 +26,11 @@ from dora_lab.formats.manifest import MANIFEST
 from dora_lab.formats.neutral import CONFIG, OWN, WEIGHTS, Adapter, Factors, refuse_not_finite
 from dora_lab.formats.peft import write_config, write_tensors
 from dora_lab.formats.read import read_adapter
-from dora_lab.io.atomic import replacing, write_text
+from dora_lab.io.atomic import disk_errors, replacing, write_text
 from dora_lab.io.errors import CheckpointError
 from dora_lab.io.files import sha256
 from dora_lab.methods.contract import AdaptedLinear
-from dora_lab.methods.inject import adapted, attach, detach, hold, inject, merge, unmerge
+from dora_lab.methods.inject import adapted, attach, bare, bare_name, detach, hold, inject, merge, unmerge
 from dora_lab.spec import Method, did_you_mean
 
 
@@ -39,6 +40,11 @@ def fingerprint(model: nn.Module) -> str:
     Over the name, the shape and up to 4,096 evenly spaced numbers, rounded to bfloat16, of every tensor of the base.
     """
     return manifest.fingerprint(_base_tensors(model))
+
+
+def _through_float16(model: nn.Module) -> str:
+    """The fingerprint that the base has where it is loaded in float16."""
+    return manifest.fingerprint(_base_tensors(model), torch.float16)
 
 
 def save_trained(model: Any, folder: Path, base_name: str) -> None:
@@ -52,7 +58,8 @@ def save_trained(model: Any, folder: Path, base_name: str) -> None:
     if any(True for _ in adapted(model)):
         save_adapter(model, folder, base_name=base_name)
     else:
-        model.save_pretrained(folder)
+        with disk_errors(folder):
+            model.save_pretrained(folder)
 
 
 def save_adapter(model: nn.Module, folder: Path | str, format: str | None = None, base_name: str | None = None) -> Path:
@@ -69,6 +76,7 @@ def save_adapter(model: nn.Module, folder: Path | str, format: str | None = None
     found = dict(adapted(model))
     if not found:
         raise CheckpointError("the model has no adapter to save: inject one, or save the model itself")
+    model = bare(model)
     name = base_name or getattr(getattr(model, "config", None), "name_or_path", None) or None
     format, config, state = _written(model, found, format, name)
     folder = Path(folder)
@@ -80,6 +88,7 @@ def save_adapter(model: nn.Module, folder: Path | str, format: str | None = None
     whole = {module: layer.weight for module, layer in found.items() if layer.weight is not None}
     tensors = {module: manifest.digest(tuple(W.shape), iter([W])) for module, W in whole.items()}
     base = {"name": name, "fingerprint": fingerprint(model), "tensors": tensors}
+    base["through_float16"] = _through_float16(model)
     files = {part: sha256(folder / part) for part in (WEIGHTS, CONFIG)}
     _write(folder / MANIFEST, {"schema": 1, "format": format, "base": base, "files": files, "packages": _packages()})
     return folder
@@ -98,7 +107,7 @@ def load_adapter(model: nn.Module, path: Path | str, *, allow_pickle: bool = Fal
             f"'{busy}' is adapted already; the sum of two DoRAs is no DoRA (each has its own norm): detach(model) "
             "first, or export one of them and train on"
         )
-    modules = dict(model.named_modules())
+    modules = {bare_name(name): module for name, module in bare(model).named_modules()}
     _check_base(model, path)
     adapter = read_adapter(path, modules, allow_pickle=allow_pickle)
     with _or_as_before(model):
@@ -115,19 +124,20 @@ def export(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> Path:
 
     Raises CheckpointError if the folder has something in it, or the model cannot be saved that way.
     """
-    folder, plain = Path(folder), model
+    folder, live = Path(folder), bare(model)
     if folder.exists() and any(folder.iterdir()):
         raise CheckpointError(f"{folder}: is not empty; give a new folder")
-    if not hasattr(plain, "save_pretrained"):
+    if not hasattr(live, "save_pretrained"):
         raise CheckpointError(f"a {type(model).__name__} has no save_pretrained: merge(model) and save its state_dict")
+    refuse_quantised(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     was_adapted = any(True for _ in adapted(model))
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         whole = Path(temporary) / folder.name
         merge(model)
         try:
-            with _untied(plain):
-                plain.save_pretrained(whole)  # type: ignore[operator]
+            with _untied(live) as state, disk_errors(whole):
+                live.save_pretrained(whole, state_dict=state)
         finally:
             if was_adapted:
                 unmerge(model)
@@ -141,18 +151,38 @@ def export(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> Path:
     return folder
 
 
+def refuse_quantised(model: nn.Module) -> None:
+    """Raise CheckpointError for a base whose merged weights are not of its own type: no folder could hold both."""
+    quantised = getattr(getattr(model, "config", None), "quantization_config", None) is not None
+    if quantised or any(not layer.kind.readable for _, layer in adapted(model)):
+        raise CheckpointError(
+            "the base is quantised, and a folder of merged and quantised weights could not be loaded: load the base as "
+            f"it was before, put the adapter on that (without its {MANIFEST}, which names the quantised one), export it"
+        )
+
+
 @contextlib.contextmanager
-def _untied(model: Any) -> Iterator[None]:
-    """A model of which one of two tied matrices was adapted says in its configuration that they are two now."""
-    config: Any = getattr(model, "config", None)
-    ends: list[Any] = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
-    apart = None not in ends and ends[0].weight is not ends[1].weight
-    if apart := apart and bool(getattr(config, "tie_word_embeddings", False)):
+def _untied(model: Any) -> Iterator[dict[str, Tensor]]:
+    """The tensors to write of a model, of which one of some tied matrices may have been adapted.
+
+    Its configuration then says meanwhile that nothing is tied, so every name has to have a tensor of its own: what is
+    still shared (a bias, the other embeddings of an encoder-decoder) would be found missing and drawn at random.
+    """
+    state = {bare_name(name): tensor.detach() for name, tensor in model.state_dict().items()}
+    parts: list[Any] = [part for part in model.modules() if hasattr(part, "get_expanded_tied_weights_keys")]
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True) if parts else {}
+    at = {name: tensor.data_ptr() for name, tensor in state.items()}
+    if all(at.get(one) == at.get(other) for one, other in tied.items()):
+        yield state
+        return
+    configs = {id(part.config): part.config for part in parts if getattr(part.config, "tie_word_embeddings", False)}
+    for config in configs.values():
         config.tie_word_embeddings = False
+    first = {place: name for name, place in reversed(at.items())}
     try:
-        yield
+        yield {name: tensor if first[at[name]] == name else tensor.clone() for name, tensor in state.items()}
     finally:
-        if apart:
+        for config in configs.values():
             config.tie_word_embeddings = True
 
 
@@ -200,11 +230,16 @@ def _factors_of(name: str, layer: AdaptedLinear) -> Factors | None:
         raise CheckpointError(f"'{name}': {error}") from None
 
 
-def _targets(model: nn.Module, names: list[str]) -> list[str]:
-    """Leaf names if these mean the adapted modules and no other, else whole names."""
-    leaves = {name.rpartition(".")[2] for name in names}
-    meant = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves]
-    return sorted(leaves) if meant == names else sorted(names)
+def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
+    """What means the adapted modules and no other, to PEFT: leaf names, whole names, or a regular expression.
+
+    A name in a list means every module whose name ends in it, from a dot on.
+    """
+    every = [bare_name(name) for name, _ in model.named_modules()]
+    for some in (sorted({name.rpartition(".")[2] for name in names}), sorted(names)):
+        if {name for name in every for end in some if f".{name}".endswith(f".{end}")} == set(names):
+            return some
+    return "|".join(map(re.escape, sorted(names)))
 
 
 def _shape(layer: AdaptedLinear) -> tuple[int, ...]:
@@ -218,7 +253,8 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     own = _state(model)
-    for name, tensor in model.state_dict().items():
+    for whole, tensor in bare(model).state_dict().items():
+        name = bare_name(whole)
         if name not in own and tensor.is_floating_point():
             yield name.replace(".frozen.", "."), tensor
 
@@ -300,7 +336,7 @@ def _check_base(model: nn.Module, path: Path) -> None:
             warnings.warn(f"{path} has no {MANIFEST}: whether this is its base could not be checked", stacklevel=3)
         return
     wanted, seen = found["base"]["fingerprint"], fingerprint(model)
-    if seen != wanted:
+    if seen != wanted and not {wanted, found["base"].get("through_float16")} & {seen, _through_float16(model)}:
         name = found["base"].get("name")
         raise CheckpointError(
             f"{path}: made for the base {name or 'with another fingerprint'} ({wanted[:12]}), this model's is "

@@ -21,11 +21,15 @@ MANIFEST = "dora_lab.json"
 SAMPLES = 4096  # numbers of each tensor that take part in a fingerprint
 
 
-def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 (64 hex digits) over the names, shapes and samples of tensors, whatever type they are loaded in."""
+def fingerprint(tensors: Iterable[tuple[str, Tensor]], through: torch.dtype = torch.float32) -> str:
+    """SHA-256 (64 hex digits) over the names, shapes and samples of tensors, whether loaded wide or in bfloat16.
+
+    through: a type that the samples are rounded to first: what a float32 base gives through float16 is what it gives
+    when it is loaded in float16, which by rounding twice is another than its own.
+    """
     whole = hashlib.sha256()
-    for name, tensor in sorted(tensors):
-        _add(whole, f"{name} {tuple(tensor.shape)}", iter([tensor]), tensor.numel())
+    for name, tensor in sorted(tensors, key=lambda one: one[0]):
+        _add(whole, f"{name} {tuple(tensor.shape)}", iter([tensor]), tensor.numel(), through)
     return whole.hexdigest()
 
 
@@ -57,12 +61,12 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return {**manifest, "base": {**base, "tensors": tensors}}
 
 
-def _add(whole: Any, title: str, blocks: Iterator[Tensor], count: int) -> None:
+def _add(whole: Any, title: str, blocks: Iterator[Tensor], count: int, through: torch.dtype = torch.float32) -> None:
     """Up to 4,096 evenly spaced numbers, rounded to bfloat16."""
     whole.update(f"{title}\n".encode())
     step, taken, place = max(1, count // SAMPLES), 0, 0
     for block in blocks:
         flat = block.detach().reshape(-1)
-        some = flat[-place % step :: step][: SAMPLES - taken].to("cpu", torch.bfloat16)
+        some = flat[-place % step :: step][: SAMPLES - taken].to("cpu", through).to(torch.bfloat16)
         whole.update(some.contiguous().view(torch.uint8).numpy().tobytes())
         taken, place = taken + some.numel(), place + flat.numel()

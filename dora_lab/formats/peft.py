@@ -29,7 +29,7 @@ from dora_lab.io.errors import CheckpointError
 from dora_lab.spec import pattern_matches
 
 
-def write_config(layers: Mapping[str, Factors], format: str, targets: list[str], **more: Any) -> dict[str, Any]:
+def write_config(layers: Mapping[str, Factors], format: str, targets: list[str] | str, **more: Any) -> dict[str, Any]:
     """The `adapter_config.json` of layers; ranks and scales that differ go into patterns."""
     ranks = {name: layer.A.shape[0] for name, layer in layers.items() if layer.A is not None}
     if not ranks:
@@ -51,8 +51,9 @@ def write_config(layers: Mapping[str, Factors], format: str, targets: list[str],
             f"PEFT cannot hold a magnitude without factors ('{bare[0]}'); save in the authors' format"
         )
     config |= {"peft_type": "LORA", "use_dora": dora, "use_rslora": False}
-    config["rank_pattern"] = {re.escape(name): ranks[name] for name in sorted(odd)}
-    config["alpha_pattern"] = {re.escape(name): alphas[name] for name in sorted(odd)}
+    # anchored: unanchored, a pattern means every module whose name ends in it
+    config["rank_pattern"] = {f"^{re.escape(name)}": ranks[name] for name in sorted(odd)}
+    config["alpha_pattern"] = {f"^{re.escape(name)}": alphas[name] for name in sorted(odd)}
     return config
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,13 +19,33 @@ def replacing(file: Path) -> Iterator[Path]:
     """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
+        with disk_errors(file):
+            yield temporary
         fsync(temporary)
         os.replace(temporary, file)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     fsync(file.parent)  # the renaming itself must reach the disk too
+
+
+def of_disk(error: BaseException) -> bool:
+    """Whether a write failed: torch's and safetensors' writers have errors of their own for what the system says."""
+    writers = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream error", "os error")
+    return isinstance(error, OSError) or any(word in str(error) for word in writers)
+
+
+@contextlib.contextmanager
+def disk_errors(file: Path) -> Iterator[None]:
+    """While a library writes `file`, what the disk refuses is raised as OSError, whatever the library raises for it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or not of_disk(error):
+            raise
+        said = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(said[1]) if said else errno.EIO
+        raise OSError(number, f"could not be written: {error}", str(file)) from error
 
 
 def write_text(file: Path, text: str) -> None:

@@ -19,6 +19,7 @@ from dora_lab.runs.directory import RunDir
 from dora_lab.runs.errors import ResumeError, StoreError
 from dora_lab.runs.record import read_record, run_path
 from dora_lab.spec import Spec
+from dora_lab.tasks import ItemError
 from dora_lab.tasks.sources import data_identity
 
 
@@ -54,7 +55,7 @@ def begun_is_kept(run: RunDir) -> Iterator[None]:
     begun = "inputs" in read_record(run.path)
     try:
         yield
-    except LoadError as error:
+    except (LoadError, ItemError) as error:
         if begun:
             raise ResumeError(str(error)) from error
         raise

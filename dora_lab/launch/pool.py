@@ -362,8 +362,9 @@ def _one(spec: Spec, paths: Paths, runtime: Runtime, answers: IO[str]) -> dict[s
         return {"status": "interrupted", "error": str(reason)}
     except Exception as error:
         with contextlib.suppress(Exception):  # the record's words where the run got as far as having one
-            recorded = read_record(run_path(paths.results, spec))["error"]
-            return {"status": "failed", "error": recorded or f"{type(error).__name__}: {error}"}
+            record = read_record(run_path(paths.results, spec))
+            status = "interrupted" if record["status"] == "interrupted" else "failed"  # its training is done and kept
+            return {"status": status, "error": record["error"] or f"{type(error).__name__}: {error}"}
         return {"status": "failed", "error": f"{type(error).__name__}: {error}"}
 
 

@@ -33,6 +33,12 @@ def published_specs() -> list[Spec]:
     return [spec for module in modules if "paper" in module.TIERS for spec in module.specs("paper")]
 
 
+def all_specs(name: str) -> list[Spec]:
+    """The specs of every tier of an experiment."""
+    module = load_experiment(name)
+    return [spec for tier in module.TIERS for spec in module.specs(tier)]
+
+
 def load_experiment(name: str) -> ModuleType:
     """The experiment's module; raises SpecError listing the names there are."""
     if name not in experiment_names():

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from dora_lab import distributed
 from dora_lab.evaluation import protocols
-from dora_lab.evaluation.evaluate import evaluate
+from dora_lab.evaluation.evaluate import evaluate, prepare
 from dora_lab.formats.live import load_adapter, save_trained
 from dora_lab.io.errors import LoadError
 from dora_lab.launch import inputs
@@ -47,7 +47,8 @@ class Loaded:
 def load(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir) -> Loaded:
     """The inputs, if they are those that the run was begun with; the model lies on the processor.
 
-    Raises LoadError for what cannot be had, ResumeError instead where the run had it before, or for other inputs.
+    Raises LoadError for what cannot be had and ItemError for what the evaluation could not score with this model;
+    ResumeError instead where the run had it before, or for other inputs.
     """
     provenance.reset_peak_memory()
     device = torch.cuda.get_device_name() if runtime.device == "cuda" else "cpu"
@@ -57,6 +58,7 @@ def load(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir) -> Loaded:
         items = sources.items(spec, paths.data_dir)
         protocols.ready(spec)  # now, not after days of training
         model, tokenizer = model_and_tokenizer(spec, paths.model_dir)
+        prepare(spec, model, tokenizer, items.split(spec.evaluation.split))  # what it could not score, likewise
     tokens = {"pad_token": tokenizer.pad_token, "tokens": token_policy(tokenizer)}
     run.record(inputs={**found, "items": items.counts(), "sources": list(items.sources), **tokens})
     return Loaded(model, tokenizer, items)

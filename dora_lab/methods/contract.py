@@ -6,15 +6,20 @@ Shape suffixes: O = out features, I = in features, R = rank.
 from __future__ import annotations
 
 import copy
+from inspect import getattr_static
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dora_lab.decompose import wide
-from dora_lab.methods.layers import Opaque, kind_of
+from dora_lab.methods.layers import Merged, Opaque, kind_of
 from dora_lab.spec import Method
 
+_HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks",
+)  # fmt: skip
 FactorsOf = tuple[Tensor, Tensor, float, Tensor | None]  # A (rank, in), B (out, rank), s, m (out,) or none
 
 
@@ -24,7 +29,9 @@ class AdaptedLinear(nn.Module):
     In evaluation mode ``forward(x) == F.linear(x, effective_weight(), bias)`` up to rounding, and before training
     `effective_weight()` equals the base weight. The base weight and bias keep the names (`weight`, `bias`), the tensors
     and the layout of the layer that is replaced, so checkpoints and tied weights stay what they were; an opaque layer
-    (quantised, see `layers.Opaque`) is kept whole as `frozen`, and `weight` is None.
+    (quantised, see `layers.Opaque`) is kept whole as `frozen`, and `weight` is None. Hooks belong to the place in the
+    model: the layer replaced, the adapted and the merged one share them, and each is called around the layer once. What
+    else others may read of the replaced layer (`stride`, `padding_idx`, ...) is found here too.
     """
 
     method: Method | None = None  # the method, whole, that it is a layer of: `wrap` says so
@@ -36,13 +43,18 @@ class AdaptedLinear(nn.Module):
         It defines `factors` itself where there are such. (Dunders aside: FSDP2 makes classes of its own from ours.)
         """
         super().__init_subclass__()
-        parents = [parent for parent in cls.__mro__[1:] if issubclass(parent, AdaptedLinear)]
-        known = {name for parent in parents for name in vars(parent) if not name.startswith("__")} - {"extra_repr"}
-        if "factors" not in vars(cls) and known & vars(cls).keys():
-            cls.factors = AdaptedLinear.factors
+        owner = next(parent for parent in cls.__mro__ if "factors" in vars(parent))
+        ours = {name for parent in owner.__mro__ if issubclass(parent, AdaptedLinear) for name in vars(parent)}
+        for name in ours - vars(nn.Module).keys() | {"forward"}:  # a mixin may bring another forward as well
+            if not name.startswith("__") and getattr_static(cls, name) is not getattr_static(owner, name):
+                cls.factors = AdaptedLinear.factors
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
+        _share_hooks(layer, self)
+        for name, value in vars(layer).items():  # what others may read of the layer beside calling it
+            if not name.startswith("_") and not hasattr(self, name) and not isinstance(value, nn.Module | Tensor):
+                setattr(self, name, value)
         self.kind = kind_of(layer)
         self.in_features, self.out_features = self.kind.in_features, self.kind.out_features
         self._replaced = (layer,)  # in a tuple: not a part of this module
@@ -101,20 +113,24 @@ class AdaptedLinear(nn.Module):
     def merge(self) -> nn.Module:
         """A frozen layer of the replaced one's class with the effective weight, in the base weight's type, and bias.
 
-        An opaque layer becomes a float32 `nn.Linear`. Raises ValueError if the weight does not fit the type's range.
+        A quantised layer becomes a float32 linear one that takes and gives what the layer did (`layers.Merged`). Raises
+        ValueError if the weight does not fit the type's range.
         """
         effective_OI = self.effective_weight()
-        if isinstance(self.kind, Opaque):
-            linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        if isinstance(self.kind, Opaque) and not self.kind.readable:
+            linear = Merged(self.in_features, self.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(effective_OI, requires_grad=False)
             if self.offset is not None:
                 linear.bias = nn.Parameter(self.offset.detach().float(), requires_grad=False)
+            _share_hooks(self, linear)
             return linear.train(self.training)
-        rounded = self.kind.stored(effective_OI, self.weight).to(self.weight.dtype, copy=True)
+        layer: Any = self.replaced()
+        rounded = self.kind.stored(effective_OI, layer.weight).to(layer.weight.dtype, copy=True)
         if not bool(torch.isfinite(rounded).all()):
             raise ValueError(f"the merged weight is not finite in {rounded.dtype}; merge into a wider type")
-        merged: dict[int, Any] = {id(self.weight): nn.Parameter(rounded, requires_grad=False)}
-        return copy.deepcopy(self.replaced(), merged).train(self.training)  # the weight alone is not copied
+        kept: dict[int, Any] = {id(hooks): hooks for name in _HOOKS if (hooks := vars(layer)[name]) is not None}
+        kept[id(layer.weight)] = nn.Parameter(rounded, requires_grad=False)
+        return copy.deepcopy(layer, kept).train(self.training)  # the weight alone is not copied, nor are hooks
 
     def replaced(self) -> nn.Module:
         """The layer that was replaced, with its own tensors: the base, bit for bit."""
@@ -133,5 +149,16 @@ class AdaptedLinear(nn.Module):
     def _base(self, x: Tensor, *, bias: bool = True) -> Tensor:
         """What the frozen layer gives, with its bias or without."""
         if isinstance(self.kind, Opaque):
-            return self.frozen(x) if bias else self.kind.product(self.frozen, x)
+            return self.frozen.forward(x) if bias else self.kind.product(self.frozen, x)
         return self.kind.base(x, self.weight, self.bias if bias else None)
+
+
+def is_traced() -> bool:
+    """Is this pass recorded or transformed (compiled, `torch.jit.trace`, `torch.func`)? Its tensors have no numbers."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
+
+
+def _share_hooks(layer: nn.Module, other: nn.Module) -> None:
+    """Give `other` the hooks of `layer`, the very ones: whose handle is removed is removed from both."""
+    for name in (*_HOOKS, "_is_full_backward_hook"):
+        vars(other)[name] = vars(layer)[name]

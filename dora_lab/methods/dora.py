@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_lab.decompose import magnitude, wide
-from dora_lab.methods.contract import AdaptedLinear, FactorsOf
+from dora_lab.methods.contract import AdaptedLinear, FactorsOf, is_traced
 from dora_lab.methods.dora_autograd import SPARSE, Blocked, Decomposed, Published, product, scale
 from dora_lab.methods.inject import adapted, wrap
 from dora_lab.methods.layers import Opaque
 from dora_lab.methods.lora import LoraLinear
+from dora_lab.methods.narrow import How, Narrow, kernels, narrow_type
 from dora_lab.spec import Method
 
 FIELDS = (
@@ -82,10 +83,13 @@ class DoraLinear(LoraLinear):
         """(..., in) -> (..., out)."""
         dropout = self.dropout if self.training else 0.0
         second = bool(dropout) and self.published_dropout
-        if torch.compiler.is_compiling() or not self.kind.is_matrix:  # the compiler fuses by itself
+        if is_traced() or not self.kind.is_matrix:  # the compiler fuses by itself
             norm_O = self._norm() if self.detach_norm else self._direct_norm()
             return self._onto_base(x, scale(self.magnitude, norm_O, False), second)
         layer = (x, self.matrix, self.bias, self.lora_A, self.lora_B)
+        if dtype := narrow_type(x, self.lora_A):
+            how = How(dtype, self.scaling, dropout, second, not self.detach_norm)
+            return Narrow.apply(*layer, self.magnitude, self._norm(), how)
         if not self._one_type(x) or (second and not self._sparse(x)):
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -124,7 +128,7 @@ class DoraLinear(LoraLinear):
         tokens = x.numel() // self.in_features
         if STACK * tokens > self.out_features:
             return self._norm(), None
-        both = F.linear(torch.cat([x.reshape(tokens, -1), self.lora_A]), self.matrix)
+        both = F.linear(torch.cat([x.reshape(tokens, self.in_features), self.lora_A]), self.matrix)
         return self._norm(both[tokens:].t()), both[:tokens]
 
     def _sparse(self, x: Tensor) -> bool:
@@ -158,17 +162,26 @@ class DoraLinear(LoraLinear):
         """
         if self.lora_A.is_meta:
             return self.lora_A.new_empty(self.out_features)
-        if torch.compiler.is_compiling():  # versions and addresses are no part of a graph
+        if is_traced():  # versions and addresses are no part of a graph
             return self._factored_norm(self._squares())
         if (kept_O := self._kept()) is not None:
             return kept_O
-        if self._square_O is None:
-            self._square_O = self._squares()
-        self._norm_O = self._factored_norm(self._square_O, WA_OR)
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may be needed for gradients later
+            return self._computed_norm(WA_OR)
+
+    def _computed_norm(self, WA_OR: Tensor | None) -> Tensor:
+        run = kernels(self.lora_A) if self.lora_A.dtype == torch.float32 else None
+        if run is not None and not isinstance(self.kind, Opaque):  # which rows are zero it keeps to itself
+            W_OI, self._alive = self.kind.matrix(self.weight), False
+            norm_O: Tensor = run.norm(W_OI, self.lora_A, self.lora_B, self.scaling)
+        else:
+            self._square_O = self._squares() if self._square_O is None else self._square_O
+            norm_O = self._factored_norm(self._square_O, WA_OR)
+        self._norm_O = norm_O
         self._norm_stamp = self._stamps()
         if self.lora_A.device.type == "cpu":
             self._seen = [(bits, bits.clone()) for bits in map(_bits, (self.lora_A, self.lora_B))]
-        return self._norm_O
+        return norm_O
 
     def _kept(self) -> Tensor | None:
         """The norm that is kept, if it is that of the A, B and W0 of now; forgets ||W0||^2 if that is another W0's."""
@@ -224,7 +237,7 @@ class DoraLinear(LoraLinear):
         WA_OR = self._on_factor(A_RI) if WA_OR is None else WA_OR
         half_OR = torch.addmm(WA_OR, B_OR, A_RI @ A_RI.t(), beta=2 * s, alpha=s * s)
         new_O = (half_OR * B_OR).sum(1).add_(square_O)
-        if torch.compiler.is_compiling():
+        if is_traced():
             return new_O.clamp_min(0).sqrt()
         sound_O = new_O > CANCELS * square_O
         self._alive = bool(sound_O.all())
@@ -277,7 +290,7 @@ class MagnitudeLinear(AdaptedLinear):
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """m W0 / ||W0||, (out, in)."""
-        return scale(self.magnitude, self.norm, bool(self.norm.all()))[:, None] * self.base_weight()
+        return scale(self.magnitude, self.norm, False)[:, None] * self.base_weight()
 
     def factors(self) -> FactorsOf:
         """(A, B, 1, m), A and B of rank 0: there is no direction update."""
@@ -288,7 +301,7 @@ class MagnitudeLinear(AdaptedLinear):
         """(..., in) -> (..., out)."""
         base = self._base(x)
         again = base if self.offset is None else base - self.kind.across(self.offset)
-        g_O = scale(self.magnitude, self.norm, bool(self.norm.all()))
+        g_O = scale(self.magnitude, self.norm, False)
         return torch.addcmul(base, again, self.kind.across(g_O - 1)).to(base.dtype)
 
 

@@ -6,7 +6,7 @@ With z = W0 x + s B A drop(x) and g = m / ||V||, per token:
   known, so the second product is had from the first: W0 drop(x) = (W0 x - W0 (x o Z)) / (1 - p), Z the dropped entries.
   Backwards, with D = (g - 1) G: dx = (G + D / (1 - p)) W0, less D W0 / (1 - p) at Z alone.
 - `Blocked`, both of these for a base of a narrower type than the adapter's, and the second at any dropout: the dense
-  products in the base's type, everything else in float32, a block of tokens at a time.
+  products in the base's type, everything else in float32, a block of tokens at a time (`narrow` does it on a GPU).
 Shape suffixes: O = out features, I = in features, R = rank, T = tokens.
 """
 
@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dora_lab.decompose import magnitude
+
 SPARSE = 0.1  # dropout up to which few enough entries are dropped for sparse products to be the faster ones
 BLOCK = 2**20  # elements of W0 that are transposed at a time for a sparse product
 WORKSPACE = 2**22  # elements of the largest gradient that is worked on in memory that stays
 TOKENS = {"cpu": 2**19, "other": 2**24}  # elements of an output that are in float32 at a time
-FUSED = False  # on a GPU, the Triton kernels of `_triton.py`; off until they have been measured on one
-FUSED_ON = ("cuda",)  # devices that they run on
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)  # said once a process, to nobody
 
 
@@ -82,9 +82,10 @@ class Decomposed(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, rest_TI, y = _saved(ctx)
+        if torch.is_grad_enabled():  # create_graph: the gradients are to have gradients
+            return _by_autograd(ctx, grad)
+        x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, rest_TI, y = saved(ctx)
         s, needs = ctx.s, ctx.needs_input_grad
         G_TO, x_TI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         moved_TO = torch.mul(G_TO, g_O, out=_workspace(G_TO))
@@ -112,9 +113,9 @@ class Decomposed(torch.autograd.Function):
                 sum_O, per_m_O = moved_TO.mul_(y.reshape(G_TO.shape)).sum(0), m_O * g_O
                 if bias_O is not None:
                     sum_O -= along_bias_O
-            dm_O = _living(sum_O / per_m_O, norm_O, ctx.alive)
+            dm_O = living(sum_O / per_m_O, norm_O, ctx.alive)
             if ctx.through_norm:
-                c_O = _living(-m_O * dm_O / norm_O.square(), norm_O, ctx.alive)
+                c_O = living(-m_O * dm_O / norm_O.square(), norm_O, ctx.alive)
                 _by_way_of_the_norm(W_OI, A_RI, B_OR, c_O, s, dA_RI, dB_OR)
         dbias_O = G_TO.sum(0) if needs[2] else None
         return dx, None, dbias_O, dA_RI, dB_OR, dm_O, None, None, None, None, None, None
@@ -152,7 +153,7 @@ class Published(torch.autograd.Function):
         G_TO, x_TI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         sg_O1 = (g_O * s)[:, None]
         dh_TR = G_TO @ (B_OR * sg_O1)
-        dm_O = _living((G_TO * z_TO).sum(0) / norm_O, norm_O, ctx.alive) if needs[5] else None
+        dm_O = living((G_TO * z_TO).sum(0) / norm_O, norm_O, ctx.alive) if needs[5] else None
         dx = None
         if needs[0]:
             D_TO = G_TO * ((g_O - 1) / kept)
@@ -187,12 +188,8 @@ class Blocked(torch.autograd.Function):
             y_TO = y.view(-1, y.shape[-1])
             z_TO = dropped_TI @ weight_OI.t() if second else None
             h_TR = torch.empty(x_TI.shape[0], A_RI.shape[0], dtype=A_RI.dtype, device=x.device)
-            fused = kernels(y_TO) if not second else None
             for rows in _token_blocks(y_TO):
                 torch.mm(dropped_TI[rows].to(A_RI.dtype), A_RI.t(), out=h_TR[rows])
-                if fused is not None:
-                    fused.onto(y_TO[rows], h_TR[rows], B_OR, g_O, bias_O, s)
-                    continue
                 low_TO = torch.mm(h_TR[rows], B_OR.t()).mul_(s)
                 base_TO = y_TO[rows].to(low_TO.dtype)
                 if z_TO is not None:
@@ -209,7 +206,7 @@ class Blocked(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, rest_TI, kept_TO = _saved(ctx)
+        x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, g_O, h_TR, rest_TI, kept_TO = saved(ctx)
         s, kept, needs, second, wide = ctx.s, 1 - ctx.dropout, ctx.needs_input_grad, ctx.second, A_RI.dtype
         weight_OI, x_TI = W_OI.to(x.dtype), x.reshape(-1, x.shape[-1])
         G_TO = grad.reshape(-1, grad.shape[-1])
@@ -224,17 +221,12 @@ class Blocked(torch.autograd.Function):
             of_m_TO = cast(Tensor, kept_TO).view(G_TO.shape)
         elif take_m:
             of_m_TO = x_TI @ weight_OI.t()
-        fused = kernels(G_TO) if from_output and moved_TO is not None else None
-        if fused is not None:
-            sum_O = fused.back(G_TO, of_m_TO, g_O, bias_O, moved_TO)
         for rows in _token_blocks(G_TO):
             G, h = G_TO[rows].to(wide), h_TR[rows]
             dB_OR.addmm_(G.t(), h)
             torch.mm(G, sgB_OR, out=dh_TR[rows])
             dropped = x_TI[rows].to(wide)
             dA_RI.addmm_(dh_TR[rows].t(), dropped if rest_TI is None else dropped * rest_TI[rows])
-            if fused is not None:
-                continue
             if moved_TO is not None:
                 moved_TO[rows] = G * (g_O - 1 if second else g_O)
             if take_m:
@@ -259,15 +251,31 @@ class Blocked(torch.autograd.Function):
             dx = dx_TI.view_as(x)
         dm_O = None
         if take_m:
-            dm_O = _living(sum_O / (m_O if from_output else norm_O), norm_O, ctx.alive)
+            dm_O = living(sum_O / (m_O if from_output else norm_O), norm_O, ctx.alive)
             if ctx.through_norm:
-                c_O = _living(-m_O * dm_O / norm_O.square(), norm_O, ctx.alive)
+                c_O = living(-m_O * dm_O / norm_O.square(), norm_O, ctx.alive)
                 _by_way_of_the_norm(W_OI, A_RI, B_OR, c_O, s, dA_RI, dB_OR)
         dbias_O = G_TO.sum(0) if needs[2] else None
         return dx, None, dbias_O, dA_RI, dB_OR, dm_O, *([None] * 7)
 
 
-def _saved(ctx: Any) -> tuple[Any, ...]:
+def _by_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """The gradients of `Decomposed` as a graph, from the layer written out."""
+    *layer, norm_O, _, _, rest_TI, _ = saved(ctx)
+    # views: where x comes from this very layer, what flows through x is not A's, B's or m's here
+    given = {at: part.view_as(part) for at, part in enumerate(layer) if ctx.needs_input_grad[at] and at != 1}
+    x, W_OI, bias_O, A_RI, B_OR, m_O = (given.get(at, part) for at, part in enumerate(layer))
+    if ctx.through_norm:
+        norm_O = magnitude(torch.addmm(W_OI, B_OR, A_RI, alpha=ctx.s))
+    dropped = x if rest_TI is None else x * rest_TI.view_as(x) / (1 - ctx.dropout)
+    z = F.linear(x, W_OI) + ctx.s * F.linear(F.linear(dropped, A_RI), B_OR)
+    y = scale(m_O, norm_O, ctx.alive) * z
+    y = y if bias_O is None else y + bias_O
+    found = dict(zip(given, torch.autograd.grad(y, list(given.values()), grad, create_graph=True), strict=True))
+    return tuple(found.get(at) for at in range(12))
+
+
+def saved(ctx: Any) -> tuple[Any, ...]:
     """What a forward saved; the last, its output, is None if the model has written into it since."""
     try:
         return ctx.saved_tensors
@@ -275,15 +283,6 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
         if "inplace operation" not in str(error):
             raise
         return (*(None if saved is None else saved.unpack() for saved in ctx._raw_saved_tensors[:-1]), None)
-
-
-def kernels(output_TO: Tensor) -> Any:
-    """The room of the Triton kernels if they are to be used for an output like this, else None."""
-    if not FUSED or output_TO.device.type not in FUSED_ON:
-        return None
-    from dora_lab.methods import dora_triton  # triton comes with CUDA builds of torch alone
-
-    return dora_triton
 
 
 def _token_blocks(output_TO: Tensor) -> list[slice]:
@@ -307,7 +306,7 @@ def _by_way_of_the_norm(
     dA_RI += s * s * ((cB_OR.t() @ B_OR) @ A_RI)
 
 
-def _living(numbers_O: Tensor, norm_O: Tensor, alive: bool) -> Tensor:
+def living(numbers_O: Tensor, norm_O: Tensor, alive: bool) -> Tensor:
     """The numbers, and 0 where V is zero."""
     return numbers_O if alive else numbers_O.masked_fill(norm_O == 0, 0.0)
 

@@ -26,9 +26,12 @@ from transformers.pytorch_utils import Conv1D
 
 from dora_lab.methods.catalog import catalog, entry_of
 from dora_lab.methods.contract import AdaptedLinear
+from dora_lab.methods.readers import Watch, reader_of, refuse_read
 from dora_lab.spec import Method, did_you_mean, pattern_matches
 
 _KEPT = "_adapted"  # where a merged layer keeps the adapted one
+_WATCH = "_watch"  # where an adapted layer keeps the watch that it is called (see `readers`)
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # in names, of modules around modules
 
 
 def inject(model: nn.Module, method: Method, seed: int) -> dict[str, int]:
@@ -55,10 +58,29 @@ def hold(layer: nn.Module, rank: int | None, scaling: float, dropout: float, *, 
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
-    """(module name, layer) of every adapted layer, in the model's order; none for methods that wrap nothing."""
-    for name, module in model.named_modules():
+    """(module name, layer) of every adapted layer, in the model's order; none for methods that wrap nothing.
+
+    The names are those of the bare model: what `torch.compile`, FSDP or DDP put around it or its parts is left out.
+    """
+    for name, module in bare(model).named_modules():
         if isinstance(module, AdaptedLinear):
-            yield name, module
+            yield bare_name(name), module
+
+
+def bare(model: nn.Module) -> Any:
+    """The model inside what `torch.compile` and `DistributedDataParallel` put around it."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def bare_name(name: str) -> str:
+    """A name in a model, without what is around its parts."""
+    return ".".join(atom for atom in name.split(".") if atom not in _WRAPPERS)
 
 
 def merge(model: nn.Module, *, keep: bool = True) -> nn.Module:
@@ -67,24 +89,24 @@ def merge(model: nn.Module, *, keep: bool = True) -> nn.Module:
     For a float32 base this costs nothing but the last bits, and makes evaluation as fast as the base model's.
     keep: hold on to the adapted layers, so that `unmerge` can bring them back; costs the memory of the base's matrices.
     """
-    for name, layer in list(adapted(model)):
+    merged: dict[nn.Module, nn.Module] = {}
+    for name, layer in adapted(model):
         try:
-            plain = layer.merge()
+            plain = merged[layer] = layer.merge()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         if keep:
             plain.__dict__[_KEPT] = layer  # not registered: no part of the state dict
-        _replace(model, name, plain)
+    _exchange(model, merged)
     return model
 
 
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo `merge`, in place, bit for bit; returns `model`. Raises ValueError if nothing in it was merged and kept."""
-    kept = {name: module.__dict__[_KEPT] for name, module in model.named_modules() if _KEPT in module.__dict__}
+    kept = {module: module.__dict__[_KEPT] for module in model.modules() if _KEPT in module.__dict__}
     if not kept:
         raise ValueError("nothing to unmerge: no layer of this model was merged by merge(model, keep=True)")
-    for name, layer in kept.items():
-        _replace(model, name, layer.train(model.training))
+    _exchange(model, {merged: layer.train(model.training) for merged, layer in kept.items()})
     return model
 
 
@@ -95,8 +117,7 @@ def detach(model: nn.Module) -> dict[str, AdaptedLinear]:
     cost little more than their own parameters.
     """
     layers = dict(adapted(model))
-    for name, layer in layers.items():
-        _replace(model, name, layer.replaced())
+    _exchange(model, {layer: layer.replaced() for layer in layers.values()})
     return layers
 
 
@@ -106,15 +127,20 @@ def attach(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> nn.Module:
     Raises ValueError, and changes nothing, if a layer was made for other tensors than this model's, or if the model is
     adapted already: two adapters do not add up (m V / ||V|| of a sum is not the sum of two).
     """
+    places: dict[nn.Module, nn.Module] = {}
     for name, layer in layers.items():
-        module: Any = model.get_submodule(name)
+        module: Any = bare(model).get_submodule(name)
         if isinstance(module, AdaptedLinear):
             raise ValueError(f"'{name}' is adapted already and adapters do not add up: detach(model) first")
         same = module is layer.frozen if layer.frozen is not None else getattr(module, "weight", None) is layer.weight
         if not same:
             raise ValueError(f"'{name}' does not hold the base weight that this adapter was made for")
-    for name, layer in layers.items():
-        _replace(model, name, layer.train(model.training))
+        try:
+            refuse_read(bare(model), name)
+        except ValueError as error:
+            raise ValueError(f"'{name}': {error}") from None
+        places[module] = layer.train(model.training)
+    _exchange(model, places)
     return model
 
 
@@ -122,12 +148,14 @@ def wrap(model: nn.Module, method: Method, make: Callable[[str, nn.Module, Metho
     """Freeze `model` and replace, in place, each layer that `method` names by ``make(name, layer, settings)``.
 
     Named are the modules whose leaf name is in `target_modules` or `magnitude_modules`; `settings` is `method` with the
-    rank and alpha that `rank_pattern` and `alpha_pattern` give this layer. Nothing is changed if anything is refused.
+    rank and alpha that `rank_pattern` and `alpha_pattern` give this layer. A module that stands in two places is
+    replaced in both. Nothing is changed if anything is refused.
 
     Raises ValueError if a name or pattern matches nothing (with near misses), or a layer that cannot be adapted.
     """
     targets = (*method.target_modules, *method.magnitude_modules)
-    found = {name: module for name, module in model.named_modules() if name and _leaf(name) in targets}
+    named = {bare_name(name): module for name, module in bare(model).named_modules() if name}
+    found = {name: module for name, module in named.items() if _leaf(name) in targets}
     linear = {_leaf(name) for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
     if not targets:
         raise ValueError(f"method '{method.name}': target_modules is empty; {did_you_mean('', linear)}")
@@ -145,6 +173,7 @@ def wrap(model: nn.Module, method: Method, make: Callable[[str, nn.Module, Metho
         for name, module in found.items():
             if isinstance(module, AdaptedLinear):
                 raise ValueError("is adapted already and adapters do not add up: detach(model) or merge(model) first")
+            refuse_read(bare(model), name)
             layers[name] = make(name, module, _settings(method, name))
             layers[name].method = method
     except ValueError as error:
@@ -152,8 +181,7 @@ def wrap(model: nn.Module, method: Method, make: Callable[[str, nn.Module, Metho
             parameter.requires_grad_(frozen[path])
         raise ValueError(f"{name}: {error}") from None
     model.requires_grad_(False)
-    for name, layer in layers.items():
-        _replace(model, name, layer)
+    _exchange(model, {found[name]: layer for name, layer in layers.items()})
 
 
 def _settings(method: Method, name: str) -> Method:
@@ -187,6 +215,16 @@ def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+def _exchange(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put modules where others are, in every place of these, and watch the adapted ones that may be read instead."""
+    for old in new:
+        if (watch := old.__dict__.pop(_WATCH, None)) is not None:
+            watch.end()
+    places = [(parent, leaf, child) for parent in model.modules() for leaf, child in parent._modules.items()]
+    for parent, leaf, child in places:
+        if child is not None and child in new:
+            setattr(parent, leaf, new[child])
+    put = set(new.values())
+    for name, layer in adapted(model):
+        if layer in put and (found := reader_of(bare(model), name)) is not None:
+            layer.__dict__[_WATCH] = Watch(found[0], name, layer)

@@ -8,12 +8,16 @@ Shape suffixes: O = out features, I = in features, R = rank.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
+
+from dora_lab.decompose import wide
 
 IDENTITY_ROWS = 256  # rows of the identity at a time that are pushed through a layer whose weight cannot be read
 
@@ -24,6 +28,7 @@ class Linear:
     name = "linear"
     zero = "lora_B"  # the factor that starts at zero
     is_matrix = True  # the layer is one matrix product, its weight at hand
+    readable = True  # its weight is plain numbers
 
     def __init__(self, layer: Any) -> None:
         self.out_features, self.in_features = self.matrix(layer.weight).shape
@@ -138,34 +143,39 @@ class Conv(Linear):
 
 
 class Opaque(Linear):
-    """A linear layer whose weight is not to be read: quantised, sharded, or of a class that we do not know.
+    """A linear layer that is used as it is, by its own forward alone: quantised, sharded, of a class we do not know.
 
-    It is used as it is, by its forward alone. The products by the frozen weight that a norm needs are the layer's
-    outputs for the rows of A and, once, for those of the identity. A layer that quantises its inputs quantises these.
+    The products by the frozen weight that a norm needs are the layer's outputs for the rows of A and, once, for those
+    of the identity. A layer that quantises its inputs quantises these. Where the layer has a weight of plain numbers,
+    that is the weight, and the layer has been seen to act as it (see `kind_of`).
     """
 
     name = "opaque"
     is_matrix = False
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, *, readable: bool = False) -> None:
         self.out_features, self.in_features = int(layer.out_features), int(layer.in_features)
+        self.readable = readable
 
-    @staticmethod
-    def product(layer: Any, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out) without the bias, in the type that the layer gives."""
+    def product(self, layer: Any, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out) without the bias, in the type that the layer gives; no hook is called."""
+        if self.readable:  # its own forward may not do without its bias
+            return F.linear(x.to(layer.weight.dtype), layer.weight)
         weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
         if isinstance(weight, Tensor) and weight.is_floating_point():
             x = x.to(weight.dtype)
         if bias is None:
-            return layer(x)
+            return layer.forward(x)
         layer.bias = None  # taken off the output again it would leave its rounding behind
         try:
-            return layer(x)
+            return layer.forward(x)
         finally:
             layer.bias = bias
 
     def dense(self, layer: Any, rows: slice | Tensor = slice(None)) -> Tensor:
-        """Some rows of the weight, float32, by way of the identity."""
+        """Some rows of the weight, float32 or wider: its own, or by way of the identity."""
+        if self.readable:
+            return wide(layer.weight.detach()[rows])
         like = next(layer.parameters(), torch.empty(0))
         columns = []
         for start in range(0, self.in_features, IDENTITY_ROWS):
@@ -176,21 +186,71 @@ class Opaque(Linear):
         return torch.cat(columns, dim=1)
 
 
+class Merged(nn.Linear):
+    """What a quantised layer is merged into: a float32 weight, in a model whose inputs may be of a narrower type."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the type of the input."""
+        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+
+
 def kind_of(layer: nn.Module) -> Linear:
-    """The kind of a layer; raises ValueError, saying what can be adapted, for one that is of none."""
+    """The kind of a layer; raises ValueError, saying why and what can be adapted, for one that is of none."""
+    name, own = type(layer).__name__, vars(layer)
+    if is_parametrized(layer) or any(isinstance(own.get(part), Tensor) for part in ("weight", "bias")):
+        raise ValueError(
+            f"the weight of this {name} is computed anew at each call (weight or spectral norm, pruning, a "
+            "parametrization): there is no frozen base; make it plain first (remove_parametrizations(..., "
+            "leave_parametrized=True), remove_weight_norm, remove_spectral_norm, prune.remove)"
+        )
     weight = getattr(layer, "weight", None)
     readable = isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
-    if readable and type(layer) in _KINDS:
+    own_forward = "forward" in own  # put over the class's by another tool, which means it to be called
+    if readable and type(layer) in _KINDS and not own_forward:
         return _KINDS[type(layer)](layer)
     # what follows uses its out_proj's weight without calling it: an adapter there would do nothing
-    called = type(layer).__name__ != "NonDynamicallyQuantizableLinear"
+    called = name != "NonDynamicallyQuantizableLinear"
     sizes = (getattr(layer, "in_features", None), getattr(layer, "out_features", None))
     if called and all(isinstance(size, int) for size in sizes):
-        return Opaque(layer)
+        if readable:
+            _refuse_another_function(layer, own_forward)
+        return Opaque(layer, readable=readable)
+    what = f"{name} with a forward put over its own" if own_forward else name
     raise ValueError(
-        f"a {type(layer).__name__} cannot be adapted; what can: {', '.join(kind.__name__ for kind in _KINDS)} and "
+        f"a {what} cannot be adapted; what can: {', '.join(kind.__name__ for kind in _KINDS)} and "
         "linear layers with in_features and out_features that are called (quantised ones included)"
     )
+
+
+@torch.no_grad()
+def _refuse_another_function(layer: Any, own_forward: bool) -> None:
+    """Raise ValueError if a layer whose forward is its own is seen to be more than x W0^T + bias.
+
+    An adapter is part of the weight: of act(x W0^T) or 2 x W0^T it could neither be added nor merged.
+    """
+    weight: Tensor = layer.weight
+    if weight.is_meta:
+        if own_forward:
+            raise ValueError("its weight is not in memory (offloaded): load the base without offloading")
+        return
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0)).to(weight)
+    training = layer.training
+    layer.eval()
+    try:
+        expected, seen = F.linear(x, weight, getattr(layer, "bias", None)), layer.forward(x)
+        error = (seen - expected).abs().max().item() if seen.shape == expected.shape else math.inf
+    except Exception as problem:  # any, of a forward that we do not know
+        raise ValueError(
+            f"the forward of this {type(layer).__name__} cannot be tried ({type(problem).__name__}: {problem}): it "
+            "does not take one input for a weight (out, in); adapt another layer"
+        ) from None
+    finally:
+        layer.train(training)
+    if error > 100 * torch.finfo(weight.dtype).eps * (x.abs() @ weight.abs().t()).max().item():
+        raise ValueError(
+            f"the forward of this {type(layer).__name__} is more than the product by its weight (off by {error:.2g}): "
+            "an adapter of the weight would be neither added nor merged; adapt another layer"
+        )
 
 
 _KINDS: dict[type, type[Linear]] = {

@@ -7,15 +7,17 @@ Shape suffixes: O = out features, I = in features, R = rank, T = tokens.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_lab.decompose import wide
-from dora_lab.methods.contract import AdaptedLinear, FactorsOf
+from dora_lab.methods.contract import AdaptedLinear, FactorsOf, is_traced
 from dora_lab.methods.inject import wrap
 from dora_lab.methods.layers import Opaque
+from dora_lab.methods.narrow import How, Narrow, narrow_type
 from dora_lab.spec import Method
 
 FIELDS = ("rank", "alpha", "dropout", "target_modules", "rslora", "rank_pattern", "alpha_pattern")
@@ -53,8 +55,8 @@ class LoraLinear(AdaptedLinear):
             A_RI.uniform_(-bound, bound, generator=generator)
         else:
             B_OR.normal_(generator=generator)
-        opaque = isinstance(self.kind, Opaque)
-        like = next(layer.parameters(), torch.empty(0)).to(torch.float32) if opaque else wide(self.weight)
+        base: Any = layer
+        like = wide(base.weight) if self.kind.readable else next(layer.parameters(), torch.empty(0)).to(torch.float32)
         self.lora_A = nn.Parameter(A_RI.to(like.device, like.dtype))
         self.lora_B = nn.Parameter(B_OR.to(like.device, like.dtype))
 
@@ -67,6 +69,9 @@ class LoraLinear(AdaptedLinear):
         """(..., in) -> (..., out)."""
         if not self.kind.is_matrix:
             return self._sum(x)
+        if not is_traced() and (dtype := narrow_type(x, self.lora_A)):
+            how = How(dtype, self.scaling, self.dropout if self.training else 0.0)
+            return Narrow.apply(x, self.matrix, self.bias, self.lora_A, self.lora_B, None, None, how)
         return self._product(x, self.bias)
 
     def factors(self) -> FactorsOf:

@@ -1,6 +1,6 @@
 """The embedded default: a closed world, its eight commonsense task families, its tokenizer and its pretrained base.
 
-It knows nothing of the lab; `tasks` and `load` use it as one source of data and models among others.
+It knows nothing of the lab; `tasks` and `models` use it as one source of items and of bases among others.
 """
 
 from __future__ import annotations

@@ -66,6 +66,14 @@ def model_and_tokenizer(spec: Spec, model_dir: Path | None = None) -> tuple[PreT
         model = open_model(folder, spec.model.dtype)  # transformers' own default is the file's type
     except CheckpointError as error:
         raise LoadError(str(error)) from None
+    rows = cast(Any, model.get_input_embeddings()).weight.shape[0]
+    for name in ("pad", "bos", "eos"):
+        if (number := cast("int | None", getattr(tokenizer, f"{name}_token_id"))) is not None and number >= rows:
+            raise LoadError(
+                f"{folder}: the tokenizer's {name} token '{getattr(tokenizer, f'{name}_token')}' has id {number}, the "
+                f"model has {rows} embeddings; resize them (resize_token_embeddings) and save the model"
+                + (", or set model.pad to zero" if name == "pad" else "")
+            )
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 

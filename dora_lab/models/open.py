@@ -21,20 +21,52 @@ def open_model(folder: Path, dtype: str) -> PreTrainedModel:
     Raises CheckpointError, in one line, for pickled weights, a model that asks for code of its own, a broken or foreign
     file, and weights that do not fill the model or are not finite.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     refuse_unsafe(folder)
-    kind = getattr(torch, dtype) if dtype != "auto" else "auto"
-    model, report = _call(
-        folder, AutoModelForCausalLM.from_pretrained, dtype=kind, use_safetensors=True, output_loading_info=True
-    )
+    return _filled(folder, AutoModelForCausalLM, dtype)[0]
+
+
+def open_as_saved(folder: Path) -> PreTrainedModel:
+    """The model of a folder, of the class that its config.json names in `architectures`, in the file's type.
+
+    Raises CheckpointError as `open_model` does, and for a class that is not transformers' own or that leaves a part of
+    the weights out: what is written again has to be whole.
+    """
+    import transformers
+
+    refuse_unsafe(folder)
+    names = _object(Path(folder) / "config.json").get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    if name is None:
+        raise CheckpointError(
+            f"{folder}: config.json names no class in 'architectures'; add that which saved the model"
+        )
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise CheckpointError(f"{folder}: architectures = {names!r} in config.json is no model that transformers knows")
+    model, report = _filled(folder, kind, "auto")
+    if left := sorted(report.get("unexpected_keys") or ()):
+        raise CheckpointError(
+            f"{folder}: {len(left)} tensors of the file, the first is '{left[0]}', have no place in a {name}; correct "
+            "'architectures' in config.json"
+        )
+    return model
+
+
+def _filled(folder: Path, kind: Any, dtype: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """(model, transformers' report of the loading) of a folder as a class."""
+    import torch
+
+    wide = getattr(torch, dtype) if dtype != "auto" else "auto"
+    how: dict[str, Any] = {"dtype": wide, "use_safetensors": True, "output_loading_info": True}
+    model, report = _call(folder, kind.from_pretrained, **how)
     if wrong := {key: report[key] for key in ("missing_keys", "mismatched_keys") if report.get(key)}:
         raise CheckpointError(f"{folder}: the weights do not fill the model ({wrong}); fetch the model again")
     for name, weight in model.named_parameters():
-        if not bool(torch.isfinite(weight).all()):
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):  # quantised numbers are whole
             raise CheckpointError(f"{folder}: '{name}' holds numbers that are not finite; fetch the model again")
-    return model
+    return model, report
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -3,7 +3,7 @@
 The paper's number is one more draw: with n >= 3 runs that differ in the seed alone, it is "consistent" if it lies in
 their 95 % prediction interval, mean +- t(n-1) s sqrt(1 + 1/n), widened by half a unit of its last printed digit, and
 "differs" otherwise. With one or two runs there are "too few runs", with none the cell is "not run". Only complete runs
-of tier paper, on that model and by the published protocol, count.
+of tier paper, on that model and by its protocol, count.
 
 A score below chance is no knowledge: an answer that cannot be parsed counts as wrong. Such cells are flagged (more than
 two binomial standard errors below the chance level), the paper's own and those of others included, and so is a share
@@ -28,8 +28,8 @@ import pandas as pd
 from dora_lab.methods.catalog import catalog
 from dora_lab.models import shapes
 from dora_lab.report import statistics
-from dora_lab.runs.record import iter_runs
 from dora_lab.runs.streams import read_rows
+from dora_lab.runs.survey import iter_runs
 from dora_lab.spec import Spec, from_dict
 from dora_lab.tasks import all_tasks, table_1
 
@@ -45,21 +45,21 @@ _Key = tuple[str, str, float | None, str]  # the paper's name of a model, method
 class _Run:
     status: str
     seed: int
-    published: bool  # by the published protocol
+    by_protocol: bool  # the paper's
     by_task: dict[str, dict[str, Any]]  # column of table 1 -> row of eval.jsonl
 
 
-def cells(root: Path, rows: pd.DataFrame, published: Iterable[Spec]) -> pd.DataFrame:
+def cells(root: Path, rows: pd.DataFrame, protocol: Iterable[Spec]) -> pd.DataFrame:
     """One row per number that the paper prints (rows of kind "number"), in its order.
 
-    Args: root: results folder; rows: `claims()`; published: specs of the published protocol, any seed (those of the
+    Args: root: results folder; rows: `claims()`; protocol: specs of the paper's protocol, any seed (those of the
         experiments' tier paper): a run counts if it is one of them but for the seed and what cannot change a result.
     Returns columns experiment, source, model, method, setting, rank, subject, metric, paper; elsewhere and reruns
         (text: value and where it stands), released (the paper's own adapter evaluated by somebody else), n_reruns,
         reruns_low, reruns_high; n, mean, sd, low, high (the prediction interval), unparsed_percent of our runs
         (missing without); verdict, flags (text, "" for none). Accuracies are percent.
     """
-    runs = _runs(root, {_neutral(spec) for spec in published})
+    runs = _runs(root, {_neutral(spec) for spec in protocol})
     sizes = rows[(rows["kind"] == "data") & (rows["metric"] == "test_items")].set_index("subject")["value"].to_dict()
     others = rows[rows["kind"].isin(["rerun", "reprint"])].to_dict("records")
     names = ("experiment", "source", "model", "method", "setting", "rank", "subject", "metric")
@@ -94,7 +94,7 @@ def summary(found: pd.DataFrame, experiment: str | None = None) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- ours
-def _runs(root: Path, published: set[Spec]) -> dict[_Key, list[_Run]]:
+def _runs(root: Path, protocol: set[Spec]) -> dict[_Key, list[_Run]]:
     """The runs of tier paper by the cell that they are about."""
     columns = {task.name: task.column for task in all_tasks()}
     found: dict[_Key, list[_Run]] = defaultdict(list)
@@ -114,7 +114,7 @@ def _runs(root: Path, published: set[Spec]) -> dict[_Key, list[_Run]]:
             for row in rows
             if row["protocol"] == "generate" and row["metric"] == "accuracy" and row["value"] is not None
         }
-        run = _Run(record["status"], spec.seed, _neutral(spec) in published, scored)
+        run = _Run(record["status"], spec.seed, _neutral(spec) in protocol, scored)
         found[name, catalog()[method.name].label, method.rank, setting].append(run)
     return found
 
@@ -147,12 +147,12 @@ def _of_ours(row: dict[str, Any], runs: Sequence[_Run]) -> tuple[dict[str, Any],
     mine: dict[str, Any] = dict.fromkeys(("mean", "sd", "low", "high", "unparsed_percent"))
     runs = runs if row["metric"] == "accuracy_percent" else []
     lost = sum(run.status in ("failed", "interrupted") for run in runs)
-    other = sum(run.status == "complete" and not run.published for run in runs)
+    other = sum(run.status == "complete" and not run.by_protocol for run in runs)
     flags = [f"{lost} run{'' if lost == 1 else 's'} failed or interrupted"] if lost else []
     flags += [f"{other} run{'' if other == 1 else 's'} of another protocol left out"] if other else []
     by_seed: dict[int, tuple[float, int, int]] = {}  # a seed run twice is one draw
     for run in runs:
-        if run.published and (found := _score(row["subject"], run)) is not None:
+        if run.by_protocol and (found := _score(row["subject"], run)) is not None:
             by_seed.setdefault(run.seed, found)
     scored = list(by_seed.values())
     values = [value for value, _, _ in scored]

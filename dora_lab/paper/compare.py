@@ -1,130 +1,172 @@
-"""A user's own runs against the committed ones, run by run."""
+"""A user's own runs against the committed ones, run by run and stream by stream."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from dora_lab.runs.record import iter_runs
+from dora_lab.io.text import shown
+from dora_lab.paper.agreement import LEVELS, STREAMS, Agreement, Rows, agreement, worst
 from dora_lab.runs.streams import read_rows
+from dora_lab.runs.survey import Survey, survey
+from dora_lab.spec import SpecError
+
+MISSING = "missing"
+_Cell = tuple[str, str, str]  # setting (experiment, tier, model and data), method, protocol
 
 
 @dataclass(frozen=True)
-class _Score:
+class _Run:
+    """One complete run: where it stands in the table, its rows, its accuracies (fraction, items) by protocol, task."""
+
     spec_id: str
-    setting: str  # experiment, tier, model and data
+    setting: str
     method: str
-    protocol: str
-    by_task: dict[str, tuple[float, int]]  # accuracy (fraction), items
+    rows: Rows
+    scores: dict[str, dict[str, tuple[float, int]]] = field(default_factory=dict)
 
-    @property
-    def average(self) -> float:
-        return sum(value for value, _ in self.by_task.values()) / len(self.by_task)
+    def average(self, protocol: str) -> float:
+        return sum(value for value, _ in self.scores[protocol].values()) / len(self.scores[protocol])
 
-    @property
-    def variance(self) -> float:
-        return sum(v * (1 - v) / n for v, n in self.by_task.values() if n) / len(self.by_task) ** 2
+    def variance(self, protocol: str) -> float:
+        found = self.scores[protocol]
+        return sum(v * (1 - v) / n for v, n in found.values() if n) / len(found) ** 2
 
 
 def compare(local_root: Path, committed_root: Path, experiment: str | None = None) -> tuple[str, bool]:
     """A user's runs against the committed records, run by run of the same spec_id, summarised per method.
 
-    Training on another CPU adds up floats in another order, which can flip single items; so besides "agree exactly"
-    (every task of every run equal) there is "within tolerance": the method's averages differ by at most two binomial
-    standard errors of the difference of two such averages (items counted once, not once per seed, since all seeds
-    answer the same items). Beyond that they "differ"; without a local run they are "missing". Committed runs on data, a
-    model or a tier that none of the user's runs is about are left out: nobody asked for them.
+    Every stream is compared, at the levels that `agreement` names. A method is as good as the worst of its runs. Where
+    items are answered otherwise, its averages must differ by at most two binomial standard errors of the difference of
+    two such averages besides (items counted once, not once per seed, since all seeds answer the same items).
+    Committed runs on data, a model or a tier that none of the user's runs is about are left out: nobody asked for them.
 
     Args: the roots are results folders (with `runs/` in them); experiment: one name, None = all of the committed ones.
     Returns (text for a terminal, ok); ok means that every committed method has all its runs and none differs.
+    Raises: SpecError for a results folder without runs/, and for an experiment that neither folder has runs of.
     """
-    packages: dict[str, dict[str, str]] = {}
-    local, committed = _scores(local_root, experiment, packages), _scores(committed_root, experiment, packages)
-    if not committed:
-        return f"No complete committed runs in {committed_root}: there is nothing to compare with.", False
-    asked = {score.setting for score in local.values()}
-    by_method: dict[tuple[str, str, str], list[_Score]] = defaultdict(list)
-    for score in committed.values():
-        if not asked or score.setting in asked:
-            by_method[score.setting, score.method, score.protocol].append(score)
-    if not by_method:
+    found = [_survey(Path(root), experiment) for root in (local_root, committed_root)]
+    if experiment is not None and not any(one.runs or one.left_out for one in found):
+        raise SpecError(f"neither {local_root} nor {committed_root} has a run of an experiment '{experiment}'")
+    local, committed = ({run.spec_id: run for run in map(_run, _complete(one))} for one in found)
+    said = [f"left out: {shown(lost.why)}" for one in found for lost in one.left_out]
+    for root, runs in ((committed_root, committed), (local_root, local)):
+        if not runs:
+            return "\n".join([*said, f"No complete runs in {root}: there is nothing to compare."]), False
+    asked = {run.setting for run in local.values()}
+    cells: dict[_Cell, list[_Run]] = defaultdict(list)
+    for run in committed.values():
+        for protocol in run.scores if run.setting in asked else ():
+            cells[run.setting, run.method, protocol].append(run)
+    if not cells:
         return f"No complete committed run in {committed_root} is about {', '.join(sorted(asked))}.", False
-    lines = [f"{'method':<18} {'protocol':<14} {'runs':>5} {'local':>7} {'committed':>10} {'tolerance':>10}  agreement"]
-    counts: dict[str, int] = defaultdict(int)
+    agreements = {key: agreement(local[key].rows, run.rows) for key, run in committed.items() if key in local}
+    lines, counts = _table(cells, local, agreements)
+    extra = len(set(local) - set(committed))
+    lines += [f"{extra} of your runs have no committed record and are not compared."] if extra else []
+    lines += [NOTE, _verdict(counts)]
+    if counts[LEVELS[3]]:
+        lines += _package_differences(*found)
+    return "\n".join([*said, *lines]), not counts[LEVELS[3]] and not counts[MISSING]
+
+
+NOTE = (
+    "Average accuracy in percent over tasks and the runs that both have; tolerance: two binomial standard errors of "
+    "the difference; flipped: items answered otherwise. Same bytes: every stream, wall time aside; same answers: every "
+    "item alike and the other streams within their tolerances; within the interval: items flipped, or ten tolerances."
+)
+
+
+def _table(
+    cells: dict[_Cell, list[_Run]], local: dict[str, _Run], agreements: dict[str, Agreement]
+) -> tuple[list[str], Counter[str]]:
+    """A line per method and protocol, what keeps a run apart below it, and how many lines there are of each level."""
+    lines = [
+        f"{'method':<18} {'protocol':<14} {'runs':>5} {'local':>7} {'committed':>10} {'tolerance':>10} "
+        f"{'flipped':>8}  agreement"
+    ]
+    counts: Counter[str] = Counter()
     before = ""
-    for (setting, method, protocol), scores in sorted(by_method.items()):
-        if setting != before:
-            lines.append(f"{setting}:")
+    for (setting, method, protocol), runs in sorted(cells.items()):
+        lines += [f"{setting}:"] if setting != before else []
         before = setting
-        pairs = [(local[s.spec_id, protocol], s) for s in scores if (s.spec_id, protocol) in local]
-        status, ours, theirs, tolerance = _agreement(pairs, len(scores))
+        pairs = [(local[run.spec_id], run) for run in runs if run.spec_id in local]
+        level, numbers, why = _agreement(pairs, [agreements[run.spec_id] for _, run in pairs], protocol)
+        status = MISSING if len(pairs) < len(runs) and level != LEVELS[3] else level
         counts[status] += 1
-        cells = [f"{100 * v:.2f}" if v is not None else "–" for v in (ours, theirs, tolerance)]
+        tail = f" ({len(runs) - len(pairs)} of {len(runs)}; the others: {level})" if pairs and status == MISSING else ""
+        values = [f"{100 * v:.2f}" if v is not None else "–" for v in numbers]
+        flips = [agreements[run.spec_id].flipped for _, run in pairs]
+        flipped = str(sum(map(int, filter(None, flips)))) if flips and None not in flips else "–"
         lines.append(
-            f"{method:<18} {protocol:<14} {len(pairs)}/{len(scores):<3} {cells[0]:>7} {cells[1]:>10} "
-            f"{cells[2]:>10}  {status}"
+            f"{method:<18} {protocol:<14} {len(pairs)}/{len(runs):<3} {values[0]:>7} {values[1]:>10} "
+            f"{values[2]:>10} {flipped:>8}  {status}{tail}"
         )
-    extra = len({spec_id for spec_id, _ in set(local) - set(committed)})
-    if extra:
-        lines.append(f"{extra} of your runs have no committed record and are not compared.")
-    ok = not counts["differ"] and not counts["missing"]
-    lines.append(
-        "Average accuracy in percent over tasks and the runs that both have; tolerance: two binomial standard "
-        "errors of the difference."
-    )
-    lines.append(
-        ("The numbers agree with the committed records" if ok else "The numbers do not all agree")
-        + ": "
-        + ", ".join(f"{n} {status}" for status, n in sorted(counts.items()) if n)
-        + "."
-    )
-    if counts["differ"] and packages:
-        lines += _package_differences(packages)
-    return "\n".join(lines), ok
+        lines += [f"    {shown(text)}" for text in why[:3]]
+    return lines, counts
 
 
 def _agreement(
-    pairs: Sequence[tuple[_Score, _Score]], wanted: int
-) -> tuple[str, float | None, float | None, float | None]:
+    pairs: Sequence[tuple[_Run, _Run]], found: Sequence[Agreement], protocol: str
+) -> tuple[str, tuple[float | None, ...], list[str]]:
+    """(level, (our average, theirs, tolerance), what keeps them apart) of a method's runs by one protocol."""
     if not pairs:
-        return "missing", None, None, None
-    ours, theirs = (sum(pair[side].average for pair in pairs) / len(pairs) for side in (0, 1))
-    tolerance = 2 * math.sqrt(sum(a.variance + b.variance for a, b in pairs) / len(pairs))
-    if any(set(a.by_task) != set(b.by_task) for a, b in pairs):
-        return "differ", ours, theirs, tolerance
-    if len(pairs) < wanted:
-        return "missing", ours, theirs, tolerance
-    if all(a.by_task == b.by_task for a, b in pairs):
-        return "agree exactly", ours, theirs, tolerance
-    return ("within tolerance" if abs(ours - theirs) <= tolerance else "differ"), ours, theirs, tolerance
+        return MISSING, (None, None, None), []
+    why = [f"{ours.spec_id}: {one.why}" for (ours, _), one in zip(pairs, found, strict=True) if one.why]
+    if any(set(a.scores.get(protocol, {})) != set(b.scores[protocol]) for a, b in pairs):
+        return LEVELS[3], (None, None, None), [*why, "other tasks are scored"]
+    ours, theirs = (sum(pair[side].average(protocol) for pair in pairs) / len(pairs) for side in (0, 1))
+    tolerance = 2 * math.sqrt(sum(a.variance(protocol) + b.variance(protocol) for a, b in pairs) / len(pairs))
+    level = worst([one.level for one in found])
+    if level == LEVELS[2] and abs(ours - theirs) > tolerance:
+        level, why = LEVELS[3], [*why, "the averages differ by more than the tolerance"]
+    return level, (ours, theirs, tolerance), why
 
 
-def _scores(root: Path, experiment: str | None, packages: dict[str, dict[str, str]]) -> dict[tuple[str, str], _Score]:
-    found: dict[tuple[str, str], _Score] = {}
-    for path, record in iter_runs(Path(root), experiment):
-        if record["status"] != "complete":
-            continue
-        packages[str(root)] = dict(record.get("packages") or {})
-        method, rank = record["spec"]["method"]["name"], record["spec"]["method"].get("rank")
-        for row in read_rows(path, "eval"):
-            if row["metric"] == "accuracy" and row["value"] is not None:
-                key = record["spec_id"], row["protocol"]
-                name = method if rank is None else f"{method} rank {rank}"
-                spec = record["spec"]
-                data = spec["data"].get("eval_name") or spec["data"]["name"]
-                setting = f"{spec['experiment']}, tier {spec['tier']}, model {spec['model']['name']}, data {data}"
-                found.setdefault(key, _Score(record["spec_id"], setting, name, row["protocol"], {}))
-                found[key].by_task[row["task"]] = (float(row["value"]), int(row["n"]))
-    return found
+def _verdict(counts: Counter[str]) -> str:
+    if counts[LEVELS[3]]:
+        said = "The numbers do not all agree with the committed records"
+    elif counts[MISSING]:
+        said = "What is there agrees with the committed records, but runs are missing"
+    else:
+        said = "The numbers agree with the committed records"
+    return f"{said}: {', '.join(f'{counts[one]} {one}' for one in (*LEVELS, MISSING) if counts[one])}."
 
 
-def _package_differences(packages: dict[str, dict[str, str]]) -> list[str]:
-    if len(packages) != 2:
-        return []
-    ours, theirs = packages.values()
+def _survey(root: Path, experiment: str | None) -> Survey:
+    if not (root / "runs").is_dir():
+        raise SpecError(f"{root} is no results folder: it has no runs/")
+    return survey(root, experiment)
+
+
+def _complete(found: Survey) -> list[tuple[Path, dict[str, Any]]]:
+    return [(path, record) for path, record in found.runs if record["status"] == "complete"]
+
+
+def _run(pair: tuple[Path, dict[str, Any]]) -> _Run:
+    path, record = pair
+    spec = record["spec"]
+    method, rank = spec["method"]["name"], spec["method"].get("rank")
+    data = spec["data"].get("eval_name") or spec["data"]["name"]
+    run = _Run(
+        record["spec_id"],
+        f"{spec['experiment']}, tier {spec['tier']}, model {spec['model']['name']}, data {data}",
+        method if rank is None else f"{method} rank {rank}",
+        {name: read_rows(path, name) for name in STREAMS},
+    )
+    for row in run.rows["eval"]:
+        if row["metric"] == "accuracy" and row["value"] is not None:
+            run.scores.setdefault(row["protocol"], {})[row["task"]] = float(row["value"]), int(row["n"])
+    return run
+
+
+def _package_differences(local: Survey, committed: Survey) -> list[str]:
+    """The versions that differ between the last runs of the two folders."""
+    ours, theirs = (_complete(one)[-1][1].get("packages") or {} for one in (local, committed))
     changed = [
         f"{name} {ours.get(name, '–')} (committed: {theirs.get(name, '–')})"
         for name in sorted(set(ours) | set(theirs))

@@ -76,6 +76,8 @@ def layer_correlation(probes: pd.DataFrame, label: str, kind: str) -> Estimate |
     Returns the estimate of `statistics.correlation`, None where there are no rows or nothing varies.
     """
     rows = _select(probes, {"label": label, "kind": kind})
+    # of a run so short that two fractions fall on one step, the step is one point, not two
+    rows = rows.drop_duplicates([name for name in ("spec_id", "seed", "module", "step") if name in rows])
     return (
         statistics.correlation(
             {int(seed): (part["delta_d"].to_numpy(), part["delta_m"].to_numpy()) for seed, part in rows.groupby("seed")}
@@ -93,6 +95,8 @@ def _coefficients(claim: dict[str, Any], scored: pd.DataFrame) -> dict[str, int]
     lowest: list[int] = []
     for method, sign in ((claim["method"].lower(), 1), (claim["other"].lower(), -1)):
         ranks = scored.loc[scored["method"] == method, ["label", "rank"]].drop_duplicates().sort_values("rank")
+        plain = ranks["label"].map(lambda label: "(" not in str(label)).astype(bool)
+        ranks = ranks[plain]  # variants of a setting are no step of a rank
         if ranks["rank"].nunique() < 2:
             return None
         lost |= {ranks["label"].iloc[-1]: sign, ranks["label"].iloc[0]: -sign}

@@ -22,7 +22,7 @@ def compare(run: Path, method: str, rank: int, model: str | None) -> pd.DataFram
     method, rank: of the adapter ("LoRA" or "DoRA"), as the paper writes them.
     model: the paper's name of the base ("LLaMA-7B", ...); None: no number to compare with. Verdicts: "equal" (to the
     printed digit), "close" (within `CLOSE` points), "differs"; "within item noise" or "differs" (95 % binomial
-    interval) where not all of the published items were asked; "no published number". elsewhere: the same cell as
+    interval) where not all of the released items were asked; "no number in the paper". elsewhere: the same cell as
     printed in another place by its authors. flags: unparsed above 1 %, below chance.
     """
     rows = [row for row in read_stream(run, "eval") if row["protocol"] == "generate"]
@@ -40,14 +40,14 @@ def compare(run: Path, method: str, rank: int, model: str | None) -> pd.DataFram
             reprints.setdefault(claim["subject"], []).append(claim["value"])
     found = [_row(row, printed, reprints) for row in rows]
     complete = set(printed) <= {"average"} | {row["task"] for row in found}
-    whole = complete and all(row["n"] == row["n_published"] for row in found)
+    whole = complete and all(row["n"] == row["n_released"] for row in found)
     average = sum(row["accuracy"] for row in found) / len(found)
     overall = printed.get("average") if complete else None
     found.append(
         {
             "task": "average",
             "n": sum(row["n"] for row in found),
-            "n_published": None,
+            "n_released": None,
             "accuracy": average,
             "paper": overall,
             "elsewhere": reprints.get("average"),
@@ -68,7 +68,7 @@ def _row(row: Mapping[str, Any], printed: Mapping[str, float], reprints: Mapping
     return {
         "task": task.column,
         "n": row["n"],
-        "n_published": known.items if known else None,
+        "n_released": known.items if known else None,
         "accuracy": accuracy,
         "paper": paper,
         "elsewhere": reprints.get(task.column),
@@ -80,7 +80,7 @@ def _row(row: Mapping[str, Any], printed: Mapping[str, float], reprints: Mapping
 
 def _verdict(accuracy: float, paper: float | None) -> str:
     if paper is None:
-        return "no published number"
+        return "no number in the paper"
     distance = abs(accuracy - paper)
     # the paper prints one digit, and 0.05 itself may have been rounded either way
     return "equal" if distance < 0.0501 else "close" if distance <= CLOSE else "differs"
@@ -88,7 +88,7 @@ def _verdict(accuracy: float, paper: float | None) -> str:
 
 def _verdict_of_some(accuracy: float, paper: float | None, n: int) -> str:
     if paper is None:
-        return "no published number"
+        return "no number in the paper"
     from scipy.stats import binomtest
 
     interval = binomtest(round(accuracy / 100 * n), n).proportion_ci(method="wilson")
@@ -115,12 +115,12 @@ def table(rows: pd.DataFrame) -> str:
 def summary(rows: pd.DataFrame) -> str:
     """One sentence on what the comparison means."""
     verdicts = rows.loc[rows["task"] != "average", "verdict"]
-    if (verdicts == "no published number").any():
+    if (verdicts == "no number in the paper").any():
         return "The paper has no number for some of this; nothing is verified there."
     if (verdicts == "differs").any():
         names = ", ".join(rows.loc[rows["verdict"] == "differs", "task"])
         return f"Differs from the paper: {names}. Look at base, data (record.json, inputs) and flags before training."
     if (verdicts == "within item noise").any():
-        return "Nothing speaks against the paper's numbers, but not all published items were asked."
+        return "Nothing speaks against the paper's numbers, but not all released items were asked."
     worst = (rows["accuracy"] - rows["paper"]).abs().max()
     return f"Model, data and evaluation give the paper's numbers to within {worst:.1f} points."

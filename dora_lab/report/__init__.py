@@ -12,8 +12,9 @@ A missing value is None in a frame, `–` in a table and an empty field in a csv
 
 from __future__ import annotations
 
+from dora_lab.report.apart import sets_apart
 from dora_lab.report.figures import new_figure, save_figure
-from dora_lab.report.frames import GROUP, frame, groups, scores
+from dora_lab.report.frames import GROUP, REFUSED, frame, groups, scores
 from dora_lab.report.labels import (
     HALF_RANK,
     KINDS,
@@ -24,6 +25,7 @@ from dora_lab.report.labels import (
     ordered_labels,
     ordered_tasks,
     style,
+    styles,
 )
 from dora_lab.report.provenance import Provenance, provenance
 from dora_lab.report.tables import Block, latex_escape, markdown, number, readme_block, save_table
@@ -34,6 +36,7 @@ __all__ = [
     "KINDS",
     "METHODS",
     "MISSING",
+    "REFUSED",
     "TASKS",
     "Block",
     "Provenance",
@@ -51,5 +54,7 @@ __all__ = [
     "save_figure",
     "save_table",
     "scores",
+    "sets_apart",
     "style",
+    "styles",
 ]

@@ -1,6 +1,6 @@
 """Protocol cards and their differences, in words, from records alone: what people who cannot reproduce a number lack.
 
-`card` puts everything that a run's score depends on on one page; `diff` says how two runs, or a run and the published
+`card` puts everything that a run's score depends on on one page; `diff` says how two runs, or a run and the paper's
 protocol, differ. The reading side: imports no torch.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 from dora_lab.io.files import hash_bytes
 from dora_lab.methods.catalog import catalog
 from dora_lab.models import shapes
+from dora_lab.runs.caveats import caveats
 from dora_lab.runs.record import read_record
 from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Spec, from_dict, leaves, to_dict, words
@@ -48,6 +49,7 @@ def card(path: Path) -> str:
     flat = leaves(to_dict(spec))
     train, asked = TEMPLATES[spec.data.template]
     evals = read_stream(path, "eval")
+    known = [*caveats(record), *record.get("notes", [])]
     parts = [
         f"# Protocol card: {name(spec)}",
         f"Run {record['spec_id']}, {record['status']}" + (f": {record['error']}" if record["error"] else "") + ".",
@@ -59,13 +61,16 @@ def card(path: Path) -> str:
         _list("Training", [*_said(flat, ("seed", "optim.")), *_trained(record)]) if spec.optim else None,
         _list("Evaluation", [*_said(flat, ("evaluation.",)), *_decoding(spec)]),
         _scores(evals),
+        _list("To be known with the scores", known)
+        if (known := [*caveats(record), *record.get("notes", [])])
+        else None,
         _list("Code and machine", _machine(record)),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def diff(path: Path, other: Path | Spec) -> str:
-    """How two runs differ, or a run and a published spec, in words; a line per difference, then what both scored."""
+    """How two runs differ, or a run and a spec of the paper, in words; a line per difference, then both scores."""
     record = read_record(path)
     mine = from_dict(record["spec"])
     theirs_record = None if isinstance(other, Spec) else read_record(other)
@@ -89,8 +94,8 @@ def diff(path: Path, other: Path | Spec) -> str:
     return "\n".join(lines)
 
 
-def nearest(spec: Spec, published: Iterable[Spec]) -> Spec:
-    """The published spec that a run is to be held against: of its model, method and rank, as far as there are such.
+def nearest(spec: Spec, protocol: Iterable[Spec]) -> Spec:
+    """The spec of the paper that a run is to be held against: of its model, method and rank, as far as there are such.
 
     Raises ValueError if there is none at all.
     """
@@ -106,7 +111,7 @@ def nearest(spec: Spec, published: Iterable[Spec]) -> Spec:
             other.seed != spec.seed,
         )
 
-    found = min(published, key=far, default=None)
+    found = min(protocol, key=far, default=None)
     if found is None:
         raise ValueError("no experiment has a tier 'paper', so there is no published protocol to compare with")
     return found
@@ -247,7 +252,8 @@ def _scores(evals: list[dict[str, Any]]) -> str | None:
 def _machine(record: Mapping[str, Any]) -> list[str]:
     code, machine = record.get("code") or {}, record.get("machine") or {}
     changed = f", with uncommitted changes {code['diff']}" if code.get("diff") else ""
-    lines = [f"code: {code.get('commit') or 'unknown'}{changed}"]
+    files = f"files of sha256 {code['files']}" if code.get("files") else "unknown"
+    lines = [f"code: {code.get('commit') or files}{changed}"]
     lines += [f"{key}: {value}" for key, value in machine.items()]
     lines += [f"device: {record['device']}"] if record.get("device") else []
     seconds = record.get("seconds") or {}

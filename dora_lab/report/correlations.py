@@ -42,6 +42,8 @@ def correlate(probes: pd.DataFrame, kind: str, axis: str = "out", view: str = "p
         return None
     if (rows.groupby("seed")["spec_id"].nunique() > 1).any():
         raise ValueError("correlate: these runs differ in more than the seed; select the rows of one setting")
+    # of a run so short that two fractions fall on one step, the step is one point, not two
+    rows = rows.drop_duplicates(["spec_id", "module", "step"])
     points = {}
     for seed, part in rows.sort_values(["module", "step"]).groupby("seed"):
         # modules, not layers: an encoder and a decoder number theirs alike

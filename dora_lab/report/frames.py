@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from dora_lab.report import statistics
-from dora_lab.report.labels import HALF_RANK, METHODS, ordered_labels, ordered_tasks
-from dora_lab.runs.record import iter_runs
+from dora_lab.report.labels import ordered_labels, ordered_tasks
+from dora_lab.report.naming import GROUP, add_labels
 from dora_lab.runs.streams import read_rows
-from dora_lab.spec import leaves
+from dora_lab.runs.survey import survey
+from dora_lab.spec import Spec, leaves, to_dict
 
-GROUP = ["experiment", "tier", "model", "data", "eval_data", "split"]  # what never shares a column or a panel
+REFUSED = "damaged or misplaced (`dora-lab doctor` names them)"
 _FIRST = (*GROUP, "spec_id", "method", "rank", "label", "seed", "trainable_percent", "commit", "modified")
 _STREAMS = {  # columns that a frame has even when there are no rows
     "eval": (
@@ -44,29 +45,37 @@ _STREAMS = {  # columns that a frame has even when there are no rows
 }
 
 
-def frame(root: Path, experiment: str | None = None, stream: str = "eval") -> pd.DataFrame:
+def frame(
+    root: Path, experiment: str | None = None, stream: str = "eval", declared: Iterable[Spec] = ()
+) -> pd.DataFrame:
     """All complete runs of the results folder `root` (those in `root/runs`) as one frame.
 
     Args: experiment: name of one experiment; None = all. stream: "eval", "probe", "metrics", "timing" (one row per line
         of that file) or "record" (one row per run, the record flattened: "params.trainable", "seconds.train", ...).
+        declared: the specs that the experiments name: their runs keep their labels whatever lies beside them.
     Returns a frame whose first columns describe the run: the spec flattened with dots ("optim.learning_rate"), plus
         `method`, `rank`, `model`, `data`, `eval_data`, `split` as short names, `label` (name in tables; runs that
         differ in more than the seed have different labels), `trainable_percent` (of all parameters; None unknown),
         `commit` and `modified` (uncommitted changes) of the code. `attrs["incomplete"]` counts the runs that were
-        left out, `attrs["statuses"]` by label and status ("DoRA failed"). No runs: an empty frame of these columns.
-    Raises: ValueError for an unknown stream, and whatever `store` raises for an unreadable record.
+        left out, `attrs["statuses"]` by label and status ("DoRA failed"), with the folders that `runs.survey` refuses.
+        No runs: an empty frame of these columns.
+    Raises: ValueError for an unknown stream.
     """
     if stream not in _STREAMS:
         raise ValueError(f"report.frame: stream {stream!r} is not one of {', '.join(_STREAMS)}")
     runs: list[tuple[Path, dict[str, Any], dict[str, Any]]] = []
     left_out: list[dict[str, Any]] = []
-    for path, record in iter_runs(Path(root), experiment):
+    found = survey(Path(root), experiment)
+    for path, record in found.runs:
         if record["status"] == "complete":
             runs.append((path, record, _run_columns(record)))
         else:
             left_out.append(_run_columns(record) | {"status": record["status"]})
-    statuses = _statuses([columns for _, _, columns in runs], left_out)
-    _add_labels([columns for _, _, columns in runs])
+    named = [_spec_columns(to_dict(spec)) for spec in declared]
+    statuses = _statuses([columns for _, _, columns in runs], left_out, named)
+    if found.left_out:
+        statuses[REFUSED] = len(found.left_out)
+    add_labels([columns for _, _, columns in runs], named)
     rows: list[dict[str, Any]] = []
     for path, record, columns in runs:
         if stream == "record":
@@ -77,32 +86,41 @@ def frame(root: Path, experiment: str | None = None, stream: str = "eval") -> pd
     result = pd.DataFrame(rows)
     result = result.reindex(columns=[*first, *(c for c in result.columns if c not in first)])
     result["rank"] = result["rank"].astype("Int64")
-    result.attrs.update(incomplete=len(left_out), statuses=statuses)
+    result.attrs.update(incomplete=len(left_out) + len(found.left_out), statuses=statuses)
     return result
 
 
-def _statuses(complete: Sequence[dict[str, Any]], left_out: Sequence[dict[str, Any]]) -> dict[str, int]:
+def _statuses(
+    complete: Sequence[dict[str, Any]], left_out: Sequence[dict[str, Any]], named: Sequence[dict[str, Any]]
+) -> dict[str, int]:
     """How many of the runs that were left out ended how, by the labels that they would have beside the complete."""
     others = [dict(columns) for columns in left_out]
-    _add_labels([*(dict(columns) for columns in complete), *others])
+    add_labels([*(dict(columns) for columns in complete), *others], named)
     return dict(sorted(Counter(f"{columns['label']} {columns['status']}" for columns in others).items()))
 
 
 def _run_columns(record: Mapping[str, Any]) -> dict[str, Any]:
-    flat = _cells(record["spec"])
+    flat = _spec_columns(record["spec"])
     params, code = record.get("params") or {}, record.get("code") or {}
     trainable, total = params.get("trainable"), params.get("total")
     return flat | {
         "spec_id": record["spec_id"],
+        "trainable_percent": 100 * trainable / total if trainable is not None and total else None,
+        "commit": code.get("commit") or (f"files {code['files']}" if code.get("files") else None),
+        "modified": bool(code.get("diff")),
+    }
+
+
+def _spec_columns(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A spec flattened, and short names of what everybody asks for."""
+    flat = _cells(spec)
+    return flat | {
         "method": flat["method.name"],
         "rank": flat.get("method.rank"),
         "model": flat["model.name"],
         "data": flat["data.name"],
         "split": flat.get("evaluation.split"),
         "eval_data": flat.get("data.eval_name") or flat["data.name"],
-        "trainable_percent": 100 * trainable / total if trainable is not None and total else None,
-        "commit": code.get("commit"),
-        "modified": bool(code.get("diff")),
     }
 
 
@@ -110,41 +128,6 @@ def _cells(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Columns of a row; lists as JSON text, so that a column can be grouped and compared."""
     found = leaves(tree)
     return {path: json.dumps(value) if isinstance(value, list | tuple) else value for path, value in found.items()}
-
-
-def _add_labels(runs: Sequence[dict[str, Any]]) -> None:
-    """Label each run: DoRA, DoRA† at half of the one other rank, DoRA r=8 in a sweep, and what else sets it apart."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    for run in runs:
-        groups[tuple(run[name] for name in GROUP)].append(run)
-    for members in groups.values():
-        ranks = {run["rank"] for run in members if run["rank"] is not None}
-        half = max(ranks) / 2 if ranks and ranks <= {max(ranks), max(ranks) / 2} else None
-        own_ranks = defaultdict(set)
-        for run in members:
-            own_ranks[run["method"]].add(run["rank"])
-        for run in members:
-            name = METHODS[run["method"]].label if run["method"] in METHODS else run["method"]
-            if run["rank"] is not None and run["rank"] == half:
-                name += HALF_RANK
-            elif half is None and len(own_ranks[run["method"]]) > 1:
-                name += f" r={run['rank']}"
-            run["label"] = name
-        _tell_variants_apart(members)
-
-
-def _tell_variants_apart(members: Sequence[dict[str, Any]]) -> None:
-    """Runs under one label must differ in the seed alone; where they do not, the fields that differ join the label."""
-    same: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for run in members:
-        same[run["label"]].append(run)
-    aside = {"seed", "spec_id", "label", "trainable_percent", "commit", "modified"}
-    for runs in same.values():
-        fields = sorted({key for run in runs for key in run if "." in key and key not in aside})
-        differing = [f for f in fields if len({repr(run.get(f)) for run in runs}) > 1]
-        for run in runs:
-            if differing:
-                run["label"] += f" ({', '.join(f'{f}={run.get(f)}' for f in differing)})"
 
 
 def groups(data: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

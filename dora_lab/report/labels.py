@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 
 import pandas as pd
 
@@ -21,7 +22,7 @@ class Style:
     label: str
     colour: str
     marker: str
-    line: str
+    line: str | tuple[int, tuple[int, ...]]  # as matplotlib takes it
 
 
 # In the order of tables and legends. A method that has no file follows in alphabetical order under its own name.
@@ -67,9 +68,33 @@ def ordered_tasks(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
+_MARKERS = ("D", "P", "X", "v", "p", "h", "<", ">", "8", "d")
+_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 3)), (0, (3, 1, 1, 1, 1, 1)))
+
+
+def styles(labels: Iterable[str]) -> dict[str, Style]:
+    """A style for each label of one figure, no two the same in marker and line.
+
+    A method has its own; a variant of it ("DoRA r=8") has its colour, and a marker and a line that nobody else has as
+    long as there are such.
+    """
+    known = {look.label: look for look in METHODS.values()}
+    found = {label: known.get(label) for label in labels}
+    taken = {(look.marker, look.line) for look in found.values() if look is not None}
+    for label in [label for label, look in found.items() if look is None]:
+        # of the methods that a label begins with, the longest: "DoRA" before "Do"
+        method = max((name for name in known if label.startswith(f"{name} ")), key=len, default=None)
+        free = [pair for pair in product(_MARKERS, _LINES) if pair not in taken]
+        markers, lines = ({pair[side] for pair in taken} for side in (0, 1))
+        marker, line = min(free, key=lambda pair: (pair[0] in markers) + (pair[1] in lines), default=("D", "-"))
+        taken.add((marker, line))
+        found[label] = Style(label, known[method].colour if method else spare_colour(label), marker, line)
+    return {label: look for label, look in found.items() if look is not None}
+
+
 def style(label: str) -> Style:
-    """Style of a label; methods without one get the next of four spare colours (stable for a name)."""
+    """Style of a label alone; for several labels of one figure, `styles` tells them apart."""
     for known in METHODS.values():
         if known.label == label:
             return known
-    return Style(label, spare_colour(label), "D", "-")
+    return styles([label])[label]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from dora_lab.io.atomic import replacing, write_bytes, write_text
+from dora_lab.io.text import no_formula
 from dora_lab.report.figures import new_figure
 from dora_lab.report.statistics import correlation
 
@@ -65,11 +68,13 @@ def save(rows: list[dict[str, Any]], path: Path) -> Path:
     """Write the rows in the format of the file's ending; returns the path."""
     frame = pd.DataFrame(rows)
     if path.suffix == ".csv":
-        frame.to_csv(path, index=False)
+        write_text(path, frame.map(no_formula).to_csv(index=False))
     elif path.suffix == ".jsonl":
-        frame.to_json(path, orient="records", lines=True, force_ascii=False, double_precision=15)
+        rows_text = frame.to_json(orient="records", lines=True, force_ascii=False, double_precision=15)
+        write_text(path, str(rows_text))
     else:
-        frame.to_parquet(path, index=False)
+        with replacing(path) as temporary:
+            frame.to_parquet(temporary, index=False)
     return path
 
 
@@ -104,5 +109,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> Path:
         handles=keys, loc="outside lower center", ncols=min(4, len(keys)), frameon=False, fontsize=8,
         title=title, title_fontsize=8,
     )  # fmt: skip
-    figure.savefig(path, dpi=200)
+    drawn = BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], dpi=200)
+    write_bytes(path, drawn.getvalue())
     return path

@@ -23,7 +23,7 @@ class Provenance:
 
     def caption(self) -> str:
         """One line for a reader: experiment, tier, number of complete runs, commit."""
-        commits = ", ".join(c[:10] for c in self.commits[:3]) or "unknown"
+        commits = ", ".join(c if c.startswith("files ") else c[:10] for c in self.commits[:3]) or "unknown"
         if len(self.commits) > 3:
             commits += f" and {len(self.commits) - 3} more"
         changed = " with uncommitted changes" if self.modified else ""

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from dora_lab.io.atomic import write_text
+from dora_lab.io.text import no_formula
 from dora_lab.report.labels import MISSING
 from dora_lab.report.provenance import Provenance
 
@@ -57,7 +58,7 @@ def save_table(
     parts = [*texts, f"<!-- runs: {runs} -->"]
     tex = [f"% runs: {runs}", *(_latex(block, title, tail) for block in blocks)]
     paths = [folder / f"{name}.{ending}" for ending in ("md", "tex", "csv")]
-    data = data.rename(columns=_without_nul).map(_without_nul)
+    data = data.rename(columns=_without_nul).map(_without_nul).map(no_formula)
     numbers = data.to_csv(index=False, lineterminator="\n", float_format="%.6g", quoting=csv.QUOTE_MINIMAL)
     for path, text in zip(paths, ("\n\n".join(parts) + "\n", "\n\n".join(tex) + "\n", numbers), strict=True):
         write_text(path, text)

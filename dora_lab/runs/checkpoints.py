@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_lab.io.atomic import fsync, write_text
+from dora_lab.io.atomic import fsync, of_disk, write_text
 from dora_lab.io.files import hash_bytes, sha256
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.errors import ResumeError
@@ -72,7 +72,7 @@ class Checkpoints:
             self._seal(begun, step, beside)
         except Exception as error:
             shutil.rmtree(self.partial, ignore_errors=True)
-            if not _of_disk(error):
+            if not of_disk(error):
                 raise
             last = [folder.name for folder in self.all()]
             raise SaveError(
@@ -190,12 +190,6 @@ def clear(folder: Path) -> None:
             path.unlink()
     with contextlib.suppress(OSError):
         folder.rmdir()
-
-
-def _of_disk(error: Exception) -> bool:
-    """Whether writing failed: torch and safetensors have errors of their own for it."""
-    writers = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream error", "os error")
-    return isinstance(error, OSError) or any(word in str(error) for word in writers)
 
 
 def _own_hash(manifest: Mapping[str, Any]) -> str:

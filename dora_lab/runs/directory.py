@@ -17,12 +17,12 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from dora_lab.io.atomic import fsync, write_text
 from dora_lab.io.files import hash_bytes
-from dora_lab.runs.errors import OUTSIDE, StoreError
-from dora_lab.runs.lock import acquire
+from dora_lab.runs.errors import OUTSIDE, LockedError, StoreError
+from dora_lab.runs.lock import Lock, acquire
 from dora_lab.runs.record import ENDINGS, SCHEMA, read_record, run_path
 from dora_lab.runs.streams import STREAMS, content, repair
 from dora_lab.spec import Spec, did_you_mean, from_dict, spec_id, to_dict
@@ -35,8 +35,9 @@ log = logging.getLogger(__name__)
 class RunDir:
     """One run directory, locked and open for writing; use ``with RunDir.open(root, spec) as run``.
 
-    Leaving the block without `finish` marks the run: `interrupted` (Ctrl-C, a full disk, nothing said), `failed` (any
-    other exception, whose text becomes the error). A complete run is never written to: check `complete` after opening.
+    Leaving the block without `finish` marks the run: `interrupted` (Ctrl-C, a full disk, nothing said, anything at all
+    once its training is done), `failed` (any other exception, whose text becomes the error). A complete run is never
+    written to: check `complete` after opening.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +45,7 @@ class RunDir:
         self.samples = path / "samples"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
-        self._lock: IO[str] | None = None
+        self._lock: Lock | None = None
         self._record: dict[str, Any] = {}
 
     @classmethod
@@ -92,6 +93,7 @@ class RunDir:
 
         A crash in between leaves a failed run, which starts from nothing as well.
         """
+        self._refuse_if_lost()
         kept = {name: self._record[name] for name in ("schema", "spec", "spec_id")}
         self._record = {**kept, "status": "failed", "error": f"starting anew: {reason}", "notes": [reason]}
         _write_json(self.path / "record.json", self._record)
@@ -116,8 +118,10 @@ class RunDir:
                     self.finish("interrupted", "the run was left unfinished")
                 else:
                     words = f"{kind.__name__}: {error}" if str(error) else kind.__name__
-                    with contextlib.suppress(OSError):  # on a full disk: `running` without a lock says as much
-                        self.finish("interrupted" if issubclass(kind, OUTSIDE) else "failed", words)
+                    # on a full disk `running` without a lock says as much; a lock that was lost forbids to say it
+                    with contextlib.suppress(OSError, LockedError):
+                        kept = issubclass(kind, OUTSIDE) or self._record.get("trained")
+                        self.finish("interrupted" if kept else "failed", words)
         finally:
             self.close()
 
@@ -194,6 +198,13 @@ class RunDir:
         _write_json(self.path / "record.json", merged)
         self._record = merged
 
+    def mark_trained(self, done: bool) -> None:
+        """Say whether the last training step is in a checkpoint. Then no error fails the run any more: a failed run
+        starts from nothing, an interrupted one goes on. The record of a complete run has no such field, `trained`.
+        """
+        if done != self._record.get("trained", False):
+            self.record(trained=done)
+
     def finish(self, status: str, error: str | None = None) -> None:
         """End the run as complete, failed or interrupted; a failure needs its error text, a success has none.
 
@@ -207,21 +218,26 @@ class RunDir:
             )
         self._refuse_if_closed()
         marks = self.marks()  # rows reach the disk before the record says that they are whole
-        more = {"streams": marks} if status == "complete" else {}
+        more = {}
+        if status == "complete":
+            more = {"streams": marks}
+            self._record.pop("trained", None)
         self._record = {**self._record, **more, "status": status, "error": error}
         _write_json(self.path / "record.json", self._record)
 
     def close(self) -> None:
         """Give the lock back; the directory stays as it is."""
         if self._lock is not None:
-            with contextlib.suppress(OSError):  # gone already, or the disk is read-only by now: the kernel's lock ends
-                os.unlink(self.path / "lock")
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
-    def _refuse_if_closed(self) -> None:
+    def _refuse_if_lost(self) -> None:
         if self._lock is None:
             raise StoreError(f"{self.path} is closed; open it again to write")
+        self._lock.require()
+
+    def _refuse_if_closed(self) -> None:
+        self._refuse_if_lost()
         if self.complete:
             raise StoreError(f"{self.path} is complete and is not written to; remove it to run it again")
 

@@ -6,10 +6,7 @@ record and is no finding; one that says nothing, or other than its files, is.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -19,8 +16,10 @@ from typing import Any, NamedTuple
 from dora_lab.io.errors import CheckpointError
 from dora_lab.io.files import parse_json
 from dora_lab.io.files import verify as verify_files
+from dora_lab.io.text import shown
 from dora_lab.runs import checkpoints
 from dora_lab.runs.errors import StoreError
+from dora_lab.runs.lock import holder
 from dora_lab.runs.record import read_record
 from dora_lab.runs.streams import STREAMS, read_rows
 from dora_lab.spec import Spec, from_dict
@@ -62,18 +61,22 @@ def examine(path: Path) -> Iterator[Finding]:
 
 
 def _run(path: Path) -> Iterator[Finding]:
-    owner, held = _lock(path / "lock")
-    if owner is not None and not held:
-        yield Finding(path / "lock", f"left by {owner}, which has ended", AGAIN)
+    owner = holder(path / "lock")
+    held = owner is not None and owner.alive
     try:
         record = read_record(path)
         spec = from_dict(record["spec"])
     except StoreError as error:
         yield of_error(path / "record.json", error)
         return
+    if owner is not None and not held:  # a complete run is opened by nobody again
+        mend = "delete it" if record["status"] == "complete" else AGAIN
+        yield Finding(path / "lock", f"left by {shown(owner.name)}, which has ended", mend)
     if (path.parent.name, path.name) != (spec.experiment, record["spec_id"]):
         right = f"{spec.experiment}/{record['spec_id']}"
-        yield Finding(path, f"its record is of the run {right}", f"move the folder to {right}")
+        there = (path.parents[1] / right).exists()
+        mend = "a copy: move it out of runs/, or delete it" if there else f"move the folder to {right}"
+        yield Finding(path, f"its record is of the run {right}, so no table or figure counts it", mend)
     status = record["status"]
     if (status == "failed") != bool(record["error"]) and status in ("failed", "complete"):
         yield Finding(path / "record.json", f"status {status} with error {record['error']!r}", ANEW)
@@ -163,27 +166,6 @@ def _manifest(folder: Path) -> Iterator[Finding]:
 def _leftovers(path: Path) -> Iterator[Finding]:
     for file in sorted([*path.glob(".*"), *path.glob("checkpoints/.*"), *path.glob("adapter/.*")]):
         yield Finding(file, "a temporary that was left behind", "delete it")
-
-
-def _lock(file: Path) -> tuple[str | None, bool]:
-    """(who is named in a lock file, whether it is held as far as can be told); (None, False) if there is none."""
-    try:
-        owner = json.loads(file.read_text(encoding="utf-8"))
-        host, pid = owner["host"], int(owner["pid"])
-    except FileNotFoundError:
-        return None, False
-    except (OSError, ValueError, KeyError, TypeError):
-        return "somebody without a name", False
-    name = f"process {pid} on host {host}"
-    if host != socket.gethostname():
-        return name, True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return name, False
-    except OSError:
-        pass
-    return name, True
 
 
 def _bench(folder: Path) -> Iterator[Finding]:

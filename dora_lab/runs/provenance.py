@@ -28,10 +28,13 @@ PACKAGES = (
 
 
 def code() -> dict[str, str | None]:
-    """`commit` of the repository and `diff`, a hash of uncommitted changes to the code; None where there is none."""
+    """`commit` of the repository and `diff`, a hash of uncommitted changes to the code; None where there is none.
+
+    Where git says nothing (an installed package, a folder of another user's), there is `files`, a hash of the code.
+    """
     commit = _git("rev-parse", "--verify", "HEAD")
     if commit is None:
-        return {"commit": None, "diff": None}
+        return {"commit": None, "diff": None, "files": _files()}
     changed = _git("diff", "HEAD", "--binary", "--", *CODE) or b""
     listed = (_git("ls-files", "--others", "--exclude-standard", "-z", "--", *CODE) or b"").split(b"\0")
     whole = hashlib.sha256(changed)
@@ -40,6 +43,17 @@ def code() -> dict[str, str | None]:
         whole.update(f"{file.relative_to(SOURCE).as_posix()}\0".encode())
         whole.update(file.read_bytes())
     return {"commit": commit.decode().strip(), "diff": whole.hexdigest()[:12] if changed or new else None}
+
+
+def _files() -> str:
+    """12 hex digits of the names and contents of all files of the code, wherever it is installed."""
+    whole = hashlib.sha256()
+    found = [file for folder in CODE for file in (SOURCE / folder).rglob("*") if file.is_file()]
+    for file in sorted(found, key=lambda file: file.relative_to(SOURCE).as_posix()):
+        if "__pycache__" not in file.parts:
+            whole.update(f"{file.relative_to(SOURCE).as_posix()}\0{file.stat().st_size}\0".encode())
+            whole.update(file.read_bytes())
+    return whole.hexdigest()[:12]
 
 
 def machine() -> dict[str, Any]:

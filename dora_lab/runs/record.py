@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def iter_runs(root: Path, experiment: str | None = None) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(run directory, record) of every run under the results folder `root`, sorted; of one experiment if named."""
-    for file in sorted((Path(root) / "runs").glob(f"{experiment or '*'}/*/record.json")):
-        yield file.parent, read_record(file.parent)
+def misplaced(path: Path, record: Mapping[str, Any]) -> str | None:
+    """Where the run directory `path` should lie, "<experiment>/<spec id>", if that is not where it lies."""
+    path = Path(path).absolute()
+    right = f"{record['spec']['experiment']}/{record['spec_id']}"
+    return None if f"{path.parent.name}/{path.name}" == right else right

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dora_lab.io.files import parse_json
 from dora_lab.tasks.task import FIELDS, Task
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class ItemError(ValueError):
@@ -58,6 +61,9 @@ def _check_item(item: Any, task: Task | None, at: Callable[[str], str]) -> None:
             raise ItemError(f"{at(field)}: missing; an item has {', '.join(FIELDS)}")
         if not isinstance(item[field], str):
             raise ItemError(f"{at(field)}: expected text, got {item[field]!r}")
+        if half := _HALF.search(item[field]):  # JSON can say it, UTF-8 and so a tokenizer cannot
+            what = f"half a character ({half.group()!r}) at place {half.start()}"
+            raise ItemError(f"{at(field)}: {what}; correct it or fetch the file again")
         needed = field != "input" and (task is not None or field != "answer")  # training reads the output alone
         if needed and not item[field].strip():
             raise ItemError(f"{at(field)}: empty; fill it or remove the item")
@@ -67,8 +73,12 @@ def _check_item(item: Any, task: Task | None, at: Callable[[str], str]) -> None:
         return
     if item["answer"] not in task.labels:
         raise ItemError(f"{at('answer')}: '{item['answer']}' is not a label of {task.name}: {', '.join(task.labels)}")
-    if item["answer"] not in task.options(item):
-        offered = "/".join(task.options(item))
+    try:
+        options = task.options(item)
+    except ValueError as error:
+        raise ItemError(f"{at('instruction')}: {error}; correct it or leave the item out") from None
+    if item["answer"] not in options:
+        offered = "/".join(options)
         raise ItemError(f"{at('answer')}: '{item['answer']}' is not among the answers that the item offers, {offered}")
     if task.parse(item["output"]) != item["answer"]:
         raise ItemError(f"{at('output')}: '{item['output']:.80}' does not say the answer '{item['answer']}'")

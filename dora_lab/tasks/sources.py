@@ -201,7 +201,10 @@ def _split(pools: Pools, data: Data, data_dir: Path | None) -> tuple[Pools, Pool
 
 
 def _split_mixed(pools: Pools, data: Data) -> tuple[Pools, Pools]:
-    """As released: `train_test_split` with seed 42 over all items in file order; the first of the rest are trained."""
+    """As released: `train_test_split` with seed 42 over all items in file order; the first of the rest are trained.
+
+    With no items held out, fewer than all are drawn from all, too: in file order they would be of the first task alone.
+    """
     import datasets
 
     everything = [(name, item) for name, pool in pools.items() for item in pool]
@@ -209,6 +212,8 @@ def _split_mixed(pools: Pools, data: Data) -> tuple[Pools, Pools]:
     if wanted > len(everything):
         raise LoadError(f"{wanted} items wanted, {len(everything)} there; ask for fewer")
     train, held = list(range(len(everything))), []
+    if not data.validation_items and data.train_items is not None and data.train_items < len(everything):
+        train = _shuffled(train, "mixed")
     if data.validation_items:
         rows = datasets.Dataset.from_dict({"row": train})
         both = rows.train_test_split(test_size=data.validation_items, shuffle=True, seed=DATA_SEED)
@@ -236,7 +241,7 @@ def _shares(pools: Pools, wanted: int) -> dict[str, int]:
     return {name: shares[name] for name in sizes}
 
 
-def _shuffled(pool: list[Item], name: str) -> list[Item]:
+def _shuffled(pool: list[Any], name: str) -> list[Any]:
     order = list(range(len(pool)))
     random.Random(f"{DATA_SEED} {name}").shuffle(order)
     return [pool[index] for index in order]

@@ -9,7 +9,7 @@ from typing import Any
 FIELDS = ("instruction", "input", "output", "answer")  # of an item in the LLM-Adapters format, all text
 RESPONSE = "### Response:"  # heading of the answer in both templates
 # the instructions of LLM-Adapters end in the labels that are allowed, e.g. "Answer format: answer1/answer2/answer3"
-_ANSWER_FORMAT = re.compile(r"Answer format: *(\S+)\s*$")
+ANSWER_FORMAT = "Answer format:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,21 @@ class Task:
         return found.group() if found else None
 
     def options(self, item: dict[str, Any]) -> tuple[str, ...]:
-        """The labels offered by this item (a few ARC items have 3 or 5), from the end of its instruction."""
-        found = _ANSWER_FORMAT.search(item["instruction"])
-        offered = tuple(found.group(1).split("/")) if found else ()
-        return offered if len(offered) > 1 and all(label in self.labels for label in offered) else self._usual
+        """The labels offered by this item (a few ARC items have 3 or 5), from the end of its instruction.
+
+        Blanks around them and a full stop after them do not matter. An instruction without the words "Answer format:"
+        offers what an ordinary item does; raises ValueError where two or more different labels do not follow them.
+        """
+        _, found, end = item["instruction"].rpartition(ANSWER_FORMAT)
+        if not found:
+            return self._usual
+        offered = tuple(label.strip() for label in end.strip().removesuffix(".").split("/"))
+        if len(offered) < 2 or len(set(offered)) < len(offered) or not set(offered) <= set(self.labels):
+            raise ValueError(
+                f"'{ANSWER_FORMAT}' is followed by {end.strip()!r:.80}, expected labels of {self.name} "
+                f"({', '.join(self.labels)}) with / between them"
+            )
+        return offered
 
     @property
     def _usual(self) -> tuple[str, ...]:

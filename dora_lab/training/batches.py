@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dora_lab.spec import Data, Optim
-from dora_lab.tasks import ItemError, train_prefix, train_text
+from dora_lab.tasks import ItemError, train_prefix
+from dora_lab.tasks.limits import NO_LIMITS, Limits
+from dora_lab.tasks.tokens import code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,26 +44,26 @@ class Encoded:
     answers_cut: int = 0  # of these, the answer lost something too: only with data.truncation "right", as released
 
 
-def encode(items: dict[str, list[dict[str, Any]]], data: Data, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def encode(
+    items: dict[str, list[dict[str, Any]]],
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits = NO_LIMITS,
+) -> Encoded:
     """Tokenise items: template, answer and end-of-sequence token; labels on the answer, or on all (`train_on_prompt`).
 
     An item longer than `data.cutoff` tokens is cut as `data.truncation` says, and counted. Raises ItemError naming task
-    and item where nothing would be left to learn: the answer does not fit, or it alone counts and is cut off whole.
+    and item where nothing would be left to learn: the answer does not fit, or it alone counts and is cut off whole; and
+    for an item that is beyond the `limits` of the model: it would end in an IndexError from its depths.
     """
     examples, shortened, answers_cut = [], 0, 0
     end = cast(int, tokenizer.eos_token_id)
     for task, pool in items.items():
-        texts = [train_text(item, data.template) for item in pool]
-        if not texts:
-            continue
-        coded = cast(Any, tokenizer(texts, return_offsets_mapping=True))
-        for number, (item, ids, offsets) in enumerate(
-            zip(pool, coded["input_ids"], coded["offset_mapping"], strict=True)
-        ):
-            # a token that reaches past the prefix predicts the answer, also where it begins inside the prefix
-            prefix = len(train_prefix(item, data.template))
-            answer = sum(stop > prefix for _, stop in offsets)
-            kept = _cut(ids, answer, data, end, f"training item {number} of {task}")
+        prefixes = [train_prefix(item, data.template) for item in pool]
+        coded = code(tokenizer, prefixes, [item["output"] for item in pool])
+        for number, text in enumerate(coded):
+            kept = _cut(text.ids, text.answer, data, end, f"training item {number} of {task}")
+            _refuse_beyond(kept.ids, limits, f"training item {number} of {task}")
             learnt = len(kept.ids) if data.train_on_prompt else kept.answer
             shortened += kept.dropped > 0
             answers_cut += kept.answer_dropped
@@ -97,6 +99,18 @@ def _cut(ids: list[int], answer: int, data: Data, end: int, where: str) -> _Cut:
         raise ItemError(f"{too_long}: the whole answer would be cut off, and loss is on it alone; raise data.cutoff")
     kept = tuple(ids[: len(ids) - dropped])
     return _Cut((*kept, *tail), max(0, answer - dropped) + ended, dropped, dropped > 0)
+
+
+def _refuse_beyond(ids: Sequence[int], limits: Limits, where: str) -> None:
+    if limits.exceeded(len(ids)):
+        raise ItemError(
+            f"{where}: {len(ids)} tokens exceed the model's {limits.positions} positions; lower data.cutoff to that"
+        )
+    if (foreign := limits.foreign(ids)) is not None:
+        raise ItemError(
+            f"{where}: token {foreign} has no embedding, the model has {limits.rows}; give the tokenizer that belongs "
+            "to the model, or resize its embeddings (resize_token_embeddings) and save it"
+        )
 
 
 def order(items: int, seed: int, length: int) -> list[int]:

@@ -19,8 +19,10 @@ from dora_lab.runs.checkpoints import Checkpoints, read_manifest, step_of
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.record import read_record
 from dora_lab.spec import Spec, canonical_json
+from dora_lab.tasks.limits import limits
 from dora_lab.tasks.sources import Items
 from dora_lab.training.batches import MicroBatches, encode
+from dora_lab.training.checks import refuse_in_vain
 from dora_lab.training.trainer import WEIGHTS, Progress, RunTrainer, Watch, training_arguments
 
 if TYPE_CHECKING:
@@ -50,16 +52,20 @@ def train(
     metrics (step, tokens, loss in nats per token, learning_rate, grad_norm; and step, eval_loss) and timing (step,
     seconds of training so far) of `run`; what they and the probe hold beyond the resumed step is dropped, and with it
     the rows of an evaluation, unless all steps are done. Returns what belongs into the record: `steps`, `tokens`,
-    `shortened` items, `resumed_from` (step or None), `kept_step`. Raises NonFiniteError, ItemError, Interrupted,
-    ResumeError for a checkpoint of something else, SaveError where a checkpoint cannot be written.
+    `shortened` items, `resumed_from` (step or None), `kept_step`. Raises NonFiniteError, Interrupted, ResumeError for a
+    checkpoint of something else, SaveError where a checkpoint cannot be written; and before the first step ItemError
+    for items that the model cannot take, SpecError for a learning rate that never leaves 0.
     """
     if spec.optim is None:
         raise ValueError(f"method '{spec.method.name}' has optim None and is not trained")
-    encoded = encode(items.train, spec.data, tokenizer)
-    held = encode(items.validation, spec.data, tokenizer)
+    encoded = encode(items.train, spec.data, tokenizer, limits(model))
+    held = encode(items.validation, spec.data, tokenizer, limits(model))
     batches = MicroBatches(
         encoded.examples, spec.optim, spec.seed, cast(int, tokenizer.pad_token_id), spec.data.pad_to_multiple_of
     )
+    note = refuse_in_vain(spec.optim, batches.steps)
+    if note and note not in read_record(run.path).get("notes", []):
+        run.note(note)
     arguments = training_arguments(spec, batches.steps, run.checkpoints, model, checkpoint_steps)
     checkpoints = Checkpoints(run, _made_of(spec, run, batches))
     trainer = RunTrainer(spec, model, batches, held.examples, run, checkpoints, arguments, progress)
@@ -69,6 +75,7 @@ def train(
     checkpoint = distributed.share(_resume(run, checkpoints, batches.steps) if distributed.first() else None)
     step = step_of(checkpoint) if checkpoint else 0
     trainer.continue_counts()
+    run.mark_trained(step == batches.steps)
     if step < batches.steps:
         with distributed.connected():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

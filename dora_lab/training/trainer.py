@@ -338,6 +338,7 @@ class RunTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             distributed.barrier()  # every process has written its random state
         distributed.barrier()
+        self.run.mark_trained(step == self.batches.steps)
         if distributed.first():
             self._drop_beaten()
 

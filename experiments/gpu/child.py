@@ -20,7 +20,22 @@ from typing import Any
 from experiments.gpu.visit import Visit, frames
 
 CELLS = {
-    "triton": ("triton: dora: bfloat16", "triton: dora: autocast", "triton: dora, branch dropout: bfloat16"),
+    "triton": tuple(
+        f"triton: {what}"
+        for what in (
+            "lora: bfloat16",
+            "lora: float16",
+            "lora, dropout: bfloat16",
+            "dora: bfloat16",
+            "dora: float16",
+            "dora: autocast",
+            "dora: float32",
+            "dora, branch dropout: bfloat16",
+            "dora, published dropout: bfloat16",
+            "dora, published dropout: float16",
+            "dora, norm in the graph: bfloat16",
+        )
+    ),
     "resume": ("resume: dora", "resume: ft"),
     "shard": ("shard: one rank",),
 }
@@ -58,11 +73,31 @@ class Waiting:
             visit.write("right", cell, **rows.get(cell, lost))
 
 
-def started(visit: Visit, stack: contextlib.ExitStack) -> list[Waiting]:
+def as_on_a_gpu() -> None:
+    """The dry run goes the way that layers go on a GPU."""
+    from experiments.gpu import lab
+
+    lab.narrow.ON = ("cuda", "cpu")
+
+
+def kernels_are_right(visit: Visit) -> bool:
+    """Whether the Triton kernels run and agree, tried in a process of their own: they may take a process down."""
+    with contextlib.ExitStack() as stack:
+        for waiting in started(visit, stack, (("triton",),)):
+            waiting.finish(visit)
+    rows = [row for row in visit.known if row["stage"] == "right" and row["cell"].startswith("triton")]
+    return bool(rows) and all(row.get("ok") for row in rows)
+
+
+def started(
+    visit: Visit,
+    stack: contextlib.ExitStack,
+    processes: tuple[tuple[str, ...], ...] = (("triton",), ("resume", "shard")),
+) -> list[Waiting]:
     """The processes of the cells that are not known yet; ended with `stack` at the latest."""
     known = {row["cell"] for row in visit.known if row["stage"] == "right"}
     found = []
-    for what in (("triton", "resume", "shard"),) if visit.cpu else (("triton",), ("resume", "shard")):
+    for what in processes:
         cells = tuple(cell for kind in what for cell in CELLS[kind] if cell not in known)
         if not cells:
             continue
@@ -80,6 +115,8 @@ def main(argv: list[str]) -> None:
     """Run the cells of each kind; a line "ROW [cell, row]" each."""
     device, kinds = argv[0], argv[1:]
     visit = Visit(Path(tempfile.mkdtemp()), 600.0, device == "cpu", "child")
+    if visit.cpu:
+        as_on_a_gpu()
     measures = {"triton": _triton, "resume": _resume, "shard": _shard}
     for kind in kinds:
         for cell in CELLS[kind]:
@@ -94,13 +131,14 @@ def _triton(visit: Visit, cell: str) -> dict[str, Any]:
     """The kernels against float64, as the eager form is compared."""
     from importlib.util import find_spec
 
-    from experiments.gpu import lab, right
+    from experiments.gpu import right
 
     if find_spec("triton") is None:
         return {"skipped": "no triton here"}
-    lab.products.FUSED_ON = ("cuda", visit.device)
     _, label, precision = cell.split(": ")
-    fields = right.CASES.get(label, {"name": "dora"})
+    if visit.cpu and precision in ("bfloat16", "autocast"):
+        return {"skipped": "triton's interpreter multiplies no bfloat16"}
+    fields = right.CASES.get(label, {"name": label})
     try:
         return right.against_float64(visit, fields, precision, fused=True)
     except Exception as error:

@@ -13,7 +13,7 @@ from experiments.gpu.visit import Visit
 CHECKPOINTED, WHOLE = "checkpointed", "not checkpointed"
 FIRST = ("ours/lora", "ours/dora", "ours/dora-branch", "ours/dora-published", "peft/lora", "peft/dora")
 SECOND = ("ours/lora", "ours/dora", "peft/lora", "peft/dora", "ours/dora-branch", "ours/dora-published")
-MORE = ("ours/dora-graph", "ours/lora-dropped", "peft/dora-dropped", "ours/dora-triton", "ours/lora-again", "ours/ft")
+MORE = ("ours/dora-graph", "ours/lora-dropped", "peft/dora-dropped", "ours/lora-again", "ours/ft")
 SECONDS = {"ours/lora": 5, "peft/dora": 13, "peft/dora-dropped": 15, "ours/ft": 12}  # others: 9
 
 
@@ -34,17 +34,8 @@ def run_more(visit: Visit) -> None:
 
 def _group(visit: Visit, stage: str, group: str, contenders: tuple[str, ...]) -> None:
     for name in contenders:
-        if name.endswith("-triton") and not kernels_are_right(visit):
-            visit.cell(stage, f"{group}: {name}", 0, lambda: {"skipped": "the kernels were not found right before"})
-            continue
         estimate = SECONDS.get(name, 9)
         visit.cell(stage, f"{group}: {name}", estimate, lambda name=name: _contender(visit, name, group))
-
-
-def kernels_are_right(visit: Visit) -> bool:
-    """Whether the Triton kernels ran and agreed, in a process of their own: they may take a process down."""
-    rows = [row for row in visit.known if row["stage"] == "right" and row["cell"].startswith("triton")]
-    return bool(rows) and all(row.get("ok") for row in rows)
 
 
 def _contender(visit: Visit, name: str, group: str) -> dict[str, Any]:

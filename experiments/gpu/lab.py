@@ -10,6 +10,7 @@ from dora_lab import Method, detach, inject, merge
 from dora_lab.decompose import magnitude
 from dora_lab.distributed import shard
 from dora_lab.methods import dora_autograd as products
+from dora_lab.methods import narrow
 from dora_lab.methods.catalog import methods
 from dora_lab.methods.inject import adapted
 from dora_lab.probing.callback import DecompositionCallback
@@ -25,6 +26,7 @@ __all__ = [
     "magnitude",
     "merge",
     "methods",
+    "narrow",
     "probe_saved",
     "products",
     "provenance",

@@ -29,23 +29,40 @@ FORMS: dict[str, tuple[dict[str, Any], bool]] = {
     "graph": ({"detach_norm": False}, False),
     "published-graph": ({"dropout_form": "published", "detach_norm": False}, True),
     "magnitudes": ({"magnitude_modules": ("o_proj",)}, False),
-    "triton": ({}, False),
     "compiled": ({}, False),
 }
+PLAIN = "-eager"  # at a name's end: the same without the kernels
+
+
+@contextlib.contextmanager
+def switched(name: str) -> Iterator[None]:
+    """No kernels for a contender that wants none, while its step runs."""
+    kept = lab.narrow.FUSED
+    lab.narrow.FUSED = kept and not name.endswith(PLAIN)
+    try:
+        yield
+    finally:
+        lab.narrow.FUSED = kept
+
+
+def llama_config(visit: Visit, layers: int | None = None) -> Any:
+    """A LLaMA of the visit's size, with so many layers or all."""
+    from transformers import LlamaConfig
+
+    size = visit.size
+    return LlamaConfig(
+        hidden_size=size.hidden, intermediate_size=size.intermediate, vocab_size=size.vocabulary,
+        num_hidden_layers=min(layers or size.layers, size.layers), num_attention_heads=size.heads,
+        num_key_value_heads=size.heads, max_position_embeddings=4096, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
 
 
 def llama(visit: Visit, dtype: torch.dtype, layers: int | None = None) -> Any:
     """A Llama of the visit's size with random frozen weights, built where it is used."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
-    size = visit.size
-    config = LlamaConfig(
-        hidden_size=size.hidden, intermediate_size=size.intermediate, vocab_size=size.vocabulary,
-        num_hidden_layers=min(layers or size.layers, size.layers), num_attention_heads=size.heads,
-        num_key_value_heads=size.heads, max_position_embeddings=4096,
-    )  # fmt: skip
     with torch.device(visit.device):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(llama_config(visit, layers), dtype=dtype)
     model.enable_input_require_grads()  # PEFT asks for it where there is checkpointing: the same for all, then
     return model.requires_grad_(False).train()
 
@@ -99,7 +116,7 @@ def put_on(
     base: Any, name: str, targets: tuple[str, ...], rank: int, alpha: float, dropout: float = DROPOUT
 ) -> Iterator[Any]:
     """The base with that contender on it, trained values as if after some steps; taken off at the end."""
-    whose, _, method = name.partition("/")
+    whose, _, method = name.removesuffix(PLAIN).partition("/")
     kind, _, form = method.partition("-")
     fields, drops = FORMS[form]
     p, model = (dropout if drops else 0.0), base
@@ -132,11 +149,10 @@ def put_on(
     else:
         off = _authors(base, targets, rank, alpha / rank, dropout, form == "graph")
     stir(model)
-    lab.products.FUSED = form == "triton"
     try:
-        yield model
+        with switched(name):
+            yield model
     finally:
-        lab.products.FUSED = False
         off()
         base.requires_grad_(False)
         for parameter in base.parameters():

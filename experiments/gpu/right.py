@@ -23,8 +23,14 @@ from experiments.gpu import child, lab
 from experiments.gpu.models import SEVEN, llama, put_on, stir
 from experiments.gpu.visit import Visit
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "autocast": 2e-2}
-START = {"float32": 1e-6, "bfloat16": 0.0, "autocast": 0.0}  # before training: in one type the bias is added later
+TOLERANCE = {"float32": 1e-5, "bfloat16": 8e-3, "float16": 1e-3, "autocast": 8e-3}  # a step of the type at most
+START = {
+    "float32": 1e-6,
+    "bfloat16": 0.0,
+    "float16": 0.0,
+    "autocast": 0.0,
+}  # before training: in one type the bias is added later
+STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "autocast": torch.float32}
 RANK, DROPOUT = 16, 0.3
 CASES: dict[str, dict[str, Any]] = {
     "lora, dropout": {"name": "lora", "dropout": DROPOUT},
@@ -70,15 +76,17 @@ def against_float64(visit: Visit, fields: dict[str, Any], precision: str, fused:
     """Errors of output, gradients and merged layer of one method in one precision; with `fused`, by the kernels."""
     seed = secrets.randbelow(2**31)
     torch.manual_seed(seed)
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    dtype = STORED[precision]
     model = Two().to(visit.device, dtype)
     truth = copy.deepcopy(model).cpu().double()
     plain = copy.deepcopy(model)
     for one in (model, truth):
         lab.inject(one, method(fields), seed=0)
-    lab.products.FUSED = fused
+    lab.narrow.FUSED = fused and lab.narrow.FUSED
     starts = _start(visit, model, plain, precision)
     stir(model, 0.02)
+    if fused and fields["name"] == "dora":
+        _strange(model, nothing=not fields.get("dropout"))
     truth.load_state_dict({name: value.double().cpu() for name, value in model.state_dict().items()})
     errors = {"start": starts}
     for name in ("first", "second"):
@@ -88,6 +96,16 @@ def against_float64(visit: Visit, fields: dict[str, Any], precision: str, fused:
     worst, tolerance = max(errors.values()), TOLERANCE[precision]
     about = {"seed": seed, "errors": errors, "worst": worst, "tolerance": tolerance}
     return about | {"ok": worst <= tolerance and starts <= START[precision]}
+
+
+@torch.no_grad()
+def _strange(model: Any, nothing: bool) -> None:
+    """What the kernels decide by themselves: an m of zero, a V that is small beside W0 and, if asked for, none."""
+    for layer in (model.first, model.second):
+        layer.magnitude[7] = 0
+        layer.weight[3] = (-0.92 * layer.scaling * layer.lora_B[3] @ layer.lora_A).to(layer.weight.dtype)
+        if nothing:
+            layer.weight[5], layer.lora_B[5] = 0, 0
 
 
 @torch.no_grad()
@@ -103,7 +121,7 @@ def _start(visit: Visit, model: Any, plain: Any, precision: str) -> float:
 
 def _layer_errors(visit: Visit, layer: Any, truth: Any, fields: dict[str, Any], precision: str) -> dict[str, float]:
     width, out = layer.in_features, layer.out_features
-    narrow = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    narrow = STORED[precision]
     x = torch.randn(6, 50, width, device=visit.device, dtype=narrow).requires_grad_()
     state = torch.randint(0, 2**31, ()).item()
     torch.manual_seed(state)
@@ -138,6 +156,9 @@ def _precision(visit: Visit, precision: str) -> Any:
 
 def _kept(x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """Where dropout left its input, drawn again as the layer drew it: 1 and 0, of x's shape."""
+    if dtype != torch.float32:
+        ones = torch.ones(x.shape, device=x.device, dtype=dtype).reshape(-1, x.shape[-1])
+        return torch.native_dropout(ones, DROPOUT, True)[1].view(x.shape)
     if name == "lora":
         return (F.dropout(torch.ones_like(x), DROPOUT) > 0).to(x.dtype)
     ones = torch.ones(x.shape, device=x.device, dtype=dtype).reshape(-1, x.shape[-1])

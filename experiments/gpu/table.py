@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,10 +10,9 @@ WIDTH, HEIGHT = 110, 50
 LOST = ("error", "out_of_memory", "skipped")
 # group, contender, the one it is divided by, what, at most (None: the cost of a form, no target)
 TARGETS: tuple[tuple[str, str, str, str, float | None], ...] = (
-    ("linears", "ours/dora", "ours/lora", "seconds", 1.15),
-    ("linears", "ours/dora-triton", "ours/lora", "seconds", 1.05),
-    ("linears", "ours/dora-compiled", "ours/lora-compiled", "seconds", 1.05),
-    ("linears", "ours/dora-branch", "ours/lora-dropped", "seconds", 1.15),
+    ("linears", "ours/dora", "ours/lora", "seconds", 1.05),
+    ("linears, compiled", "ours/dora-compiled", "ours/lora-compiled", "seconds", 1.05),
+    ("linears", "ours/dora-branch", "ours/lora-dropped", "seconds", 1.05),
     ("linears", "ours/dora-published", "ours/lora-dropped", "seconds", None),
     ("linears", "ours/dora", "peft/dora", "seconds", 0.60),
     ("checkpointed", "ours/dora", "peft/dora", "seconds", 0.60),
@@ -40,6 +40,8 @@ def ratio(row: dict[str, Any], rows: list[dict[str, Any]], under: str, what: str
     other = next((each for each in rows if (each["group"], each["contender"]) == (row["group"], under)), None)
     if other is None or not other.get(what) or not row.get(what):
         return None
+    if what == "seconds" and row.get("in_turns") and other.get("in_turns"):  # timed together: round by round
+        return statistics.median(one / two for one, two in zip(row["taken"], other["taken"], strict=True))
     return row[what] / other[what]
 
 

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,16 +108,16 @@ class Visit:
         if self.left() < estimate:
             self.write(stage, cell, skipped=f"needs about {estimate:.0f} s, {max(0.0, self.left()):.0f} s are left")
             return False
-        start, failure = time.monotonic(), None
+        start, lost = time.monotonic(), None
         try:
             found = measure()
         except Exception as error:  # any: the next cell is to come
-            failure, found = _failure(error), None
-        self.free(base=failure is not None)  # outside: a traceback holds the tensors of its frames
+            lost, found = failure(error), None
+        self.free(base=lost is not None)  # outside: a traceback holds the tensors of its frames
         took = {"took_s": round(time.monotonic() - start, 2), "estimate_s": estimate}
-        if failure is not None:
-            self.write(stage, cell, **failure, **took)
-            if any(word in str(failure) for word in STICKY) or not self._alive():
+        if lost is not None:
+            self.write(stage, cell, **lost, **took)
+            if any(word in str(lost) for word in STICKY) or not self._alive():
                 raise PoisonedError(cell)
             return False
         if found is not None:
@@ -162,17 +162,22 @@ class Visit:
             warm, rounds = min(warm, 1), min(rounds, 2)
         for _ in range(warm):
             step()
+        if not self.cpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        return self.timed_once([step] * rounds)
+
+    def timed_once(self, steps: Sequence[Callable[[], Any]]) -> list[float]:
+        """Seconds of each of some steps, one after the other, by device events where there is a GPU."""
         if self.cpu:
             taken = []
-            for _ in range(rounds):
+            for step in steps:
                 start = time.perf_counter()
                 step()
                 taken.append(time.perf_counter() - start)
             return taken
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
         events: list[tuple[Any, Any]] = []
-        for _ in range(rounds):
+        for step in steps:
             pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
             pair[0].record()
             step()
@@ -193,7 +198,8 @@ def _a_number(values: dict[str, Any], key: str) -> bool:
     return isinstance(values.get(key), float)
 
 
-def _failure(error: Exception) -> dict[str, Any]:
+def failure(error: Exception) -> dict[str, Any]:
+    """What a row says of a cell that failed."""
     if isinstance(error, torch.cuda.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
         peak = torch.cuda.max_memory_allocated()
         return {"out_of_memory": str(error).partition(". GPU")[0][:300], "peak_bytes": peak}
@@ -214,12 +220,14 @@ def stamp(cpu: bool) -> dict[str, Any]:
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             driver = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip() or None
     code = lab.provenance.code()
+    if told := os.environ.get("DORA_LAB_COMMIT"):  # of a copy of the tree, whose history may be another's
+        code = {"commit": told, "diff": None}
     return {
         "card": None if cpu else torch.cuda.get_device_name(),
         "driver": driver,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
-        "commit": code["commit"] or os.environ.get("DORA_LAB_COMMIT"),  # a copy of the tree has no history
+        "commit": code["commit"],
         "diff": code["diff"],
         "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
         "bf16_reduced_sums": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,

@@ -19,6 +19,7 @@ from dora_lab.evaluation.protocols.protocol import Item, Protocol, Question, Sam
 from dora_lab.io.errors import LoadError
 from dora_lab.spec import Spec
 from dora_lab.tasks import ItemError, Task
+from dora_lab.tasks.limits import Limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,16 +47,14 @@ class Builtin(Protocol):
             docs[instance.doc_id] = instance.doc
         return [_question(theirs, index, docs[index], asked[index]) for index in sorted(asked)]
 
-    def refuse_too_long(
-        self, spec: Spec, task: Task, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, limit: int
+    def check(
+        self, spec: Spec, task: Task, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, limits: Limits
     ) -> None:
         for question in questions:
-            texts = [context + continuation for context, continuation in question["requests"]]
-            longest = max(len(ids) for ids in cast("list[list[int]]", tokenizer(texts)["input_ids"]))
-            if longest > limit:
+            if problem := _unfit(question["requests"], tokenizer, limits):
                 raise ItemError(
-                    f"lm-eval's task for {task.name}, item {question['index']}: a request of {longest} tokens exceeds "
-                    f"the model's {limit} positions; leave protocol builtin out or use a model with more"
+                    f"lm-eval's task for {task.name}, item {question['index']}: {problem}; leave protocol builtin out "
+                    "or use another model"
                 )
 
     def lm_eval_task(
@@ -114,6 +113,22 @@ def _load(task: Task) -> Any:
             f'load_dataset{tuple(asked) if len(asked) > 1 else f"({asked[0]!r})"}"`, then bring the folder '
             f"{asked[0].replace('/', '___')} of the cache to {cached.HF_DATASETS_CACHE}"
         ) from None
+
+
+def _unfit(requests: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> str | None:
+    """Why lm-eval could not score the requests of a question, or None."""
+    for context, continuation in requests:
+        # as `TemplateLM._encode_pair`: the blanks at the context's end go to the continuation, and its tokens are those
+        # of the whole beyond as many as the context has alone; tokens that merge over the end may leave none
+        whole = cast("list[int]", tokenizer(context + continuation)["input_ids"])
+        alone = cast("list[int]", tokenizer(context.rstrip())["input_ids"])
+        if limits.exceeded(len(whole)):
+            return f"a request of {len(whole)} tokens exceeds the model's {limits.positions} positions"
+        if (foreign := limits.foreign(whole)) is not None:
+            return f"token {foreign} has no embedding, the model has {limits.rows}"
+        if len(whole) <= len(alone):
+            return f"the tokenizer does not cut before the answer {continuation!r}"
+    return None
 
 
 @cache

@@ -2,7 +2,8 @@
 
 - generate: greedy or beam search, the first match of the task's pattern is the answer. A text without a match is
   *unparsed*: counted apart, `parsed` null; it still counts as a wrong answer in the accuracy, as in the paper.
-- loglikelihood: the most likely of "the correct answer is <label>" over the labels that the item offers.
+- loglikelihood: the most likely of "the correct answer is <label>" over the labels that the item offers, by the tokens
+  that training has loss on (all but the end of sequence).
 
 The lm-eval tasks are configurations built here: no file is looked up and no code is loaded from a folder.
 """
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Any, cast
 import datasets
 from lm_eval.tasks import TaskManager
 
-from dora_lab.evaluation.protocols.protocol import Item, Protocol, Question
+from dora_lab.evaluation.protocols.protocol import Item, Pair, Protocol, Question
 from dora_lab.spec import Spec
 from dora_lab.tasks import ItemError, Task, prompt
+from dora_lab.tasks.limits import Limits
+from dora_lab.tasks.tokens import code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,17 +43,23 @@ class _Instructed(Protocol):
             for index, item in enumerate(items)
         ]
 
-    def refuse_too_long(
-        self, spec: Spec, task: Task, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, limit: int
+    def check(
+        self, spec: Spec, task: Task, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, limits: Limits
     ) -> None:
         room = self._room(spec, task, tokenizer)
         prompts = cast("list[list[int]]", tokenizer([question["prompt"] for question in questions])["input_ids"])
         longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
-        if len(prompts[longest]) + room > limit:
+        if limits.exceeded(len(prompts[longest]) + room):
             raise ItemError(
                 f"task {task.name}, item {longest}: a prompt of {len(prompts[longest])} tokens and {room} for the "
-                f"answer exceed the model's {limit} positions; leave the item out or use a model with more"
+                f"answer exceed the model's {limits.positions} positions; leave the item out or use a model with more"
             )
+        for index, ids in enumerate(prompts):
+            if (foreign := limits.foreign(ids)) is not None:
+                raise ItemError(
+                    f"task {task.name}, item {index}: token {foreign} ({tokenizer.convert_ids_to_tokens(foreign)!r}) "
+                    f"has no embedding, the model has {limits.rows}; give the tokenizer that belongs to the model"
+                )
 
     def lm_eval_task(
         self, spec: Spec, task: Task, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase
@@ -107,6 +116,23 @@ class Generate(_Instructed):
 class Loglikelihood(_Instructed):
     name = "loglikelihood"
 
+    def check(
+        self, spec: Spec, task: Task, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, limits: Limits
+    ) -> None:
+        super().check(spec, task, questions, tokenizer, limits)
+        for question in questions:
+            if problem := _unfit(question, tokenizer):
+                raise ItemError(
+                    f"task {task.name}, item {question['index']}: {problem}; leave protocol loglikelihood out or use a "
+                    "model with another tokenizer"
+                )
+
+    def cut(self, context: str, continuation: str, tokenizer: PreTrainedTokenizerBase) -> Pair:
+        """As training cuts them. lm-eval cuts the prompt by itself, where ":" and the line end may be one token less or
+        more than in the whole text: it then reads, and scores, other tokens than were trained."""
+        (coded,) = code(tokenizer, [context], [continuation])
+        return coded.context, coded.ids[len(coded.context) :]
+
     def _room(self, spec: Spec, task: Task, tokenizer: PreTrainedTokenizerBase) -> int:
         answers = [ANSWER.format(label=label) for label in task.labels]
         return max(len(ids) for ids in cast("list[list[int]]", tokenizer(answers)["input_ids"]))
@@ -122,3 +148,19 @@ class Loglikelihood(_Instructed):
         pairs = zip(question["options"], logged["filtered_resps"], strict=True)
         output = {label: float(response[0]) for label, response in pairs}
         return {"output": output, "parsed": max(output, key=output.__getitem__)}
+
+
+def _unfit(question: Question, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Why the likelihoods of a question's answers could not be compared, or None."""
+    options = question["options"]
+    coded = code(tokenizer, [question["prompt"]] * len(options), [ANSWER.format(label=label) for label in options])
+    for label, text in zip(options, coded, strict=True):
+        if text.joined.strip() or not text.context or not text.answer:
+            return (
+                f"the tokenizer does not cut between the prompt and the answer '{label}' ({text.joined!r} joins them)"
+            )
+        if text.context != coded[0].context:
+            return f"the tokenizer cuts the prompt otherwise before '{label}' than before '{options[0]}'"
+    if len({tuple(text.ids) for text in coded}) < len(coded):
+        return f"the tokenizer makes the same tokens of two of its answers ({', '.join(options)})"
+    return None

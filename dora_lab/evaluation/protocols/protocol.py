@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dora_lab.spec import Spec
 from dora_lab.tasks import Task
+from dora_lab.tasks.limits import Limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Item = dict[str, Any]
 Question = dict[str, Any]  # at least index, prompt, options (the answers offered) and gold (the right one)
+Pair = tuple[list[int], list[int]]
 Sample = dict[str, Any]  # a question's index, prompt and gold with the model's output, parsed and correct
 
 
@@ -32,10 +34,15 @@ class Protocol(ABC):
         """What the model is asked of `task`, in order; raises ItemError if that is nothing."""
 
     @abstractmethod
-    def refuse_too_long(
-        self, spec: Spec, task: Task, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, limit: int
+    def check(
+        self, spec: Spec, task: Task, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, limits: Limits
     ) -> None:
-        """Raises ItemError for a question that needs more than `limit` tokens: lm-eval would cut it and go on."""
+        """Raises ItemError for a question that cannot be put to the model: too long (lm-eval would cut it and go on),
+        with tokens that it has no embedding of, or whose answer has no tokens of its own."""
+
+    def cut(self, context: str, continuation: str, tokenizer: PreTrainedTokenizerBase) -> Pair | None:
+        """Token ids of a request for a likelihood, those read and those scored; None: as lm-eval itself cuts them."""
+        return None
 
     @abstractmethod
     def lm_eval_task(

@@ -14,6 +14,7 @@ TASK = r"""include: _{template}.yaml
 task: {name}
 dataset_kwargs:
   folder: {folder}
+  labels: [{labels}]
 filter_list:
   - name: first
     filter:
@@ -55,6 +56,7 @@ def definitions() -> dict[str, str]:
                 template=template,
                 name=lm_eval_name(task.name, suffix),
                 folder=task.folder,
+                labels=", ".join(f"'{label}'" for label in task.labels),  # quoted: true is no word in YAML
                 pattern=task.pattern.replace("'", "''"),  # the quotation mark of this kind of YAML text
                 response=RESPONSE,
             )

@@ -1,0 +1,26 @@
+"""Text that came from a file, made fit to be shown."""
+
+from __future__ import annotations
+
+import re
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+_NUMBERS = re.compile(r"[-+]?[\d.]+([eE][-+]?\d+)?( [-+]?[\d.]+([eE][-+]?\d+)?)*")
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shown(text: object) -> str:
+    """Text for a terminal: control characters and changes of direction as "\\x1b"; ends of line and tabs stay.
+
+    Whoever names a tensor, a model or a lock file could else move the cursor, set the window's title or hide words.
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), str(text))
+
+
+def no_formula(value: Value) -> Value | str:
+    """A text that a spreadsheet would run as a formula, with an apostrophe before it; any other value as it is."""
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    return value if _NUMBERS.fullmatch(value) else f"'{value}"

@@ -1,0 +1,155 @@
+"""LoRA and DoRA on a base of bfloat16 or float16 weights with float32 factors, on a GPU: nothing is made wide.
+
+A float32 copy of x, y or dy costs as much as half the dense product, and float32 products have no tensor cores. So a
+float32 number is two narrow ones, X = hi + lo (to 2^-17 in bfloat16), products are of narrow numbers and summed in
+float32, and what is a parameter or a gradient of one is float32 as everywhere. With h = drop(x) A^T and
+z = x W0^T + s h B^T:
+- LoRA: y = z + bias; DoRA, ``branch`` dropout or none: y = g z + bias, g = m / ||V||;
+- DoRA with a second product, the authors' dropout: y = x W0^T + (g - 1) drop(x) W0^T + g s h B^T + bias.
+At g = 1 and B = 0 all are the base's own output, bit for bit. Of the size of the output, DoRA keeps its output for the
+gradient of m, dm = sum_t dy (y - bias) / m, and with a second product that; LoRA keeps nothing. The device is never
+asked for a number. What is not a matrix product is in `narrow_triton`, whose reference is `narrow_eager`.
+Shape suffixes: O = out features, I = in features, R = rank, T = tokens, K = 3 R (three narrow parts), L = 2 R (high and
+low), P = pieces of a sum over tokens.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dora_lab.methods import narrow_eager
+from dora_lab.methods.dora_autograd import saved
+from dora_lab.methods.narrow_eager import product
+
+ON = ("cuda",)  # devices that it is for
+FUSED = find_spec("triton") is not None  # what CUDA builds of torch come with
+
+
+class How(NamedTuple):
+    """What a layer is besides its tensors."""
+
+    dtype: torch.dtype
+    scaling: float
+    dropout: float = 0.0
+    second: bool = False
+    through_norm: bool = False
+
+
+def narrow_type(x: Tensor, A_RI: Tensor) -> torch.dtype | None:
+    """The type that the layer computes in, if it is one for `Narrow` here; else None."""
+    device = x.device.type
+    if device not in ON or A_RI.dtype != torch.float32:
+        return None
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+
+def kernels(on: Tensor) -> Any:
+    """The Triton kernels if they are for that tensor's device, else None."""
+    if not FUSED or on.device.type not in ON:
+        return None
+    from dora_lab.methods import narrow_triton
+
+    return narrow_triton
+
+
+class Narrow(torch.autograd.Function):
+    """See the module's docstring; `m_O` and `norm_O` are None for LoRA."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor,
+                m_O: Tensor | None, norm_O: Tensor | None, how: How) -> Tensor:  # fmt: skip
+        run, lift = kernels(x) or narrow_eager, _lift(how.dtype)
+        with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+            x, weight_OI = x.to(how.dtype), W_OI.to(how.dtype)
+            bias_O = None if bias_O is None else bias_O.to(how.dtype)
+            x_TI = x.reshape(-1, x.shape[-1])
+            dropped_TI, rest_TI = torch.native_dropout(x_TI, how.dropout, True) if how.dropout else (x_TI, None)
+            y = F.linear(x, weight_OI, bias_O)
+            y_TO = y.view(-1, y.shape[-1])
+            z_TO = dropped_TI @ weight_OI.t() if how.second else None
+            A_KI = run.factor(A_RI, how.dtype)
+            h_TK = run.activation(product(dropped_TI, A_KI[len(A_RI) :].t()), how.dtype, 1.0)
+            B_OK = run.gained(B_OR, how.dtype, how.scaling * lift, m_O, norm_O)  # of g s B
+            if m_O is None or norm_O is None:
+                y_TO.addmm_(h_TK, B_OK.t(), alpha=1 / lift)
+            else:
+                run.onto(y_TO, z_TO, h_TK, B_OK, m_O, norm_O, bias_O, 1 / lift)
+        kept_TO = None if m_O is None else z_TO if how.second else y
+        ctx.save_for_backward(x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, A_KI, h_TK, B_OK, rest_TI, kept_TO)
+        ctx.how = how
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        with torch.autocast(grad.device.type, enabled=False), torch.cuda.device_of(grad):
+            return _backward(ctx, grad)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, A_KI, h_TK, B_OK, rest_TI, kept_TO = saved(ctx)
+    how, rank, run = ctx.how, len(A_RI), kernels(x) or narrow_eager
+    weight_OI, x_TI, dtype = W_OI.to(x.dtype), x.reshape(-1, x.shape[-1]), x.dtype
+    G_TO = grad.reshape(-1, grad.shape[-1]).contiguous()
+    raw_OL = product(G_TO.t(), h_TK[:, : 2 * rank])  # the two halves of dy^T h
+    dh_TK = run.activation(product(G_TO, B_OK[:, rank:]), dtype, 1 / _lift(dtype))
+    dropped_TI = x_TI if rest_TI is None else _masked(x_TI, rest_TI, how.dropout)
+    halves_LI = product(dh_TK[:, : 2 * rank].t(), dropped_TI)
+    dA_RI = halves_LI[:rank] + halves_LI[rank:]
+    dm_O, moved_TO = None, G_TO
+    if m_O is None:
+        dB_OR = (raw_OL[:, :rank] + raw_OL[:, rank:]).mul_(how.scaling)
+    else:
+        of_base = how.second or kept_TO is None  # the model has written into the output: x W0^T once more
+        value_TO = x_TI @ weight_OI.t() if kept_TO is None else kept_TO.reshape(G_TO.shape)
+        bias = None if of_base else bias_O
+        moved_TO, sums_PO = run.back(G_TO, value_TO, bias, m_O, norm_O, int(how.second))
+        dB_OR, dm_O = run.rows(sums_PO, raw_OL, B_OR, m_O, norm_O, how.scaling, of_base, G_TO, x_TI, weight_OI)
+        if how.through_norm:
+            c_O = torch.where(norm_O == 0, 0.0, -m_O * dm_O / norm_O.square())
+            _by_way_of_the_norm(weight_OI, A_RI, B_OR, c_O, how.scaling, dA_RI, dB_OR)
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = _to_input(G_TO, moved_TO, weight_OI, dh_TK, A_KI, rest_TI, how).view_as(x)
+    dbias_O = G_TO.sum(0) if ctx.needs_input_grad[2] else None
+    return dx, None, dbias_O, dA_RI, dB_OR, dm_O, None, None
+
+
+def _to_input(
+    G_TO: Tensor, moved_TO: Tensor, weight_OI: Tensor, dh_TK: Tensor, A_KI: Tensor, rest_TI: Tensor | None, how: How
+) -> Tensor:
+    """The gradient of x: through `moved`, through dh, and with a second product through dy itself."""
+    if rest_TI is None:
+        return (moved_TO @ weight_OI).addmm_(dh_TK, A_KI)
+    through_TI = (moved_TO @ weight_OI).addmm_(dh_TK, A_KI) if how.second else dh_TK @ A_KI
+    return _masked(through_TI, rest_TI, how.dropout).addmm_(G_TO if how.second else moved_TO, weight_OI)
+
+
+def _masked(t_TI: Tensor, rest_TI: Tensor, dropout: float) -> Tensor:
+    """What dropout does, by its mask."""
+    return torch.ops.aten.native_dropout_backward(t_TI, rest_TI, 1 / (1 - dropout))
+
+
+def _lift(dtype: torch.dtype) -> float:
+    """What B is multiplied by before it is parted: a power of two that keeps low parts out of subnormal numbers."""
+    return 256.0 if dtype == torch.float16 else 1.0
+
+
+def _by_way_of_the_norm(
+    weight_OI: Tensor, A_RI: Tensor, B_OR: Tensor, c_O: Tensor, s: float, dA_RI: Tensor, dB_OR: Tensor
+) -> None:
+    """Add what flows through the norm (equation 6) to the gradients of A and B: dL/dV = c V, row by row."""
+    run, lift, rank = kernels(A_RI) or narrow_eager, _lift(weight_OI.dtype), len(A_RI)
+    cB_OR = B_OR * c_O[:, None]
+    WA_OL = product(weight_OI, run.factor(A_RI, weight_OI.dtype)[rank:].t())
+    along_OR = torch.addmm(WA_OL[:, :rank] + WA_OL[:, rank:], B_OR, A_RI @ A_RI.t(), alpha=s)
+    dB_OR.addcmul_(along_OR, c_O[:, None], value=s)
+    halves_LI = product(run.gained(cB_OR, weight_OI.dtype, lift, None, None)[:, rank:].t(), weight_OI)
+    dA_RI.add_(halves_LI[:rank] + halves_LI[rank:], alpha=s / lift)
+    dA_RI.addmm_(cB_OR.t() @ B_OR, A_RI, alpha=s * s)

@@ -1,0 +1,91 @@
+"""The one door to finished runs: what lies under a results folder, which of it is a run, and why the rest is none.
+
+Tables, figures, verdicts and comparisons take their runs from here and nowhere else, so that what one of them leaves
+out, all leave out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dora_lab.runs.errors import StoreError
+from dora_lab.runs.record import misplaced, read_record
+from dora_lab.runs.streams import STREAMS, read_rows
+
+Run = tuple[Path, dict[str, Any]]  # run directory, record
+
+
+class LeftOut(NamedTuple):
+    """A folder that is no run, or one that cannot be trusted, and why."""
+
+    path: Path
+    why: str
+
+
+class Survey(NamedTuple):
+    """The runs under a results folder, sorted by path, and the folders that were left out."""
+
+    runs: list[Run]
+    left_out: list[LeftOut]
+
+
+def survey(root: Path, experiment: str | None = None) -> Survey:
+    """Every run under the results folder `root`, however it ended; of one experiment if named.
+
+    A folder is left out, with the reason, if `verified` refuses it. Raises nothing for what lies there.
+    """
+    found = Survey([], [])
+    for file in sorted((Path(root) / "runs").glob(f"{experiment or '*'}/*/record.json")):
+        try:
+            found.runs.append((file.parent, verified(file.parent)))
+        except (StoreError, OSError) as error:
+            found.left_out.append(LeftOut(file.parent, str(error)))
+    return found
+
+
+def verified(path: Path) -> dict[str, Any]:
+    """The record of the run directory `path`, which lies where its spec says; a complete run's streams are whole.
+
+    Raises StoreError for a copy under another name or in another experiment's folder, which would count as one more
+    seed, for a record that cannot be read, and for a stream of a complete run that is damaged or has changed.
+    """
+    record = read_record(path)
+    if right := misplaced(path, record):
+        raise StoreError(f"{path} is no run: its record is of {right}; move it out of runs/, or rename it to that")
+    if record["status"] == "complete":
+        _whole(
+            Path(path), tuple(_seen(Path(path) / name) for name in ("record.json", *map("{}.jsonl".format, STREAMS)))
+        )
+    return record
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` lies where its record says; also for a record that cannot be read, whose reader says so."""
+    try:
+        return not misplaced(path, read_record(path))
+    except StoreError:
+        return (Path(path) / "record.json").exists()
+
+
+@lru_cache(maxsize=4096)
+def _whole(path: Path, _files: tuple[Any, ...]) -> None:
+    """Read every stream once: a report surveys the same runs for each of its tables and figures."""
+    for name in STREAMS:
+        read_rows(path, name)
+
+
+def _seen(file: Path) -> tuple[int, int, int] | None:
+    """What changes when a file does; None if there is none."""
+    try:
+        state = file.stat()
+    except FileNotFoundError:
+        return None
+    return state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def iter_runs(root: Path, experiment: str | None = None) -> Iterator[Run]:
+    """(run directory, record) of every run of `survey`, for those who need not say what was left out."""
+    yield from survey(root, experiment).runs

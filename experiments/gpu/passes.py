@@ -1,0 +1,84 @@
+"""The parts of an adapted layer alone, on LLaMA-7B's widest output: what each takes beside the bytes it has to move.
+
+They say which part a step's time is in, and which tile of a kernel is the best one; nothing here is a contender.
+Shape suffixes: O = out features, I = in features, R = rank, T = tokens, K = 3 R, L = 2 R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_lab.methods import narrow_eager
+from experiments.gpu import lab
+from experiments.gpu.visit import Visit
+
+TILES = {
+    "ONTO": ((64, 64, 4), (64, 128, 4), (128, 64, 4)),
+    "BACK": ((64, 64, 4, 4), (32, 128, 1, 4)),
+    "NORM": ((32, 128, 8), (32, 256, 8), (32, 64, 4)),
+}
+
+
+def run(visit: Visit) -> None:
+    """All parts; seconds, bytes and their share of the copy ceiling."""
+    tokens, (out, width), rank = 32 if visit.cpu else 4096, visit.size.shapes()["up_proj"], visit.size.rank
+    run, product, make = lab.narrow.kernels(_random(visit, 1)) or narrow_eager, narrow_eager.product, _random
+    x_TI, G_TO, y_TO, W_OI = (
+        make(visit, *shape) for shape in ((tokens, width), (tokens, out), (tokens, out), (out, width))
+    )
+    A_RI, B_OR = make(visit, rank, width).float(), make(visit, out, rank).float() * 1e-3
+    m_O, norm_O = (1 + 1e-3 * torch.randn(out, device=visit.device) for _ in range(2))
+    dtype, both_TL = x_TI.dtype, make(visit, tokens, 2 * rank).float()
+    A_KI, B_OK, h_TK = (
+        run.factor(A_RI, dtype),
+        run.gained(B_OR, dtype, 1.0, None, None),
+        run.activation(both_TL, dtype, 1.0),
+    )
+    raw_OL, output, entry = product(G_TO.t(), h_TK[:, : 2 * rank]), y_TO.nbytes, x_TI.nbytes
+
+    def part(name: str, moved: float, step: Callable[[], Any]) -> None:
+        visit.cell("passes", name, 0.3, lambda: _timed(visit, moved, step))
+
+    def tiled(name: str, what: str, moved: float, step: Callable[[], Any]) -> None:
+        kept = getattr(run, what, None)
+        for tile in TILES[what] if kept else ((),):
+            if kept:
+                setattr(run, what, tile)
+            part(f"{name} {tile}", moved, step)
+        if kept:
+            setattr(run, what, kept)
+
+    part("dense x W^T", output + entry + W_OI.nbytes, lambda: x_TI @ W_OI.t())
+    part("dense G W", output + entry + W_OI.nbytes, lambda: G_TO @ W_OI)
+    part("h = x A^T", entry, lambda: product(x_TI, A_KI[rank:].t()))
+    part("dh = G B", output, lambda: product(G_TO, B_OK[:, rank:]))
+    part("dB = G^T h", output, lambda: product(G_TO.t(), h_TK[:, : 2 * rank]))
+    part("dA = dh^T x", entry, lambda: product(h_TK[:, : 2 * rank].t(), x_TI))
+    part("W A^T", W_OI.nbytes, lambda: product(W_OI, A_KI[rank:].t()))
+    part("dx += dh A", 2 * entry, lambda: x_TI.addmm_(h_TK, A_KI, alpha=1e-6))
+    part("y += h B, LoRA", 2 * output, lambda: y_TO.addmm_(h_TK, B_OK.t(), alpha=1e-6))
+    part("parts of A", A_RI.nbytes + A_KI.nbytes, lambda: run.factor(A_RI, dtype))
+    part("parts of B", B_OR.nbytes + B_OK.nbytes, lambda: run.gained(B_OR, dtype, 1.0, m_O, norm_O))
+    part("parts of h", both_TL.nbytes + h_TK.nbytes, lambda: run.activation(both_TL, dtype, 1.0))
+    tiled("onto", "ONTO", 2 * output, lambda: run.onto(y_TO, None, h_TK, B_OK, m_O, norm_O, None, 1e-3))
+    part("onto, second", 3 * output, lambda: run.onto(y_TO, G_TO, h_TK, B_OK, m_O, norm_O, None, 1e-3))
+    tiled("back", "BACK", 3 * output, lambda: run.back(G_TO, y_TO, None, m_O, norm_O, 0))
+    _, sums_PO = run.back(G_TO, y_TO, None, m_O, norm_O, 0)
+    last = (sums_PO, raw_OL, B_OR, m_O, norm_O, 1.0, False, G_TO, x_TI, W_OI)
+    part("rows", sums_PO.nbytes + raw_OL.nbytes + 2 * B_OR.nbytes, lambda: run.rows(*last))
+    if hasattr(run, "norm"):
+        tiled("norm", "NORM", W_OI.nbytes, lambda: run.norm(W_OI, A_RI, B_OR, 1.0))
+
+
+def _timed(visit: Visit, moved: float, step: Callable[[], Any]) -> dict[str, Any]:
+    found = visit.took(step, warm=2, rounds=15)
+    rate = moved / found["seconds"]
+    return found | {"bytes": moved, "gbps": rate / 1e9, "share": visit.share("copy", moved, found["seconds"])}
+
+
+def _random(visit: Visit, *shape: int) -> Tensor:
+    return torch.randn(*shape, device=visit.device, dtype=torch.bfloat16)

@@ -1,0 +1,141 @@
+"""`compare`: every stream of a run against the committed one, in four levels; the oracle is the damage done."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_spec, write_run
+
+from dora_lab import paper
+from dora_lab.paper.agreement import TOLERANCES
+from dora_lab.spec import SpecError
+
+Row = dict[str, Any]
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Path, Path]:
+    """The run directory of a user, and a committed results folder with the same run."""
+    mine = write_run(tmp_path / "mine", make_spec("dora", 8, 0))
+    shutil.copytree(tmp_path / "mine", tmp_path / "theirs")
+    return mine, tmp_path / "theirs"
+
+
+def changed(run: Path, stream: str, change: Callable[[list[Row]], Any]) -> None:
+    file = run / f"{stream}.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    change(rows)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def times(factor: float, *fields: str) -> Callable[[list[Row]], Any]:
+    return lambda rows: [row.update({field: row[field] * factor}) for row in rows for field in fields]
+
+
+def answer(row: Row, correct: str) -> None:
+    row.update(correct=correct, value=correct.count("1") / row["n"])
+
+
+def flip(count: int) -> Callable[[list[Row]], Any]:
+    def change(rows: list[Row]) -> None:
+        for row in rows:
+            bits = row["correct"]
+            answer(row, "".join("10"[int(bit)] for bit in bits[:count]) + bits[count:])
+
+    return change
+
+
+def reverse(rows: list[Row]) -> None:
+    for row in rows:
+        row["correct"] = row["correct"][::-1]
+
+
+CASES: dict[str, tuple[str, Callable[[list[Row]], Any], str]] = {
+    "untouched": ("eval", lambda rows: None, "same bytes"),
+    "wall time": ("metrics", times(3, "seconds"), "same bytes"),
+    "the last digit": ("probe", times(1 + 1e-15, "delta_m"), "same answers"),
+    "ΔM, ΔD as between processors": ("probe", times(1.00029, "delta_m", "delta_d"), "same answers"),
+    "ΔM beyond it": ("probe", times(1.0004, "delta_m"), "within the interval"),
+    "ΔM far beyond it": ("probe", times(1.004, "delta_m"), "differs"),
+    "ΔD × 3": ("probe", times(3, "delta_d"), "differs"),
+    "ΔM of one row": ("probe", lambda rows: rows[7].update(delta_m=rows[7]["delta_m"] * 3), "differs"),
+    "losses as between processors": ("metrics", times(1.0059, "loss"), "same answers"),
+    "losses beyond it": ("metrics", times(1.007, "loss"), "within the interval"),
+    "losses far beyond it": ("metrics", times(1.07, "loss"), "differs"),
+    "tokens": ("metrics", lambda rows: rows[1].update(tokens=rows[1]["tokens"] + 1), "differs"),
+    "a checkpoint lost": ("probe", lambda rows: rows.__delitem__(slice(-12, None)), "differs"),
+    "another module": ("probe", lambda rows: rows[0].update(module="elsewhere"), "differs"),
+    "other prompts": ("eval", lambda rows: rows[0].update(prompt_sha256="0" * 64), "differs"),
+    "an item a task": ("eval", flip(1), "within the interval"),
+    "one more unparsed": ("eval", lambda rows: rows[0].update(n_unparsed=rows[0]["n_unparsed"] + 1), "within"),
+    "answers reversed": ("eval", reverse, "differs"),
+    "a third of the items": ("eval", flip(40), "differs"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_levels(name: str, two: tuple[Path, Path]) -> None:
+    stream, change, level = CASES[name]
+    mine, theirs = two
+    changed(mine, stream, change)
+    text, ok = paper.compare(mine.parents[2], theirs)
+    (line,) = [one for one in text.splitlines() if one.startswith("dora") and "generate" in one]
+    assert line.split("  ")[-1].startswith(level), text
+    assert ok is (level != "differs")
+    assert ok or "    " in text.partition(line)[2].splitlines()[1]  # and what keeps them apart
+
+
+def test_flipped_items_are_counted(two: tuple[Path, Path]) -> None:
+    mine, theirs = two
+    changed(mine, "eval", lambda rows: flip(2)(rows[:3]))
+    text, _ = paper.compare(mine.parents[2], theirs)
+    (line,) = [one for one in text.splitlines() if one.startswith("dora") and "generate" in one]
+    assert line.split()[-4] == "6"  # two items of three rows
+
+
+def test_flips_do_not_excuse_another_magnitude(two: tuple[Path, Path]) -> None:
+    mine, theirs = two
+    changed(mine, "eval", flip(1))
+    changed(mine, "probe", times(1 + 9 * TOLERANCES["delta_m"], "delta_m"))
+    assert paper.compare(mine.parents[2], theirs)[1]
+    changed(mine, "probe", times(1.05, "delta_m"))
+    text, ok = paper.compare(mine.parents[2], theirs)
+    assert not ok and "delta_m is off by" in text
+
+
+def test_a_part_of_the_runs_agrees_and_is_said_to_be_a_part(tmp_path: Path) -> None:
+    for root, seeds in (("mine", (0,)), ("theirs", (0, 1, 2))):
+        for seed in seeds:
+            write_run(tmp_path / root, make_spec("lora", 8, seed))
+    text, ok = paper.compare(tmp_path / "mine", tmp_path / "theirs")
+    assert not ok and "missing (2 of 3; the others: same bytes)" in text
+    assert "What is there agrees with the committed records, but runs are missing" in text
+
+
+def test_what_is_no_results_folder_or_experiment_is_said(two: tuple[Path, Path], tmp_path: Path) -> None:
+    mine, theirs = two
+    with pytest.raises(SpecError, match="typo is no results folder"):
+        paper.compare(tmp_path / "typo", theirs)
+    with pytest.raises(SpecError, match="has a run of an experiment 'nonsense'"):
+        paper.compare(mine.parents[2], theirs, "nonsense")
+    (tmp_path / "empty" / "runs").mkdir(parents=True)
+    text, ok = paper.compare(tmp_path / "empty", theirs)
+    assert not ok and f"No complete runs in {tmp_path / 'empty'}" in text
+
+
+def test_the_committed_records_agree_with_themselves() -> None:
+    committed = Path(__file__).resolve().parents[1] / "results"
+    text, ok = paper.compare(committed, committed)
+    assert ok and "differs" not in text and "missing" not in text
+
+
+def test_a_copy_of_a_run_is_left_out(two: tuple[Path, Path]) -> None:
+    mine, theirs = two
+    shutil.copytree(mine, mine.with_name(mine.name + ".bak"))
+    text, ok = paper.compare(mine.parents[2], theirs)
+    assert ok and f"left out: {mine}.bak is no run" in text and " 1/1 " in text
