@@ -194,7 +194,7 @@ def callback(name: str, steps: int = 200) -> tuple[float, float]:
     inject(model, Method(name=name, **settings), seed=0)
     ids = torch.randint(3, model.config.vocab_size, (64, 96), generator=torch.Generator().manual_seed(0))
     rows: list[Any] = []
-    probe = DecompositionCallback(rows.append)
+    probe = DecompositionCallback(rows.append, kinds=LLAMA_KINDS)
     inner, spent = probe.on_step_end, [0.0]
 
     def timed(*args: Any, **kwargs: Any) -> None:

@@ -259,7 +259,7 @@ def test_what_cannot_be_watched_is_named() -> None:
     model = tiny()
     with pytest.raises(ValueError, match="no module is named 'q_prj'; did you mean 'q_proj'"):
         DecompositionCallback(lambda row: None, kinds=("q_prj",)).begin(model)
-    with pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp' is a LlamaMLP, neither nn.Linear nor adapted"):
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp' is a LlamaMLP, neither a matrix nor adapted"):
         DecompositionCallback(lambda row: None, kinds=("mlp",)).begin(model)
     with pytest.raises(ValueError, match=r"call begin\(model\) before training"):
         DecompositionCallback(lambda row: None, kinds=KINDS).measure(model)

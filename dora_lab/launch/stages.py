@@ -23,7 +23,7 @@ from dora_lab.launch import inputs
 from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.methods.inject import inject, merge
 from dora_lab.models.base import adapter_folder, model_and_tokenizer, model_folder, token_policy
-from dora_lab.probing.callback import DecompositionCallback
+from dora_lab.probing.callback import LLAMA_KINDS, DecompositionCallback
 from dora_lab.runs import provenance
 from dora_lab.runs.directory import RunDir
 from dora_lab.spec import Spec
@@ -76,7 +76,7 @@ def adapt(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir, loaded: Loade
 
 def train(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir, loaded: Loaded) -> None:
     """Fine-tune, probe, and save the adapter; after it the first process has the model in one piece."""
-    with _probes(spec, paths, run) as callbacks:
+    with _probes(spec, paths, run, loaded.model) as callbacks:
         summary = fit.train(
             spec, loaded.model, loaded.tokenizer, loaded.items, run, runtime.stop,
             partial(runtime.progress, "train"), callbacks, runtime.checkpoint_steps,
@@ -121,7 +121,7 @@ def _put_together(spec: Spec, paths: Paths, runtime: Runtime, loaded: Loaded) ->
 
 
 @contextlib.contextmanager
-def _probes(spec: Spec, paths: Paths, run: RunDir) -> Iterator[list[Any]]:
+def _probes(spec: Spec, paths: Paths, run: RunDir, model: PreTrainedModel) -> Iterator[list[Any]]:
     """The decomposition callback of the spec, reading initial weights from the base model's file where it can."""
     if spec.probe is None:
         yield []
@@ -135,7 +135,10 @@ def _probes(spec: Spec, paths: Paths, run: RunDir) -> Iterator[list[Any]]:
             for name in file.keys()  # noqa: SIM118  (a safetensors file is not a mapping)
         }
         initial = partial(_initial, files, spec)
-        yield [DecompositionCallback(partial(run.append, "probe"), spec.probe.fractions, initial=initial)]
+        # of a Llama all seven matrices, as published, also those that a method leaves alone; else what is trained
+        leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        kinds = LLAMA_KINDS if leaves.issuperset(LLAMA_KINDS) else None
+        yield [DecompositionCallback(partial(run.append, "probe"), spec.probe.fractions, kinds, initial)]
 
 
 def _initial(files: dict[str, safe_open], spec: Spec, name: str) -> Any:
