@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 import dora_lab
 from dora_lab.io.errors import CheckpointError
+from dora_lab.models.open import open_model
 from dora_lab.probing.saved_models import probe
 from dora_lab.spec import Method
 
@@ -334,9 +335,11 @@ def test_sizes_in_a_configuration_are_not_believed(tmp_path: Path) -> None:
     values = json.loads(file.read_text())
     values.pop("layer_types", None)
     file.write_text(json.dumps(values | {"num_hidden_layers": 10**6}))
-    with pytest.raises(CheckpointError, match="describes a model of more than 20600 modules"):
-        list(probe(tmp_path / "base", [tmp_path / "base"]))
+    for read in (lambda: list(probe(tmp_path / "base", [tmp_path / "base"])), lambda: open_model(file.parent, "auto")):
+        with pytest.raises(CheckpointError, match="describes a model of more than 20600 modules"):
+            read()
     file.unlink()
     file.symlink_to("/dev/zero")
-    with pytest.raises(CheckpointError, match="a link that leaves its folder"):
-        list(probe(tmp_path / "base", [tmp_path / "base"]))
+    for read in (lambda: list(probe(tmp_path / "base", [tmp_path / "base"])), lambda: open_model(file.parent, "auto")):
+        with pytest.raises(CheckpointError, match="a link that leaves its folder"):
+            read()

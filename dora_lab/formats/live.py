@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import dora_lab
 from dora_lab.formats import manifest
 from dora_lab.formats.manifest import MANIFEST
-from dora_lab.formats.neutral import CONFIG, OWN, WEIGHTS, Adapter, Factors, refuse_not_finite
+from dora_lab.formats.neutral import CONFIG, OWN, PREFIX, WEIGHTS, Adapter, Factors, refuse_not_finite
 from dora_lab.formats.peft import write_config, write_tensors
 from dora_lab.formats.read import read_adapter
 from dora_lab.io.atomic import disk_errors, replacing, write_text
@@ -31,6 +31,7 @@ from dora_lab.io.errors import CheckpointError
 from dora_lab.io.files import sha256
 from dora_lab.methods.contract import AdaptedLinear
 from dora_lab.methods.inject import adapted, attach, bare, bare_name, detach, hold, inject, merge, unmerge
+from dora_lab.methods.saved import put, saved
 from dora_lab.spec import Method, did_you_mean
 
 
@@ -114,8 +115,14 @@ def load_adapter(model: nn.Module, path: Path | str, *, allow_pickle: bool = Fal
         if adapter.format == "tensors":
             return _as_itself(path, model, adapter)
         layers = {name: _layer(path, modules, name, factors, adapter) for name, factors in adapter.layers.items()}
-        _fill(path, {name: _parameter(path, model, name) for name in adapter.saved}, adapter.saved)
+        _refuse_other_words(path, bare(model), adapter)
         model.requires_grad_(False)
+        try:
+            put(bare(model), adapter.saved)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}: {error}; of another vocabulary, resize the base's embeddings first (resize_token_embeddings)"
+            ) from None
         return attach(model, layers)
 
 
@@ -202,14 +209,22 @@ def _written(
     targets = _targets(model, [name for name, factors in held.items() if factors.A is not None])
     dropout = max(layer.dropout for layer in found.values())
     shapes = {name: _shape(layer) for name, layer in found.items()}
+    kept = {bare_name(name): own.detach().cpu() for name, (_, own) in saved(model).items()}
+    kept_state = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in kept.items()}
     for one in (format,) if format else ("peft", "authors") if strange is None else ():
         try:
             config = write_config(held, one, targets, base_model_name_or_path=base, lora_dropout=dropout)
-            return one, config, write_tensors(held, one, shapes)
+            if kept and one != "peft":
+                raise CheckpointError(f"'{min(kept)}' is saved whole, which format '{one}' cannot hold")
+            if kept:
+                config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in kept})
+            return one, config, write_tensors(held, one, shapes) | kept_state
         except CheckpointError:
             if format is not None:
                 raise
     name, layer = next(iter(found.items()))
+    if kept:
+        raise CheckpointError(f"'{name}' and '{min(kept)}', which is saved whole, are held by no format together")
     if layer.method is None:
         raise CheckpointError(f"'{name}' is of no method, so nothing could load it: put it on the model with `inject`")
     config = {"peft_type": OWN, "base_model_name_or_path": base, "method": asdict(layer.method)}
@@ -252,9 +267,10 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    own = _state(model)
+    own, before = _state(model), saved(bare(model))
     for whole, tensor in bare(model).state_dict().items():
         name = bare_name(whole)
+        tensor = before.get(whole, (tensor, None))[0]
         if name not in own and tensor.is_floating_point():
             yield name.replace(".frozen.", "."), tensor
 
@@ -298,11 +314,17 @@ def _layer(path: Path, modules: dict[str, nn.Module], name: str, factors: Factor
     return layer
 
 
-def _parameter(path: Path, model: nn.Module, name: str) -> Tensor:
-    try:
-        return model.get_parameter(name)
-    except AttributeError:
-        raise CheckpointError(f"{path}: the base has no parameter '{name}'") from None
+def _refuse_other_words(path: Path, model: nn.Module, adapter: Adapter) -> None:
+    """PEFT writes the frozen weight of an adapted embedding beside its factors: it has to be the base's."""
+    base = {bare_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in adapter.frozen.items():
+        own = base.get(name)
+        same = own is not None and own.shape == tensor.shape
+        if not same or not torch.equal(base[name].detach().cpu().bfloat16(), tensor.bfloat16()):
+            raise CheckpointError(
+                f"{path}: the '{name}' that it was trained on is in it, and is not this model's: load the base it was "
+                "trained on (of the same vocabulary)"
+            )
 
 
 @torch.no_grad()

@@ -107,6 +107,7 @@ _SILENT = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "use_rslora",
     "use_dora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern",
     "alpha_pattern", "megatron_core", "qalora_group_size", "ensure_weight_tying", "eva_config", "runtime_config",
+    "corda_config", "loftq_config",  # read by the starts of these names alone, which _STARTS does not have
 }  # fmt: skip
 _STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others (pissa, olora, corda, loftq) change the base
 

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from dora_lab.methods.catalog import catalog, entry_of
 from dora_lab.methods.contract import AdaptedLinear
 from dora_lab.methods.readers import Watch, reader_of, refuse_read
+from dora_lab.methods.saved import put, saved, take_off
 from dora_lab.spec import Method, did_you_mean, pattern_matches
 
 _KEPT = "_adapted"  # where a merged layer keeps the adapted one
@@ -110,14 +111,21 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def detach(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """Take the adapter off, in place: the base's own layers are put back, bit for bit.
+class Detached(dict[str, AdaptedLinear]):
+    """The adapted layers of an adapter that was taken off, by module name, and the parameters that it brought whole."""
+
+    saved: Mapping[str, nn.Parameter] = {}
+
+
+def detach(model: nn.Module) -> Detached:
+    """Take the adapter off, in place: the base's own layers and parameters are put back, bit for bit.
 
     Returns the adapted layers by module name, for `attach`. They share the base's tensors, so many adapters of one base
     cost little more than their own parameters.
     """
-    layers = dict(adapted(model))
+    layers = Detached(adapted(model))
     _exchange(model, {layer: layer.replaced() for layer in layers.values()})
+    layers.saved = take_off(bare(model))
     return layers
 
 
@@ -127,6 +135,8 @@ def attach(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> nn.Module:
     Raises ValueError, and changes nothing, if a layer was made for other tensors than this model's, or if the model is
     adapted already: two adapters do not add up (m V / ||V|| of a sum is not the sum of two).
     """
+    if isinstance(layers, Detached) and (held := {*saved(bare(model))} & {*layers.saved}):
+        raise ValueError(f"'{min(held)}' is in the place of the base's already: detach(model) first")
     places: dict[nn.Module, nn.Module] = {}
     for name, layer in layers.items():
         module: Any = bare(model).get_submodule(name)
@@ -140,6 +150,8 @@ def attach(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> nn.Module:
         except ValueError as error:
             raise ValueError(f"'{name}': {error}") from None
         places[module] = layer.train(model.training)
+    if isinstance(layers, Detached):
+        put(bare(model), layers.saved)
     _exchange(model, places)
     return model
 

@@ -120,7 +120,7 @@ def layout_of(folder: Path, tensors: int) -> Layout | str:
     config = read_object(folder, "config.json")
     try:
         with _quiet():
-            return Layout(_built(folder, config, MODULES_AT_LEAST + MODULES_EACH * tensors))
+            return Layout(_built(folder, config, tensors))
     except CheckpointError:
         raise
     except Exception as error:  # of any kind: each class of transformers has its own
@@ -128,7 +128,7 @@ def layout_of(folder: Path, tensors: int) -> Layout | str:
         return f"{folder / 'config.json'} describes no model that can be built ({type(error).__name__}: {first:.200})"
 
 
-def _built(folder: Path, config: dict[str, Any], most: int) -> Any:
+def _built(folder: Path, config: dict[str, Any], tensors: int) -> Any:
     import transformers as T
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
@@ -140,14 +140,17 @@ def _built(folder: Path, config: dict[str, Any], most: int) -> Any:
             raise ValueError(f"no model of type '{settings.model_type}' is known")
         named = known[type(settings)]
         named = named[0] if isinstance(named, tuple) else named
-    with torch.device("meta"), _at_most(most, folder):
+    with torch.device("meta"), at_most(tensors, folder):
         return named._from_config(settings, attn_implementation="eager")
 
 
 @contextlib.contextmanager
-def _at_most(most: int, folder: Path) -> Iterator[None]:
-    """Stop a class that builds more modules than a model of its file's size can have: no size is believed."""
-    seen = 0
+def at_most(tensors: int, folder: Path) -> Iterator[None]:
+    """Stop a class that builds more modules than a model of so many tensors can have: no size is believed.
+
+    The limit is far above any model's, and raises CheckpointError.
+    """
+    seen, most = 0, MODULES_AT_LEAST + MODULES_EACH * tensors
 
     def count(*_: Any) -> None:
         nonlocal seen

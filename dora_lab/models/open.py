@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_lab.io.errors import CheckpointError
-from dora_lab.io.files import header, inside, parse_json, verify
+from dora_lab.io.files import header, inside, read_object, verify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,8 +23,7 @@ def open_model(folder: Path, dtype: str) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
-    refuse_unsafe(folder)
-    return _filled(folder, AutoModelForCausalLM, dtype)[0]
+    return _filled(folder, AutoModelForCausalLM, dtype, refuse_unsafe(folder))[0]
 
 
 def open_as_saved(folder: Path) -> PreTrainedModel:
@@ -35,8 +34,8 @@ def open_as_saved(folder: Path) -> PreTrainedModel:
     """
     import transformers
 
-    refuse_unsafe(folder)
-    names = _object(Path(folder) / "config.json").get("architectures")
+    tensors = refuse_unsafe(folder)
+    names = read_object(Path(folder), "config.json").get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     if name is None:
         raise CheckpointError(
@@ -45,7 +44,7 @@ def open_as_saved(folder: Path) -> PreTrainedModel:
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise CheckpointError(f"{folder}: architectures = {names!r} in config.json is no model that transformers knows")
-    model, report = _filled(folder, kind, "auto")
+    model, report = _filled(folder, kind, "auto", tensors)
     if left := sorted(report.get("unexpected_keys") or ()):
         raise CheckpointError(
             f"{folder}: {len(left)} tensors of the file, the first is '{left[0]}', have no place in a {name}; correct "
@@ -54,13 +53,16 @@ def open_as_saved(folder: Path) -> PreTrainedModel:
     return model
 
 
-def _filled(folder: Path, kind: Any, dtype: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """(model, transformers' report of the loading) of a folder as a class."""
+def _filled(folder: Path, kind: Any, dtype: str, tensors: int) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """(model, transformers' report of the loading) of a folder with so many tensors as a class."""
     import torch
+
+    from dora_lab.models.layout import at_most
 
     wide = getattr(torch, dtype) if dtype != "auto" else "auto"
     how: dict[str, Any] = {"dtype": wide, "use_safetensors": True, "output_loading_info": True}
-    model, report = _call(folder, kind.from_pretrained, **how)
+    with at_most(tensors, folder):
+        model, report = _call(folder, kind.from_pretrained, **how)
     if wrong := {key: report[key] for key in ("missing_keys", "mismatched_keys") if report.get(key)}:
         raise CheckpointError(f"{folder}: the weights do not fill the model ({wrong}); fetch the model again")
     for name, weight in model.named_parameters():
@@ -76,14 +78,17 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return _call(folder, AutoTokenizer.from_pretrained)
 
 
-def refuse_unsafe(folder: Path) -> None:
-    """Look at a model's folder before transformers does; raises CheckpointError as `open_model` does."""
+def refuse_unsafe(folder: Path) -> int:
+    """Look at a model's folder before transformers does; returns how many tensors its files hold.
+
+    Raises CheckpointError as `open_model` does.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     folder = Path(folder)
     if (folder / MANIFEST).is_file():
         verify(folder / MANIFEST)
-    config = _object(folder / "config.json")
+    config = read_object(folder, "config.json")
     if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
         raise CheckpointError(
             f"{folder}: config.json asks for code of its own (auto_map: {sorted(config['auto_map'])}); the lab runs no "
@@ -94,26 +99,18 @@ def refuse_unsafe(folder: Path) -> None:
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         what = f"only {pickles[0]}: a pickle can run code when it is read; convert it" if pickles else "give a model's"
         raise CheckpointError(f"{folder}: no *.safetensors in it; {what}")
-    for file in files:
-        header(inside(folder, file.name, folder))
+    tensors = sum(len(header(inside(folder, file.name, folder))) for file in files)
     if (folder / INDEX).is_file():
-        for name in sorted(set(map(str, dict(_object(folder / INDEX).get("weight_map") or {}).values()))):
+        for name in sorted(set(map(str, dict(read_object(folder, INDEX).get("weight_map") or {}).values()))):
             inside(folder, name, folder / INDEX)
-
-
-def _object(file: Path) -> dict[str, Any]:
-    try:
-        value = parse_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON ({error}); fetch the model again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: a JSON {type(value).__name__}, expected an object; fetch the model again")
-    return value
+    return tensors
 
 
 def _call(folder: Path, opened: Any, **how: Any) -> Any:
     try:
         return opened(folder, local_files_only=True, trust_remote_code=False, **how)
+    except CheckpointError:
+        raise
     except Exception as error:  # of any kind: transformers, tokenizers and safetensors each have their own
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         if "trust_remote_code" in str(error):
