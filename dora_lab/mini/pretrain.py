@@ -21,7 +21,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dora_lab.mini import corpus
 
 HERE = Path(__file__).parent
-SEED = 0
 CONTEXT = 256  # tokens
 PICKING_FIRST = 16_000  # documents that ask for nothing but the label of a text they name: the rest builds on that
 LETTERS = 400  # steps at the end, half of whose documents are requests answered in sentences
@@ -40,14 +39,17 @@ SIZES: dict[str, Any] = {
 }
 
 
-def documents(start: int, count: int) -> Iterator[corpus.Segments]:
+def documents(start: int, count: int, seed: int = 0) -> Iterator[corpus.Segments]:
     """Documents `start` to `start + count`; each a function of the seed and its own number alone."""
     for i in range(start, start + count):
-        yield corpus.document(Random(f"{SEED}/{i}"), reading=0.2, only_picking=i < PICKING_FIRST)
+        yield corpus.document(Random(f"{seed}/{i}"), reading=0.2, only_picking=i < PICKING_FIRST)
 
 
 def make_tokenizer(n_documents: int = 20_000) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 2,304 tokens in which every digit stands alone, as in LLaMA's."""
+    """A byte-level BPE of 2,304 tokens in which every digit stands alone, as in LLaMA's.
+
+    From the documents of seed 0, whatever the base's own seed: bases of several seeds read the same tokens.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -73,10 +75,10 @@ def make_tokenizer(n_documents: int = 20_000) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def letters(count: int) -> Iterator[corpus.Segments]:
+def letters(count: int, seed: int = 0) -> Iterator[corpus.Segments]:
     """The documents of the last steps: letters, and as many sheets as before so that nothing is forgotten."""
     for i in range(count):
-        rng = Random(f"{SEED}/letters/{i}")
+        rng = Random(f"{seed}/letters/{i}")
         yield corpus.document(rng, reading=0.2) if i % 2 else [s for _ in range(4) for s in corpus.letter(rng)]
 
 
@@ -151,13 +153,15 @@ def rate(step: int, steps: int, picking: int) -> float:
 
 
 def pretrain(
-    tokens: float, out: Path, batch: int = 4, learning_rate: float = 0.005, threads: int = 1, minutes: float = math.inf
-) -> None:
+    tokens: float, out: Path, batch: int = 4, learning_rate: float = 0.005, threads: int = 1,
+    minutes: float = math.inf, seed: int = 0,
+) -> None:  # fmt: skip
     """Pretrain from scratch on `tokens` tokens (or for `minutes`), write the folder `out` with its record.
 
     Hidden matrices by Muon, the rest by AdamW. Checkpoints every 250 steps; a later call with the same `out` goes on.
+    The seed draws the initial weights and the documents; the world that they tell of is the same.
     """
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     out.mkdir(parents=True, exist_ok=True)
@@ -190,7 +194,7 @@ def pretrain(
         if (time.time() - began) / 60 > minutes:
             break
         while stream.shape[1] < need:
-            stream = np.concatenate([stream, pack(tokenizer, documents(next_document, 2000))], 1)
+            stream = np.concatenate([stream, pack(tokenizer, documents(next_document, 2000, seed))], 1)
             next_document += 2000
         x, weights, options = torch.from_numpy(stream[:, :need].copy()).view(3, batch, CONTEXT)
         x, options, deciding, w = x.long(), options.long(), weights == corpus.DECIDING, weights[:, 1:]
@@ -227,20 +231,20 @@ def pretrain(
             state = {"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict()}
             state |= {"stream": stream, "next_document": next_document, "step": step, "picking": picking}
             torch.save(state, saved)
-    answer_in_sentences(model, tokenizer, batch)
+    answer_in_sentences(model, tokenizer, batch, seed)
     save(model, out, {
         "tokens": seen, "steps": step, "batch": batch, "context": CONTEXT, "peak_learning_rate": learning_rate,
-        "seed": SEED, "threads": threads, "documents": next_document, "seconds": round(time.time() - began, 1),
+        "seed": seed, "threads": threads, "documents": next_document, "seconds": round(time.time() - began, 1),
         "parameters": sum(p.numel() for p in model.parameters()), "machine": platform.processor() or platform.machine(),
         "packages": {"torch": torch.__version__}, "log": log[::10] + log[-1:],
     })  # fmt: skip
     saved.unlink(missing_ok=True)
 
 
-def answer_in_sentences(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch: int) -> None:
+def answer_in_sentences(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch: int, seed: int = 0) -> None:
     """The last `LETTERS` steps: AdamW from 5e-4 down to zero, no guidance."""
     need = batch * CONTEXT
-    stream = pack(tokenizer, letters(LETTERS * need // 150))
+    stream = pack(tokenizer, letters(LETTERS * need // 150, seed))
     assert stream.shape[1] >= LETTERS * need, "too few letters"
     adam = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(LETTERS):
@@ -274,4 +278,5 @@ if __name__ == "__main__":
     parser.add_argument("--learning-rate", type=float, default=0.005)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument("--seed", type=int, default=0)
     pretrain(**vars(parser.parse_args()))
