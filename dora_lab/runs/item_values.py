@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# float16 keeps three digits of a likelihood: enough for paired intervals, half of float32's bytes; facts are counted from 0
+# float16 keeps three digits of a likelihood, enough for paired intervals; facts are counted from 0
 TYPES = {"choice_nll": "<f2", "answer_nll": "<f2", "margin": "<f2", "fact": "<u2"}
 
 
