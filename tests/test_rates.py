@@ -23,7 +23,7 @@ def test_the_vertex_is_that_of_three_points(values: tuple[float, float, float]):
     losses = {rate: [9.0] for rate in GRID} | {rate: [value] for rate, value in zip(GRID[2:5], values, strict=True)}
     choice = choose(losses, 1)
     assert choice is not None and choice.rate == float(f"{2 ** (-b / (2 * a)):.1e}")
-    assert GRID[2] <= choice.rate * 1.05 and choice.rate <= GRID[4] * 1.05
+    assert abs(np.log2(choice.rate / GRID[3])) <= 0.55
 
 
 def test_an_end_and_a_missing_neighbour_give_the_rate_of_the_grid_and_are_said():

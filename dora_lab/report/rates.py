@@ -32,8 +32,8 @@ class Choice:
 def choose(losses: Mapping[float, Sequence[float]], seeds: int) -> Choice | None:
     """The rate at the vertex of the parabola through the lowest mean loss and its neighbours, over log2 of the rate.
 
-    The parabola uses three means where their lowest alone would take the luckiest of a few seeds; it is not trusted
-    beyond what was tried: the vertex is clipped to the neighbours. Where the lowest is an end, or a neighbour has no mean, the
+    The parabola uses three means where their lowest alone would take the luckiest of a few seeds. It stays among what
+    was tried: its vertex is at most half a step from the lowest. Where that is an end, or a neighbour has no mean, the
     lowest itself is the rate.
 
     Args: losses: rate -> validation loss of each seed (its logarithm where losses are compared as ratios); seeds: how
@@ -64,6 +64,6 @@ def choose(losses: Mapping[float, Sequence[float]], seeds: int) -> Choice | None
 
 
 def _vertex(before: float, lowest: float, after: float) -> float:
-    """Where the parabola through (-1, before), (0, lowest), (1, after) is lowest; in [-1, 1]."""
+    """Where the parabola through (-1, before), (0, lowest), (1, after) is lowest; in [-1/2, 1/2]."""
     bend = before - 2 * lowest + after
-    return 0.0 if bend <= 0 else float(np.clip((before - after) / (2 * bend), -1, 1))
+    return (before - after) / (2 * bend) if bend else 0.0  # three equal losses
