@@ -1,0 +1,74 @@
+"""The law of figure 2's sign against rows of numbers: brute force on matrices that nobody trained."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dora_lab.report import law
+
+
+def _measure(W0: np.ndarray, W: np.ndarray) -> tuple[float, float]:
+    """(ΔD, ΔM) of one matrix by the definitions, float64."""
+    n0, n = np.linalg.norm(W0, axis=1), np.linalg.norm(W, axis=1)
+    return float(np.mean(1 - (W0 * W).sum(1) / (n0 * n))), float(np.mean(np.abs(n - n0)))
+
+
+def _layer(rng: np.random.Generator, norm: float, size: float, decay: float, inputs: int) -> tuple[float, float]:
+    W0 = rng.normal(size=(2000, inputs))
+    W0 *= norm / np.linalg.norm(W0, axis=1, keepdims=True)
+    E = rng.normal(size=W0.shape) * size / np.sqrt(inputs)
+    return _measure(W0, (1 - decay) * W0 + E)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.002, 0.005, 0.05])
+def test_full_fine_tuning_with_decay(decay: float):
+    for norm, size in ((1.0, 0.1), (2.0, 0.1), (1.5, 0.2)):
+        d, m = _layer(np.random.default_rng(0), norm, size, decay, 64)
+        assert law.full(norm, d, decay, 64) == pytest.approx(m, rel=0.03)
+
+
+def test_lora_is_a_rotation_with_the_length_that_pythagoras_gives_it():
+    rng = np.random.default_rng(1)
+    W0 = rng.normal(size=(500, 32))
+    W0 *= 1.7 / np.linalg.norm(W0, axis=1, keepdims=True)
+    E = rng.normal(size=W0.shape)
+    E -= (E * W0).sum(1, keepdims=True) / 1.7**2 * W0
+    E *= 0.9 / np.linalg.norm(E, axis=1, keepdims=True)  # of every row the same, so that the mean is the law
+    d, m = _measure(W0, W0 + E)
+    assert law.lora(1.7, d) == pytest.approx(m, rel=1e-12)
+
+
+@pytest.mark.parametrize(("spread", "ratio"), [(0.07, 0.0), (0.07, 2.4), (0.07, 20.0), (0.3, 2.4)])
+def test_the_curve_is_what_simulated_layers_have(spread: float, ratio: float):
+    norms, d = np.array([1.0, 1.1, 1.3, 1.6, 1.9, 2.2]), 0.003
+    predicted = law.curve(norms, d, spread, [ratio], 64).iloc[0]
+    rng, found = np.random.default_rng(2), []
+    for _ in range(24):
+        e = np.exp(rng.normal(0, spread, 6))
+        e *= np.sqrt(d / np.mean(e**2 / (2 * norms**2)))
+        points = [_layer(rng, n, size, ratio * d, 64) for n, size in zip(norms, e, strict=True)]
+        found.append(np.corrcoef(np.array(points).T)[0, 1])
+    inside = np.mean([(predicted["low"] - 0.05 <= r) and (r <= predicted["high"] + 0.05) for r in found])
+    assert inside >= 0.75
+    assert np.median(found) == pytest.approx(predicted["r"], abs=0.15)
+
+
+def test_the_limits_that_need_no_simulation():
+    norms = np.array([1.0, 1.2, 1.5, 1.9])
+    s_n, s_e = np.std(np.log(norms)), 0.01
+    far = law.curve(norms, 0.003, s_e, [1e6]).iloc[0]  # decay alone: n against 1 / n²
+    assert far["r"] == pytest.approx(np.corrcoef(norms, norms**-2.0)[0, 1], abs=0.02) and s_n > s_e
+    none = law.curve(norms, 0.003, s_e, [0.0]).iloc[0]  # n d, and d = 1 / n²: it grows with d
+    assert none["r"] > 0.95
+
+
+def test_the_released_schedule_decays_as_the_product_of_its_steps():
+    steps, peak = 1000, 1e-2
+    rates = peak * np.concatenate([np.linspace(0, 1, 100, endpoint=False), np.linspace(1, 0, 900)])
+    assert law.decayed(peak, 0.01, steps) == pytest.approx(1 - np.prod(1 - rates * 0.01), rel=2e-3)
+
+
+def test_a_curve_of_two_layers_is_refused():
+    with pytest.raises(ValueError, match="at least three layers"):
+        law.curve([1.0, 2.0], 0.003, 0.1, [1.0])
