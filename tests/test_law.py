@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
 
+from dora_lab import mini
+from dora_lab.commands import models  # noqa: F401  (adds `probe`)
+from dora_lab.commands.app import app
+from dora_lab.probing.norms import norms
 from dora_lab.report import law
 
 
@@ -67,6 +74,19 @@ def test_the_released_schedule_decays_as_the_product_of_its_steps():
     steps, peak = 1000, 1e-2
     rates = peak * np.concatenate([np.linspace(0, 1, 100, endpoint=False), np.linspace(1, 0, 900)])
     assert law.decayed(peak, 0.01, steps) == pytest.approx(1 - np.prod(1 - rates * 0.01), rel=2e-3)
+
+
+def test_norms_of_a_base_are_those_of_its_weights_and_the_command_prints_a_kind_a_line():
+    rows = {row["module"]: row for row in norms(mini.folder())}
+    model = LlamaForCausalLM.from_pretrained(mini.folder(), dtype=torch.float64)
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    assert rows.keys() == linear.keys()
+    for name, module in linear.items():
+        assert rows[name]["norm"] == pytest.approx(module.weight.norm(dim=1).mean().item(), rel=1e-6)
+        assert rows[name]["inputs"] == module.in_features
+    told = CliRunner().invoke(app, ["probe", str(mini.folder()), "--predict"])
+    assert sum(line.startswith("| ") for line in told.output.splitlines()) == 1 + 7
+    assert "give the tuned models" in str(CliRunner().invoke(app, ["probe", str(mini.folder())]).exception)
 
 
 def test_a_curve_of_two_layers_is_refused():

@@ -20,7 +20,9 @@ from dora_lab.tasks import sources
 @app.command()
 def probe(
     base: Annotated[str, typer.Argument(help="The base model: a folder (safetensors, sharded or not) or a hub id.")],
-    tuned: Annotated[list[str], typer.Argument(help="Models, adapters, folders of checkpoint-N, runs, or hub ids.")],
+    tuned: Annotated[
+        list[str] | None, typer.Argument(help="Models, adapters, folders of checkpoint-N, runs, or hub ids.")
+    ] = None,
     axis: Annotated[
         str, typer.Option(help="One magnitude per output feature (out, DoRA's) or per input (in).")
     ] = "out",
@@ -30,6 +32,11 @@ def probe(
     dynamics: Annotated[bool, typer.Option(help="Also ranks, singular values, intruder directions (slow).")] = False,
     verify: Annotated[bool, typer.Option(help="Compare files with their SHA-256: manifests, the hub's cache.")] = False,
     allow_pickle: Annotated[bool, typer.Option(help="Read .bin files where there is no safetensors file.")] = False,
+    predict: Annotated[
+        bool, typer.Option(help="No tuned models: r of ΔD and ΔM that the base's norms predict.")
+    ] = False,
+    delta_d: Annotated[float, typer.Option(help="With --predict: the mean ΔD that is assumed.")] = 0.003,
+    spread: Annotated[float, typer.Option(help="With --predict: the spread over layers of log |E| assumed.")] = 0.07,
 ) -> None:
     """ΔM and ΔD of tuned models or adapters against their base, from the files, in bounded memory."""
     from tqdm import tqdm
@@ -37,6 +44,10 @@ def probe(
     from dora_lab.probing import saved_models
     from dora_lab.report import probe_rows
 
+    if predict == bool(tuned):
+        raise ValueError("give the tuned models, or --predict and none")
+    if predict:
+        return _predict(base, delta_d, spread)
     probe_rows.refuse_endings(out, plot)
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
@@ -47,8 +58,9 @@ def probe(
             bar.set_description_str(text[-50:])
 
         found = saved_models.probe(
-            base, tuned, axis=axis, kinds=[kind for kind in kinds.split(",") if kind], dynamics=dynamics, verify=verify,
-            allow_pickle=allow_pickle, failed=lambda error: failures.append(str(error)), progress=progress,
+            base, tuned or (), axis=axis, kinds=[kind for kind in kinds.split(",") if kind], dynamics=dynamics,
+            verify=verify, allow_pickle=allow_pickle, failed=lambda error: failures.append(str(error)),
+            progress=progress,
         )  # fmt: skip
         try:
             rows.extend(found)  # what was known before an error of the base is kept
@@ -65,6 +77,16 @@ def probe(
         say(f"error: {failure}", err=True)
     if failures:
         raise typer.Exit(2)
+
+
+def _predict(base: str, delta_d: float, spread: float) -> None:
+    from dora_lab.io.hub import saved_folder
+    from dora_lab.probing.norms import norms
+    from dora_lab.report import law
+
+    curves = law.prediction(list(norms(saved_folder(base))), delta_d, spread)
+    say(curves.to_markdown(index=False, disable_numparse=True))
+    say(f"ΔD {delta_d:g}, spread of log |E| {spread:g}; r over layers [5 %, 95 % of draws]\n{law.ASSUMED}")
 
 
 @app.command()

@@ -158,7 +158,7 @@ def _products(base: Shards, matrix: Matrix, updates: Sequence[Any], along: int) 
         index: ([], []) for index, update in enumerate(updates) if not isinstance(update, LowRank)
     }
     low = _Stack([update for update in updates if isinstance(update, LowRank)], matrix, along, double)
-    for start, W0 in _blocks(base, matrix, double):
+    for start, W0 in blocks(base, matrix, double):
         # a magnitude is compared with |W0| itself, not through W - W0, so that norm has to keep all its digits
         exact = low.exact[: len(W0)].copy_(W0) if low.scaled else W0
         squares.append(dots(exact, exact, along))
@@ -200,7 +200,7 @@ def _settle(
     if not again:
         return
     exact: dict[int, list[Products]] = {index: [] for index in again}
-    for start, W0 in _blocks(base, matrix, True):
+    for start, W0 in blocks(base, matrix, True):
         out = torch.empty_like(W0)
         for index, where in again.items():
             inside = where if along == 0 else where[(where >= start) & (where < start + len(W0))] - start
@@ -261,7 +261,7 @@ def _size(matrix: Matrix) -> int:
     return max(1, BLOCK // matrix.stored[1])
 
 
-def _blocks(base: Shards, matrix: Matrix, double: bool) -> Iterator[tuple[int, Tensor]]:
+def blocks(base: Shards, matrix: Matrix, double: bool) -> Iterator[tuple[int, Tensor]]:
     """(first row, W0) of every block of rows of the stored tensor, in one memory."""
     (rows, width), size = matrix.stored, _size(matrix)
     room = torch.empty(min(rows, size), width, dtype=torch.float64 if double else torch.float32)

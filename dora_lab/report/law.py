@@ -15,6 +15,7 @@ Shape legend: L = layers, R = values of decay / ΔD, N = draws.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -86,3 +87,32 @@ def _folded(mean: Floats, sd: Floats) -> Floats:
 def _pearson(x_NL: Floats, y_NL: Floats) -> Floats:
     x_NL, y_NL = (a - a.mean(axis=1, keepdims=True) for a in (x_NL, y_NL))
     return (x_NL * y_NL).sum(axis=1) / np.sqrt((x_NL**2).sum(axis=1) * (y_NL**2).sum(axis=1))
+
+
+ASSUMED = (
+    "Full fine-tuning with weight decay, late in training; |E| lognormal over layers, independent of the norms: a base "
+    "whose |E| goes with its norms lies above, one whose |E| goes against them below."
+)
+RATIOS = (0.0, 0.5, 1.0, 2.4, 5.0, 20.0, np.inf)  # 2.4: where the paper's panel of full fine-tuning lies
+
+
+def prediction(norms: Sequence[dict[str, Any]], delta_d: float, spread: float) -> pd.DataFrame:
+    """The curve of every kind of matrix that three layers or more have; a row per kind.
+
+    norms: rows of `probing.norms`; delta_d, spread: as in `curve`. Columns: kind, layers, norm (mean of the layers'),
+    s_n (standard deviation over layers of log norm), and per ratio r, low and high as text.
+    """
+    rows = []
+    of_layers: Any = pd.DataFrame(norms).dropna(subset=["layer"])
+    for kind, part in of_layers.groupby("kind", sort=False):
+        layers = part.groupby("layer")["norm"].mean().to_numpy()
+        if len(layers) < 3:
+            continue
+        found = curve(layers, delta_d, spread, [min(ratio, 1e9) for ratio in RATIOS], int(part["inputs"].iloc[0]))
+        cells = {
+            f"δ/ΔD {ratio:g}".replace("inf", "∞"): f"{r:+.2f} [{low:+.2f}, {high:+.2f}]"
+            for ratio, r, low, high in zip(RATIOS, found["r"], found["low"], found["high"], strict=True)
+        }
+        about = {"kind": kind, "layers": len(layers), "norm": f"{layers.mean():.3g}"}
+        rows.append(about | {"s_n": f"{np.std(np.log(layers)):.3f}"} | cells)
+    return pd.DataFrame(rows)
