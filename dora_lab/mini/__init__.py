@@ -1,4 +1,6 @@
-"""The embedded default: a closed world, its eight commonsense task families, its tokenizer and its pretrained base.
+"""The embedded default: a closed world, eight commonsense task families about it, a tokenizer and a pretrained base.
+
+Two sources ask about the same world: `mini`, frozen with every record made from it, and `mini2`, which is harder.
 
 It knows nothing of the lab; `tasks` and `models` use it as one source of items and of bases among others.
 """
@@ -6,11 +8,13 @@ It knows nothing of the lab; `tasks` and `models` use it as one source of items 
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from pathlib import Path
 
-from dora_lab.mini.families import FAMILIES, items
+from dora_lab.mini.families import FAMILIES
+from dora_lab.mini.items import WORLDS, items
 
-__all__ = ["FAMILIES", "folder", "items", "world_sha256"]
+__all__ = ["FAMILIES", "WORLDS", "folder", "items", "world_sha256"]
 
 
 def folder() -> Path:
@@ -18,11 +22,13 @@ def folder() -> Path:
     return Path(__file__).parent / "base"
 
 
-def world_sha256() -> str:
-    """SHA-256 of all items of all families and splits: the identity of the embedded data."""
+@cache
+def world_sha256(source: str = "mini") -> str:
+    """SHA-256 of all items of all families and splits of a source: the identity of embedded data."""
     digest = hashlib.sha256()
-    for task in FAMILIES:
+    for task in WORLDS[source].FAMILIES:
         for split in ("train", "validation", "test"):
-            for item in items(task, split):
-                digest.update("\x1f".join((task, split, item["instruction"], item["answer"])).encode())
+            for item in items(task, split, source):
+                said = [item[field] for field in ("instruction", "answer", "fact") if field in item]
+                digest.update("\x1f".join((task, split, *said)).encode())
     return digest.hexdigest()

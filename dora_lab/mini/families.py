@@ -8,8 +8,6 @@ needs what pretraining taught. The wordings here do not occur in the pretraining
 from __future__ import annotations
 
 import hashlib
-import math
-from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from random import Random
@@ -237,35 +235,3 @@ FAMILIES: dict[str, Callable[[str, Random], Item]] = {
     "ARC-Challenge": arc_challenge,
     "openbookqa": openbookqa,
 }
-
-
-@cache
-def _items(task: str, split: str) -> tuple[Item, ...]:
-    if task not in FAMILIES:
-        raise ValueError(f"unknown mini task {task!r}; choose one of {', '.join(FAMILIES)}")
-    if split not in COUNTS:
-        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(COUNTS)}")
-    out: dict[str, Item] = {}
-    given: Counter[str] = Counter()  # answers are balanced, so that the majority label is worth no more than chance
-    for i in range(50 * COUNTS[split]):
-        item = FAMILIES[task](split, Random(f"{task}/{split}/{i}"))
-        labels = item["instruction"].rsplit(": ", 1)[1].count("/") + 1
-        if item["instruction"] in out or given[item["answer"]] >= math.ceil(COUNTS[split] / labels):
-            continue
-        out[item["instruction"]] = item
-        given[item["answer"]] += 1
-        if len(out) == COUNTS[split]:
-            return tuple(out.values())
-    raise AssertionError(f"the world is too small for {COUNTS[split]} {split} items of {task}: {len(out)} found")
-
-
-def items(task: str, split: str) -> list[Item]:
-    """The items of one family, `{"instruction", "input", "output", "answer"}`, always the same and all different.
-
-    Args:
-        task: a name in the LLM-Adapters layout, e.g. "boolq", "ARC-Challenge".
-        split: "train" (2,000 items), "validation" (100) or "test" (200).
-    Raises:
-        ValueError: for an unknown task or split.
-    """
-    return [dict(item) for item in _items(task, split)]

@@ -1,7 +1,7 @@
 """Training, validation and test items for a spec. Imports no torch.
 
-Sources: "mini" (the embedded world); "llm_adapters", a folder in the layout of that repository (``<task>/train.json``
-and ``<task>/test.json``, or these below ``dataset/``); "commonsense_170k" (training items only), the file
+Sources: "mini" and "mini2" (the embedded world, asked about in two ways); "llm_adapters", a folder in the layout of that
+repository (``<task>/train.json`` and ``<task>/test.json``, or these below ``dataset/``); "commonsense_170k" (training items only), the file
 ``commonsense_170k.json`` of such a folder (in it or in ``ft-training_set/``), else the hub's copy at `data.revision`.
 """
 
@@ -23,7 +23,7 @@ from dora_lab.tasks.commonsense.released_files import MIX, describe
 
 Item = dict[str, Any]
 Pools = dict[str, list[Item]]  # items by task
-SOURCES = ("mini", "llm_adapters", MIX)
+SOURCES = (*mini.WORLDS, "llm_adapters", MIX)
 HUB_MIX = "zwhe99/commonsense_170k"  # the copy that public code loads
 HUB_FILES = ("*.json", "*.parquet")
 DATA_SEED = 42  # of the split and the subset: the same items for every run seed, as in the released code
@@ -73,12 +73,12 @@ def items(spec: Spec, data_dir: Path | None = None) -> Items:
     if spec.evaluation.split == "validation" and not validation:
         raise LoadError("evaluation.split is validation but data.validation_items is 0; set it")
     sources: list[dict[str, Any]] = []
-    if (data.eval_name or data.name) != "mini":
+    if (data.eval_name or data.name) not in mini.WORLDS:
         asked = {item["instruction"] for pool in pools.values() for item in pool}
         for task, found in tests.items():
             again = sum(item["instruction"] in asked for item in found) if pools else None
             sources.append(describe(task, "test", found) | {"used": len(test[task]), "asked_in_training": again})
-    if data.name != "mini":
+    if data.name not in mini.WORLDS:
         for task, pool in pools.items():
             used = len(train.get(task, ())) + len(validation.get(task, ()))
             sources.append(describe(task, "train", pool) | {"used": used})
@@ -102,8 +102,8 @@ def tasks_in(folder: Path) -> list[str]:
 
 def data_identity(data: Data, source: str, data_dir: Path | None) -> dict[str, Any]:
     """What identifies a source as it is on this machine now: the hash of a local one, the commit of the hub's."""
-    if source == "mini":
-        return {"revision": None, "sha256": mini.world_sha256()}
+    if source in mini.WORLDS:
+        return {"revision": None, "sha256": mini.world_sha256(source)}
     local = source == "llm_adapters"
     if data_dir is not None and (local or _mix_file(data_dir) is not None):
         return {"revision": None, "sha256": hash_data(data_dir)}
@@ -132,10 +132,10 @@ def _mix_file(folder: Path) -> Path | None:
 
 def _read(source: str, split: str, data: Data, data_dir: Path | None) -> Pools:
     """All items of one split, per task; {} where the source has none."""
-    if source == "mini":
-        found = {name: mini.items(name, cast(Any, split)) for name in data.tasks}
+    if source in mini.WORLDS:
+        found = {name: mini.items(name, cast(Any, split), source) for name in data.tasks}
         for name, given in found.items():
-            check_items(given, load_task(name), f"mini {name} {split}")
+            check_items(given, load_task(name), f"{source} {name} {split}")
         return found
     if source == "llm_adapters":
         return _read_folder(split, data, data_dir)
@@ -188,8 +188,8 @@ def _split(pools: Pools, data: Data, data_dir: Path | None) -> tuple[Pools, Pool
     if data.holdout == "mixed":
         return _split_mixed(pools, data)
     pools = {name: _shuffled(pool, name) for name, pool in pools.items()}
-    if data.name == "mini":
-        own = _read("mini", "validation", data, data_dir) if data.validation_items else {}
+    if data.name in mini.WORLDS:
+        own = _read(data.name, "validation", data, data_dir) if data.validation_items else {}
         held = _shares(own, data.validation_items)
         validation = {name: pool[: held[name]] for name, pool in own.items()}
     else:

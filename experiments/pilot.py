@@ -1,0 +1,37 @@
+"""The pilot of the instrument: how far families and metrics spread over seeds, before anything is claimed.
+
+    dora-lab run pilot                          # mini: LoRA and FT on sources `mini` and `mini2`, half a minute a run
+
+Both sources, LoRA and full fine-tuning at the rates of `commonsense`, seeds from 200 on, which nothing else uses; scored
+on validation items, whose facts are in no test. What was decided from it stands in results/tables/pilot and in
+experiments/registered/commonsense.md. No claim rests on these runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dora_lab.spec import Evaluation, Method, Spec
+from experiments import commonsense
+
+TIERS = ("mini",)
+SEEDS = (200, 201, 202, 203, 204)
+SOURCES = {"mini": (1536, 800), "mini2": (3072, 1600)}  # training items, validation items
+
+
+def specs(tier: str) -> list[Spec]:
+    """Both methods on both sources, all of a seed together."""
+    methods = (commonsense.full(), commonsense.low_rank("lora", commonsense.MINI["rank"]))
+    return [_try(method, source, seed) for seed in SEEDS for source in SOURCES for method in methods]
+
+
+def _try(method: Method, source: str, seed: int) -> Spec:
+    spec = commonsense.trained_mini(method, commonsense.MINI["learning_rate"][method.name, method.rank], seed)
+    trained, scored = SOURCES[source]
+    return replace(
+        spec,
+        experiment="pilot",
+        data=replace(spec.data, name=source, train_items=trained, validation_items=scored),
+        probe=None,
+        evaluation=Evaluation(protocols=("loglikelihood",), split="validation"),
+    )
