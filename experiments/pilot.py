@@ -1,9 +1,9 @@
 """The pilot of the instrument: how far families and metrics spread over seeds, before anything is claimed.
 
-    dora-lab run pilot                          # mini: LoRA and FT on sources `mini` and `mini2`, half a minute a run
+    dora-lab run pilot                          # mini: LoRA and FT on sources `mini` and `mini2`, half a minute each
 
-Both sources, LoRA and full fine-tuning at the rates of `commonsense`, seeds from 200 on, which nothing else uses; scored
-on validation items, whose facts are in no test. What was decided from it stands in results/tables/pilot and in
+Both sources, LoRA and full fine-tuning at the rates of `commonsense`, seeds from 200 on, which nothing else uses;
+scored on validation items, whose facts are in no test. What was decided from it stands in results/tables/pilot and in
 experiments/registered/commonsense.md. No claim rests on these runs.
 """
 

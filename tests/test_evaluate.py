@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -19,11 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from dora_lab import mini
 from dora_lab import spec as specs
+from dora_lab.evaluation import nll
 from dora_lab.evaluation.evaluate import evaluate, prepare
 from dora_lab.evaluation.protocols import PROTOCOLS
 from dora_lab.models.base import model_and_tokenizer
 from dora_lab.models.open import open_tokenizer
 from dora_lab.runs.directory import RunDir
+from dora_lab.runs.item_values import unpack
 from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Spec
 from dora_lab.tasks import ItemError, load_task, prompt
@@ -78,7 +81,11 @@ def test_generate_equals_one_by_one(beams: int, loaded: tuple[Any, Any], tmp_pat
 def test_batch_size_does_not_change_anything(loaded: tuple[Any, Any], tmp_path: Path) -> None:
     alone = go(make_spec(evaluation__batch_size=1), tmp_path, loaded)
     together = go(make_spec(evaluation__batch_size=8), tmp_path, loaded)
-    assert alone[0] == together[0]
+    for one, other in zip(alone[0], together[0], strict=True):
+        told = [{k: v for k, v in row.items() if k not in (*nll.NAMES, "per_item")} for row in (one, other)]
+        assert told[0] == told[1]
+        for measure in nll.NAMES if one["protocol"] == "loglikelihood" else ():
+            assert one[measure] == pytest.approx(other[measure], rel=1e-4)
     for name, samples in alone[1].items():
         for one, other in zip(samples, together[1][name], strict=True):
             if name.endswith("generate"):
@@ -100,6 +107,44 @@ def test_loglikelihood_is_that_of_the_model(loaded: tuple[Any, Any], tmp_path: P
             logs = model(ids).logits[0].log_softmax(-1)
         wanted = sum(float(logs[t - 1, ids[0, t]]) for t in range(start, ids.shape[1]))
         assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_what_likelihoods_say_is_what_float64_logits_say(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    items = {
+        task: [item | {"fact": f"fact {number // 2}"} for number, item in enumerate(pool)]
+        for task, pool in ITEMS.items()
+    }
+    rows, samples = go(make_spec(evaluation__protocols="loglikelihood"), tmp_path, loaded, items)
+    model, tokenizer = loaded
+    exact = copy.deepcopy(model).double()
+    for row in rows:
+        found = []
+        for sample in samples[f"{row['task']}.loglikelihood"]:
+            assert "fact" not in sample["prompt"]
+            lls = {}
+            start = len(tokenizer(sample["prompt"])["input_ids"])
+            for label in sample["output"]:
+                ids = torch.tensor([tokenizer(f"{sample['prompt']}the correct answer is {label}")["input_ids"]])
+                with torch.no_grad():
+                    logs = exact(ids).logits[0].log_softmax(-1)
+                lls[label] = sum(float(logs[t - 1, ids[0, t]]) for t in range(start, ids.shape[1]))
+            right = lls.pop(sample["gold"])
+            choice = -torch.tensor([right, *lls.values()], dtype=torch.float64).log_softmax(0)[0].item()
+            found.append((choice, -right, right - max(lls.values())))
+        for name, values in zip(nll.NAMES, np.array(found).T, strict=True):
+            assert row[name] == pytest.approx(values.mean(), rel=1e-4, abs=1e-5)
+            assert unpack(name, row["per_item"][name]) == pytest.approx(values, rel=1e-3, abs=1e-4)
+        assert unpack("fact", row["per_item"]["fact"]).tolist() == [n // 2 for n in range(row["n"])]
+        assert row == {**row, **nll.columns(samples[f"{row['task']}.loglikelihood"], [None], False)}
+    _, plain = go(make_spec(evaluation__protocols="loglikelihood"), tmp_path / "without", loaded)
+    assert plain == samples  # a fact says what belongs together, and nothing to the model
+
+
+def test_single_items_are_kept_of_tests_alone(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    chosen = make_spec(evaluation__protocols="generate,loglikelihood", evaluation__split="validation")
+    generated, likely = go(chosen, tmp_path, loaded, {"boolq": ITEMS["boolq"]})[0]
+    assert "per_item" not in likely and likely["choice_nll"] > 0
+    assert not {*nll.NAMES, "per_item"} & generated.keys()
 
 
 def test_loglikelihood_is_over_the_trained_tokens(joining: Any, tmp_path: Path) -> None:

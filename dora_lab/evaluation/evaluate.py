@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lm_eval import evaluator
 
+from dora_lab.evaluation import nll
 from dora_lab.evaluation.lm_eval_model import Model, quiet, undisturbed
 from dora_lab.evaluation.protocols import PROTOCOLS
 from dora_lab.evaluation.protocols.protocol import Item, Protocol, Question, Sample
@@ -69,7 +70,8 @@ def evaluate(
 
     Appends to the stream eval of `run` one row per task and protocol: accuracy (a fraction of n), its standard error
     (binomial, n - 1), n, n_unparsed (None if not generated), chance, majority (share of the most frequent answer),
-    the hash of all prompts, and `correct`, one character 0 or 1 per item in order; writes samples for re-grading.
+    the hash of all prompts, `correct`, one character 0 or 1 per item in order, and of protocols that compare
+    likelihoods what `nll` says; writes samples for re-grading.
     The mean is the paper's: over tasks, each with the same weight. Raises ItemError for a prompt that is too long,
     Stopped if `stop` is set. Rows that are there already, of the same questions, are kept: a task is evaluated by
     itself, so that its numbers do not depend on which others were done in one go.
@@ -88,7 +90,7 @@ def evaluate(
 
         with undisturbed(model, tokenizer), quiet():
             samples = _samples(spec, model, tokenizer, part, tick)
-        row = _row(part, samples)
+        row = _row(part, samples, spec.evaluation.split == "test")
         _write_samples(run, row, samples)
         run.append("eval", row)
         rows.append(row)
@@ -158,11 +160,12 @@ def _sample(part: Part, question: Question, logged: dict[str, Any]) -> Sample:
     return asked | answer | {"gold": question["gold"], "correct": correct}
 
 
-def _row(part: Part, samples: list[Sample]) -> dict[str, Any]:
+def _row(part: Part, samples: list[Sample], items: bool) -> dict[str, Any]:
+    """items: the likelihoods of single items too; choosing on validation needs their means alone."""
     n = len(samples)
     accuracy = sum(sample["correct"] for sample in samples) / n
     golds = [sample["gold"] for sample in samples]
-    return {
+    row = {
         "task": part.task.name,
         "protocol": part.protocol.name,
         "metric": "accuracy",
@@ -174,7 +177,10 @@ def _row(part: Part, samples: list[Sample]) -> dict[str, Any]:
         "majority": max(golds.count(gold) for gold in set(golds)) / n,
         "prompt_sha256": part.prompt_sha256,
         "correct": "".join(str(int(sample["correct"])) for sample in samples),
-    } | part.protocol.more(part.task, samples)
+    }
+    if not part.protocol.generates:
+        row |= nll.columns(samples, [question.get("fact") for question in part.questions], items)
+    return row | part.protocol.more(part.task, samples)
 
 
 def _write_samples(run: RunDir, row: dict[str, Any], samples: list[Sample]) -> None:

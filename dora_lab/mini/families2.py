@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import cache
 from random import Random
 
-from dora_lab.mini.corpus import capital, scene, script, show, subject, two_sizes, wrong_subjects, wrong_values
+from dora_lab.mini.corpus import capital, scene, script, show, subject, wrong_subjects, wrong_values
 from dora_lab.mini.families import LAWS, ONE_FACT, TWO_FACTS, Item, listed
 from dora_lab.mini.families import WORDINGS as FIRST
 from dora_lab.mini.world import NAMES, Fact, a, facts, value_of, values

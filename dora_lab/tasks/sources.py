@@ -1,7 +1,8 @@
 """Training, validation and test items for a spec. Imports no torch.
 
-Sources: "mini" and "mini2" (the embedded world, asked about in two ways); "llm_adapters", a folder in the layout of that
-repository (``<task>/train.json`` and ``<task>/test.json``, or these below ``dataset/``); "commonsense_170k" (training items only), the file
+Sources: "mini" and "mini2" (the embedded world, asked about in two ways); "llm_adapters", a folder in the layout of
+that repository (``<task>/train.json`` and ``<task>/test.json``, or these below ``dataset/``); "commonsense_170k"
+(training items only), the file
 ``commonsense_170k.json`` of such a folder (in it or in ``ft-training_set/``), else the hub's copy at `data.revision`.
 """
 

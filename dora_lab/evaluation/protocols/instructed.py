@@ -39,6 +39,7 @@ class _Instructed(Protocol):
                 "prompt": prompt(item, spec.data.template),
                 "options": list(task.options(item)),
                 "gold": item["answer"],
+                **({"fact": item["fact"]} if "fact" in item else {}),
             }
             for index, item in enumerate(items)
         ]

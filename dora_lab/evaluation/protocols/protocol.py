@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Item = dict[str, Any]
-Question = dict[str, Any]  # at least index, prompt, options (the answers offered) and gold (the right one)
+Question = dict[
+    str, Any
+]  # at least index, prompt, options (the answers offered) and gold (the right one); fact where known
 Pair = tuple[list[int], list[int]]
 Sample = dict[str, Any]  # a question's index, prompt and gold with the model's output, parsed and correct
 
