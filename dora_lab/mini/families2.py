@@ -240,13 +240,20 @@ def arc_challenge(split: str, rng: Random) -> Item:
 
 
 def openbookqa(split: str, rng: Random) -> Item:
-    while True:
-        relation, value, law, ask = rng.choice(LAWS)
-        known = [f for f in facts_of((relation,), split).get(relation, ()) if f.value == value]
-        if known:
-            break
-    fact = rng.choice(known)
-    wrong = [a(s) for s in wrong_subjects(fact, 3, rng)]
+    """A law and a fact; in half of the items, the one of four that the law is not about."""
+    relation, value, law, ask = rng.choice(LAWS)
+    known = facts_of((relation,), split).get(relation, ())
+    under = [fact for fact in known if fact.value == value]
+    free = [fact for fact in known if fact.value != value]
+    if len(under) >= 3 and free and rng.random() < 0.5:
+        fact = rng.choice(free)
+        wrong = [a(other.subject) for other in rng.sample(under, 3)]
+        ask = f"All but one answer the question: {ask} Which one does not?"
+    elif under:
+        fact = rng.choice(under)
+        wrong = [a(s) for s in wrong_subjects(fact, 3, rng)]
+    else:
+        return openbookqa(split, rng)
     said = rng.choice(("The book says that {}.", "It is written that {}.", "In the book we read that {}.")).format(law)
     return about(fact, listed("answer", f"{said} {ask}", a(fact.subject), wrong, rng, "answer to the question"))
 
