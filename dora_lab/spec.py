@@ -204,6 +204,10 @@ class Evaluation(_Checked):
         "merged": "adapter merged into the base's type, rounded",
         "unmerged": "adapter beside the base",
     }] = since(3, "exact")  # fmt: skip
+    text: Annotated[Literal["none", "pretraining"], {  # of bases whose corpus is known here
+        "none": "no text besides the tasks",
+        "pretraining": "held-out text of the base's pretraining scored before and after",
+    }] = since(4, "none")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from dora_lab import distributed
-from dora_lab.evaluation import protocols
+from dora_lab.evaluation import protocols, text
 from dora_lab.evaluation.evaluate import evaluate, prepare
 from dora_lab.formats.live import load_adapter, save_trained
 from dora_lab.io.errors import LoadError
@@ -42,6 +42,7 @@ class Loaded:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     items: sources.Items
+    text_NT: torch.Tensor | None  # of the base's pretraining, held out; see `evaluation.text`
 
 
 def load(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir) -> Loaded:
@@ -59,9 +60,13 @@ def load(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir) -> Loaded:
         protocols.ready(spec)  # now, not after days of training
         model, tokenizer = model_and_tokenizer(spec, paths.model_dir)
         prepare(spec, model, tokenizer, items.split(spec.evaluation.split))  # what it could not score, likewise
+        asked = spec.evaluation.text == "pretraining"
+        text_NT = text.held_out(model_folder(spec.model, paths.model_dir), tokenizer) if asked else None
+    if text_NT is not None:
+        run.record(text_nll={**text.about(text_NT), "before": text.nll(model, text_NT)})
     tokens = {"pad_token": tokenizer.pad_token, "tokens": token_policy(tokenizer)}
     run.record(inputs={**found, "items": items.counts(), "sources": list(items.sources), **tokens})
-    return Loaded(model, tokenizer, items)
+    return Loaded(model, tokenizer, items, text_NT)
 
 
 def adapt(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir, loaded: Loaded) -> None:
@@ -90,6 +95,8 @@ def train(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir, loaded: Loade
 
 def score(spec: Spec, runtime: Runtime, run: RunDir, loaded: Loaded) -> None:
     """Evaluate by every protocol, with the adapter merged where `evaluation.weights` says so."""
+    if loaded.text_NT is not None:
+        run.record(text_nll={"after": text.nll(loaded.model, loaded.text_NT)})
     weights = spec.evaluation.weights
     if weights == "merged" or (weights == "exact" and spec.model.dtype == "float32"):  # narrower types round
         merge(loaded.model, keep=False)
