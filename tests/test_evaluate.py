@@ -26,7 +26,7 @@ from dora_lab.evaluation.protocols import PROTOCOLS
 from dora_lab.models.base import model_and_tokenizer
 from dora_lab.models.open import open_tokenizer
 from dora_lab.runs.directory import RunDir
-from dora_lab.runs.item_values import unpack
+from dora_lab.runs.item_values import number_of, unpack
 from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Spec
 from dora_lab.tasks import ItemError, load_task, prompt
@@ -134,7 +134,9 @@ def test_what_likelihoods_say_is_what_float64_logits_say(loaded: tuple[Any, Any]
         for name, values in zip(nll.NAMES, np.array(found).T, strict=True):
             assert row[name] == pytest.approx(values.mean(), rel=1e-4, abs=1e-5)
             assert unpack(name, row["per_item"][name]) == pytest.approx(values, rel=1e-3, abs=1e-4)
-        assert unpack("fact", row["per_item"]["fact"]).tolist() == [n // 2 for n in range(row["n"])]
+        assert unpack("fact", row["per_item"]["fact"]).tolist() == [
+            number_of(f"fact {n // 2}") for n in range(row["n"])
+        ]
         assert row == {**row, **nll.columns(samples[f"{row['task']}.loglikelihood"], [None], False)}
     _, plain = go(make_spec(evaluation__protocols="loglikelihood"), tmp_path / "without", loaded)
     assert plain == samples  # a fact says what belongs together, and nothing to the model

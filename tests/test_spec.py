@@ -58,7 +58,8 @@ def test_every_field_has_its_part_in_the_id() -> None:
         "data.revision": "a", "data.eval_name": "a", "model.revision": "a", "model.name": "a", "data.name": "a",
         "model.dtype": "bfloat16", "method.dropout": "0.5", "method.rslora": True,
         "model.pad": "zero", "model.adapter": "a", "model.adapter_revision": "a", "data.truncation": "right",
-        "data.eos": "if_shorter", "data.holdout": "mixed", "evaluation.weights": "merged", "evaluation.text": "pretraining",
+        "data.eos": "if_shorter", "data.holdout": "mixed", "evaluation.weights": "merged",
+        "evaluation.text": "pretraining",
     }  # fmt: skip
     seen = {specs.spec_id(DORA)}
     for path in specs._paths():

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dora_lab.runs.item_values import pack
+from dora_lab.runs.item_values import number_of, pack
 
 NAMES = ("choice_nll", "answer_nll", "margin")
 
@@ -44,6 +44,5 @@ def columns(samples: Sequence[dict[str, Any]], facts: Sequence[str | None], item
         return means
     per_item = {name: pack(name, values) for name, values in zip(NAMES, found, strict=True)}
     if None not in facts:
-        numbers = {fact: number for number, fact in enumerate(dict.fromkeys(facts))}
-        per_item["fact"] = pack("fact", [numbers[fact] for fact in facts])
+        per_item["fact"] = pack("fact", [number_of(fact) for fact in facts if fact is not None])
     return {**means, "per_item": per_item}

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
-# float16 keeps three digits of a likelihood, enough for paired intervals; facts are counted from 0
-TYPES = {"choice_nll": "<f2", "answer_nll": "<f2", "margin": "<f2", "fact": "<u2"}
+# float16 keeps three digits of a likelihood, enough for paired intervals; a fact is a number made of its name, the same
+# in every task, run and table
+TYPES = {"choice_nll": "<f2", "answer_nll": "<f2", "margin": "<f2", "fact": "<u4"}
+
+
+def number_of(fact: str) -> int:
+    """The number that stands for what items ask about: the first 32 bits of its name's SHA-256."""
+    return int(hashlib.sha256(fact.encode()).hexdigest()[:8], 16)
 
 
 def pack(name: str, values: Sequence[float]) -> str:
