@@ -1,9 +1,12 @@
 """Commonsense reasoning: table 1 and figures 2 and 3 (eight tasks; FT, LoRA, DoRA and DoRA at half the rank).
 
-    dora-lab run commonsense                    # mini: 13 runs of about half a minute, one per core at a time
+    dora-lab run commonsense                    # mini: 288 runs of about 40 seconds, one per core at a time
+    dora-lab reproduce commonsense              # 13 of them, beside the committed ones
     dora-lab run commonsense --tier paper       # paper: 36 runs, 10 to 20 hours each on one 80 GB GPU
 
-mini: the embedded base and world; no network, no GPU. Learning rates come from `commonsense_sweep`.
+mini: the embedded base and world (source `mini2`); no network, no GPU. Every cell (method and rank) has a sweep of its
+own, of equal size; at the rates that it chooses, 20 seeds. What is claimed of them was registered before they were
+made: registered/commonsense.md.
 
 paper: the models and hyperparameters of table 8 and, for LoRA, those of the LLM-Adapters baselines that the paper uses
 (r 32, alpha 64, learning rate 3e-4), everything else as the released code has it. Give the folder of test files (a
@@ -27,26 +30,32 @@ mean over tokens, not over batches of 8; AdamW is torch's fused one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from dora_lab.spec import Data, Evaluation, Method, Model, Optim, Probe, Spec
+from experiments import _mini
+from experiments._mini import TARGETS, TASKS
 
 TIERS = ("mini", "paper")
-TASKS = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")
-TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2)  # of tier paper
 
+# Frozen after the pilot (results/tables/pilot). A cell: method, rank; alpha / rank is 2 in all of them.
+CELLS = (("ft", None), *((method, rank) for method in ("lora", "dora") for rank in (4, 8, 16)))
 MINI = {
-    # method, rank: result of commonsense_sweep (0.02 is the end of the grid)
-    "learning_rate": {("ft", None): 2e-3, ("lora", 8): 1e-2, ("dora", 8): 1e-2, ("dora", 4): 2e-2},
-    "rank": 8,
-    "alpha": 16.0,
-    "train_items": 1536,
-    "test_items": 125,  # per task
+    "train_items": 2048,
+    "validation_items": 800,  # of the sweep; of facts that no test asks about
+    "test_items": 150,  # per task
     "batch_size": 32,
     "micro_batch_size": 8,  # the items of a step are sorted by length first: less padding
     "warmup_steps": 10,
+    "fractions": (0.25, 0.5, 0.75, 0.8, 0.9, 1.0),  # the paper's four, and more of the end
 }
+SWEEP_SEEDS = (100, 101, 102)
+MIDDLE = {"ft": 2e-3, "lora": 1e-2, "dora": 1e-2}
+STEPS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # of the middle: the same number of tries for every cell
+# results/tables/rates: the vertex of the sweep's parabola, frozen before any run of `confirmation`
+RATES: dict[tuple[str, int | None], float] = {}
 
 # table 8: hub id: (commit, DoRA's learning rate at rank 32, at rank 16). The commits are those that public code pins or
 # has in its caches; no such source was found for LLaMA-13B and the training mix: these have to be given, and a run
@@ -63,19 +72,55 @@ ITEMS = {"commonsense_170k": 170_420}  # as published; for showing numbers of st
 
 def specs(tier: str) -> list[Spec]:
     """All runs of a tier."""
-    return mini() if tier == "mini" else paper()
+    return [*sweep(), *confirmation()] if tier == "mini" else paper()
 
 
-def mini() -> list[Spec]:
-    """The base, and FT, LoRA, DoRA and DoRA at half the rank with three seeds each."""
-    rank = MINI["rank"]
-    trained = [
-        trained_mini(method, MINI["learning_rate"][method.name, method.rank], seed)
-        for method in (full(), low_rank("lora", rank), low_rank("dora", rank), low_rank("dora", rank // 2))
-        for seed in SEEDS
+def sweep() -> list[Spec]:
+    """Every cell at every rate of its grid, three seeds, on validation items; seed by seed."""
+    return [
+        _swept(trained(method, rank, MIDDLE[method] * step, seed))
+        for seed in SWEEP_SEEDS
+        for method, rank in CELLS
+        for step in STEPS
     ]
-    base = replace(trained[0], method=Method(name="base"), optim=None, probe=None, seed=0)
-    return [base, *trained]
+
+
+def confirmation(seeds: Sequence[int] = range(20)) -> list[Spec]:
+    """The base, and every cell at its rate with 20 seeds; nothing before the rates are chosen."""
+    found = [trained(method, rank, rate, seed) for seed in seeds for (method, rank), rate in RATES.items()]
+    return [replace(found[0], method=Method(name="base"), optim=None, probe=None, seed=0), *found] if found else []
+
+
+def reproduced() -> list[Spec]:
+    """What `dora-lab reproduce` runs: table 1's rows with three seeds of the twenty."""
+    rows = (("ft", None), ("lora", 8), ("dora", 8), ("dora", 4))
+    return [spec for spec in confirmation(range(3)) if spec.optim is None or _cell(spec) in rows]
+
+
+def earlier() -> list[Spec]:
+    """Runs on source `mini`, made before this instrument; their records stay, and nobody makes them again."""
+    return _mini.commonsense()
+
+
+def trained(method: str, rank: int | None, learning_rate: float, seed: int) -> Spec:
+    """One run of the mini tier, scored on test items."""
+    return Spec(
+        experiment="commonsense",
+        tier="mini",
+        seed=seed,
+        model=Model(name="mini"),
+        data=Data(name="mini2", tasks=TASKS, train_items=MINI["train_items"], test_items=MINI["test_items"]),
+        method=full() if rank is None else low_rank(method, rank),
+        optim=Optim(
+            learning_rate=learning_rate,
+            warmup_steps=MINI["warmup_steps"],
+            batch_size=MINI["batch_size"],
+            micro_batch_size=MINI["micro_batch_size"],
+            epochs=1.0,
+        ),
+        probe=Probe(fractions=MINI["fractions"]),
+        evaluation=Evaluation(protocols=("loglikelihood",), text="pretraining"),
+    )
 
 
 def full() -> Method:
@@ -85,28 +130,20 @@ def full() -> Method:
 
 def low_rank(name: str, rank: int) -> Method:
     """An adapter of the mini tier; alpha keeps its ratio to the rank."""
-    return Method(name=name, rank=rank, alpha=MINI["alpha"] * rank / MINI["rank"], target_modules=TARGETS)
+    return Method(name=name, rank=rank, alpha=2.0 * rank, target_modules=TARGETS)
 
 
-def trained_mini(method: Method, learning_rate: float, seed: int) -> Spec:
-    """One run of the mini tier."""
-    return Spec(
-        experiment="commonsense",
-        tier="mini",
-        seed=seed,
-        model=Model(name="mini"),
-        data=Data(name="mini", tasks=TASKS, train_items=MINI["train_items"], test_items=MINI["test_items"]),
-        method=method,
-        optim=Optim(
-            learning_rate=learning_rate,
-            warmup_steps=MINI["warmup_steps"],
-            batch_size=MINI["batch_size"],
-            micro_batch_size=MINI["micro_batch_size"],
-            epochs=1.0,
-        ),
-        probe=Probe(),
-        evaluation=Evaluation(protocols=("generate", "loglikelihood"), max_new_tokens=16),
+def _swept(spec: Spec) -> Spec:
+    return replace(
+        spec,
+        data=replace(spec.data, validation_items=MINI["validation_items"]),
+        probe=None,
+        evaluation=replace(spec.evaluation, split="validation", text="none"),
     )
+
+
+def _cell(spec: Spec) -> tuple[str, int | None]:
+    return spec.method.name, spec.method.rank
 
 
 def paper() -> list[Spec]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dora_lab.spec import Spec
-from experiments import commonsense
+from experiments import _mini
 
 TIERS = ("mini",)
 SEED = 100
@@ -23,11 +23,11 @@ VALIDATION_ITEMS = 800  # in all
 
 def specs(tier: str) -> list[Spec]:
     """Every method of the mini tier at every rate of its grid."""
-    rank = commonsense.MINI["rank"]
-    low_rank = commonsense.low_rank
-    methods = (commonsense.full(), low_rank("lora", rank), low_rank("dora", rank), low_rank("dora", rank // 2))
+    rank = _mini.MINI["rank"]
+    low_rank = _mini.low_rank
+    methods = (_mini.full(), low_rank("lora", rank), low_rank("dora", rank), low_rank("dora", rank // 2))
     rates = [(method, MIDDLE[method.name] * step) for method in methods for step in STEPS]
-    return [_try(commonsense.trained_mini(method, rate, SEED)) for method, rate in rates]
+    return [_try(_mini.trained_mini(method, rate, SEED)) for method, rate in rates]
 
 
 def _try(spec: Spec) -> Spec:

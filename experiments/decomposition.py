@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dora_lab.spec import Evaluation, Method, Optim, Spec
-from experiments import commonsense
+from experiments import _mini
 
 TIERS = ("mini",)
 SEEDS = (0, 1, 2, 3, 4)
@@ -31,8 +31,8 @@ def specs(tier: str) -> list[Spec]:
 def _settings(seed: int) -> list[Spec]:
     found: list[Spec] = []
     for method in (
-        commonsense.full(),
-        *(commonsense.low_rank(name, commonsense.MINI["rank"]) for name in ("lora", "dora")),
+        _mini.full(),
+        *(_mini.low_rank(name, _mini.MINI["rank"]) for name in ("lora", "dora")),
     ):
         middle = _middle(method, seed)
         rate = _optim(middle).learning_rate
@@ -46,8 +46,8 @@ def _settings(seed: int) -> list[Spec]:
 
 
 def _middle(method: Method, seed: int) -> Spec:
-    rate = commonsense.MINI["learning_rate"][method.name, method.rank]
-    spec = commonsense.trained_mini(method, rate, seed)
+    rate = _mini.MINI["learning_rate"][method.name, method.rank]
+    spec = _mini.trained_mini(method, rate, seed)
     return replace(
         spec,
         experiment="decomposition",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dora_lab.spec import Evaluation, Method, Spec
-from experiments import commonsense
+from experiments import _mini
 
 TIERS = ("mini",)
 SEEDS = (200, 201, 202, 203, 204)
@@ -21,12 +21,12 @@ SOURCES = {"mini": (1536, 800), "mini2": (3072, 1600)}  # training items, valida
 
 def specs(tier: str) -> list[Spec]:
     """Both methods on both sources, all of a seed together."""
-    methods = (commonsense.full(), commonsense.low_rank("lora", commonsense.MINI["rank"]))
+    methods = (_mini.full(), _mini.low_rank("lora", _mini.MINI["rank"]))
     return [_try(method, source, seed) for seed in SEEDS for source in SOURCES for method in methods]
 
 
 def _try(method: Method, source: str, seed: int) -> Spec:
-    spec = commonsense.trained_mini(method, commonsense.MINI["learning_rate"][method.name, method.rank], seed)
+    spec = _mini.trained_mini(method, _mini.MINI["learning_rate"][method.name, method.rank], seed)
     trained, scored = SOURCES[source]
     return replace(
         spec,

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from dora_lab import mini
-from dora_lab.mini import corpus, families, world
+from dora_lab.mini import corpus, families, families2, world, worlds
 from dora_lab.tasks import load_task
 
 
@@ -23,11 +23,12 @@ def test_no_fact_is_in_two_splits_and_every_relation_is_tested() -> None:
     assert train and test and not train & test
 
 
+@pytest.mark.parametrize("source", mini.WORLDS)
 @pytest.mark.parametrize("task", mini.FAMILIES)
-def test_items_are_distinct_balanced_valid_and_disjoint(task: str) -> None:
+def test_items_are_distinct_balanced_valid_and_disjoint(task: str, source: str) -> None:
     seen: set[str] = set()
-    for split, count in families.COUNTS.items():
-        family = mini.items(task, split)
+    for split, count in mini.WORLDS[source].COUNTS.items():
+        family = mini.items(task, split, source)
         texts = [item["instruction"] for item in family]
         assert len(set(texts)) == count
         assert not seen & set(texts)
@@ -40,20 +41,57 @@ def test_items_are_distinct_balanced_valid_and_disjoint(task: str) -> None:
         assert 1 / len(answers) == pytest.approx(load_task(task).chance)
 
 
+@pytest.mark.parametrize("source", mini.WORLDS)
 @pytest.mark.parametrize("task", [t for t in mini.FAMILIES if t != "boolq"])
-def test_options_differ_within_an_item(task: str) -> None:
-    for item in mini.items(task, "test"):
+def test_options_differ_within_an_item(task: str, source: str) -> None:
+    for item in mini.items(task, "test", source):
         body = item["instruction"].split("\n\n", 1)[1].split("Answer format")[0]
         options = [o.strip() for o in re.split(r"(?:Solution|Answer|Ending|Option)\d: ", body) if o.strip()]
         assert len(set(options)) == len(options) >= 2, item
 
 
 def test_items_are_the_same_every_time() -> None:
-    families._items.cache_clear()
+    worlds._items.cache_clear()
     first = mini.items("piqa", "test")
-    families._items.cache_clear()
+    worlds._items.cache_clear()
     assert mini.items("piqa", "test") == first
-    assert len(mini.world_sha256()) == 64
+
+
+def test_what_the_records_were_made_from_does_not_change() -> None:
+    """A change of a source that records rest on is another source; `mini2` is frozen from its first campaign on."""
+    assert {source: mini.world_sha256(source)[:16] for source in mini.WORLDS} == FROZEN
+
+
+def _asked(item: dict[str, str]) -> set[str]:
+    """Keys of the facts that an item of `mini2` asks about: one, or two of a subject."""
+    relations, _, rest = item["fact"].partition("/")
+    return {f"{relation}/{rest}" for relation in relations.split("+")}
+
+
+def test_no_fact_that_is_tested_is_trained_by_any_family() -> None:
+    asked = {
+        split: {key for task in mini.FAMILIES for item in mini.items(task, split, "mini2") for key in _asked(item)}
+        for split in ("train", "validation", "test")
+    }
+    assert not asked["train"] & asked["test"] and not asked["train"] & asked["validation"]
+    assert not asked["validation"] & asked["test"]
+    known = {fact.key for facts in world.facts().values() for fact in facts}
+    assert set.union(*asked.values()) <= known and len(asked["test"]) > 250
+
+
+def test_an_odd_one_out_tells_nothing_that_is_tested() -> None:
+    """Three of its options are said to have a value: those facts are of the item's own split."""
+    for task, split in (("ARC-Easy", "train"), ("openbookqa", "train"), ("ARC-Easy", "test")):
+        found = [item for item in mini.items(task, split, "mini2") if "All but one" in item["instruction"]]
+        assert len(found) > 20
+        for item in found:
+            relation = item["fact"].split("/")[0]
+            options = re.findall(r"Answer\d: (?:an? )?(.+?)(?= Answer\d:|\n)", item["instruction"])
+            assert len(options) == 4
+            table = world.value_of(relation)
+            others = [o for o in options if f"{relation}/{o}" != item["fact"]]
+            assert len({table[o] for o in others}) == 1 and table[item["fact"].split("/")[1]] != table[others[0]]
+            assert all(families2.split_of(f"{relation}/{o}") == split for o in others)
 
 
 def test_unknown_task_and_split_name_the_choices() -> None:
@@ -63,14 +101,23 @@ def test_unknown_task_and_split_name_the_choices() -> None:
         mini.items("boolq", "dev")
 
 
+FROZEN = {"mini": "b1922e91ef8f87fe", "mini2": "2a5cd3cb582f8801"}
+
+
 def test_corpus_never_uses_the_tasks_wordings() -> None:
     text = "".join("".join(t for t, *_ in corpus.document(Random(i), 0.2)) for i in range(3000))
     assert "the correct answer is" not in text
     assert "### " not in text and "Answer format" not in text
-    questions = {
-        re.sub(r"\s+", " ", i["instruction"].split(": ", 1)[1].split("\n\n")[0]) for i in mini.items("ARC-Easy", "test")
-    }
-    assert not [q for q in questions if q in text]
+    for source in mini.WORLDS:
+        questions = {
+            re.sub(r"\s+", " ", i["instruction"].split(": ", 1)[1].split("\n\n")[0])
+            for task in ("ARC-Easy", "ARC-Challenge")
+            for i in mini.items(task, "test", source)
+        }
+        assert not [q for q in questions if q in text]
+    said = {re.escape(text) for text in families2.SAID.values()}
+    shapes = [re.sub(r"\\{[snv]\\}", r"[\\w ]+", text) for text in said]
+    assert not [shape for shape in shapes if re.search(rf"(?i){shape}[.?]", text)]
 
 
 def test_corpus_documents_depend_on_their_number_alone() -> None:

@@ -44,7 +44,7 @@ def test_the_nll_is_that_of_a_plain_loop_and_the_documents_are_new() -> None:
 
 
 def _spec(method: str) -> Spec:
-    spec: Any = commonsense.trained_mini(commonsense.low_rank(method, 4), 1e-2, 0)
+    spec: Any = commonsense.trained(method, 4, 1e-2, 0)
     data = Data(name="mini", tasks=("boolq",), train_items=32, test_items=4)
     optim = replace(spec.optim, warmup_steps=0, batch_size=8)
     return replace(spec, data=data, optim=optim, probe=None, evaluation=Evaluation(text="pretraining"))

@@ -104,7 +104,9 @@ def reproduce(
     jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core.")] = None,
 ) -> None:
     """Run the mini tier, rebuild tables and figures, print the table and compare with the committed runs."""
-    outcomes = run_many(chosen(load_experiment(experiment), "mini"), Paths(results), jobs=jobs)
+    module = load_experiment(experiment)
+    specs = module.reproduced() if hasattr(module, "reproduced") else chosen(module, "mini")
+    outcomes = run_many(specs, Paths(results), jobs=jobs)
     say(summary(outcomes, results))
     if any(outcome.status in ("failed", "interrupted") for outcome in outcomes):
         raise typer.Exit(1 if any(outcome.status == "failed" for outcome in outcomes) else 130)

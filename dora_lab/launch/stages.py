@@ -65,7 +65,12 @@ def load(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir) -> Loaded:
     if text_NT is not None:
         run.record(text_nll={**text.about(text_NT), "before": text.nll(model, text_NT)})
     tokens = {"pad_token": tokenizer.pad_token, "tokens": token_policy(tokenizer)}
-    run.record(inputs={**found, "items": items.counts(), "sources": list(items.sources), **tokens})
+    told = {
+        "items": items.counts(),
+        "sources": list(items.sources),
+        "registered": provenance.registered(spec.experiment),
+    }
+    run.record(inputs={**found, **told, **tokens})
     return Loaded(model, tokenizer, items, text_NT)
 
 

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from dora_lab.mini.families import FAMILIES
-from dora_lab.mini.items import WORLDS, items
+from dora_lab.mini.worlds import WORLDS, items
 
 __all__ = ["FAMILIES", "WORLDS", "folder", "items", "world_sha256"]
 

@@ -50,6 +50,18 @@ MORE: dict[str, list[tuple[str, str, str]]] = {
     "use_kept": [("does the right thing to {n} lie in {v}", "Where does the right thing to {n} lie?", "The right thing for which work lies in {v}?"), ("would you go to {v} for a thing to {n}", "Where would you go for a thing to {n}?", "For which work would you fetch a thing from {v}?")],
     "use_material": [("does the right thing to {n} consist of {v}", "Of what does the right thing to {n} consist?", "The right thing for which work consists of {v}?"), ("is it {v} that one makes things to {n} of", "Of what does one make things to {n}?", "For which work does one make things of {v}?")],
 }  # fmt: skip
+# the same as statements, for yes/no questions that begin with "is it true that"
+SAID: dict[str, str] = {
+    "kind": "{s} ranks as {v}", "home": "{s} calls {v} its home", "eats": "{s} feeds on {v}",
+    "cover": "{s} grows {v} all over", "moves": "{s} may {v} on its way", "use": "{s} is the right thing to {v}",
+    "material": "{s} consists of {v}", "kept": "{s} belongs in {v}", "sort": "{s} passes for {v}",
+    "taste": "{s} has a {v} taste", "colour": "{s} appears {v}", "source": "{s} is brought from {v}",
+    "duty": "{s} is hired to {v}", "workplace": "{s} earns a living in {v}", "tool": "{s} reaches for {v} at work",
+    "water": "a lake makes {n} {v}", "fire": "an oven makes {n} {v}", "drop": "a fall makes {n} {v}",
+    "thing_water": "a lake makes {s} {v}", "thing_fire": "an oven makes {s} {v}", "thing_drop": "a fall makes {s} {v}",
+    "duty_tool": "people take {v} along to {n}", "duty_place": "those who {n} are found in {v}",
+    "use_kept": "the right thing to {n} lies in {v}", "use_material": "the right thing to {n} consists of {v}",
+}  # fmt: skip
 WORDINGS = {relation: [first, *MORE[relation]] for relation, first in FIRST.items()}
 # two relations of one subject: how the pair is asked for, {v} and {w} their values
 BOTH = [
@@ -96,7 +108,8 @@ def boolq(split: str, rng: Random) -> Item:
     fill, holds = scene(fact, rng), rng.random() < 0.5
     if not holds:
         fill["v"] = wrong_values(fact, 1, rng, fill)[0]
-    asked = rng.choice(WORDINGS[fact.relation])[0].format(**fill)
+    forms = [form[0] for form in WORDINGS[fact.relation]] + 3 * [f"is it true that {SAID[fact.relation]}"]
+    asked = rng.choice(forms).format(**fill)
     answer = "true" if holds else "false"
     text = f"Please answer the following question with true or false, question: {asked}?\n\nAnswer format: true/false"
     return about(
@@ -114,7 +127,7 @@ def piqa(split: str, rng: Random) -> Item:
     }[fact.relation]
     place = value_of(second)[fact.subject]
     right = solution.format(s=a(fact.subject), w=show(second, place))
-    if rng.random() < 0.5:
+    if rng.random() < 0.3:
         other = rng.choice([v for v in values(second) if v != place])
         wrong = solution.format(s=a(fact.subject), w=show(second, other))
     else:
@@ -149,7 +162,7 @@ def hellaswag(split: str, rng: Random) -> Item:
     activity, position = fact.subject.split("|")
     steps, at = script(activity), int(position)
     own = [step for i, step in enumerate(steps) if i != at and step not in fill["e"]]
-    near = rng.sample(own, min(2, len(own)))
+    near = rng.sample(own, min(1, len(own)))
     wrong = near + wrong_values(fact, 3 - len(near), rng, fill)
     context = f"{fill['e']}. {capital(fill['p'])}"
     endings = [f"{step}." for step in wrong]
@@ -245,7 +258,7 @@ def openbookqa(split: str, rng: Random) -> Item:
     known = facts_of((relation,), split).get(relation, ())
     under = [fact for fact in known if fact.value == value]
     free = [fact for fact in known if fact.value != value]
-    if len(under) >= 3 and free and rng.random() < 0.5:
+    if len(under) >= 3 and free and rng.random() < 0.25:
         fact = rng.choice(free)
         wrong = [a(other.subject) for other in rng.sample(under, 3)]
         ask = f"All but one answer the question: {ask} Which one does not?"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).resolve().parents[2]
+REGISTERED = SOURCE / "experiments" / "registered"  # what was written down before an experiment's runs
 CODE = ("dora_lab", "experiments")  # what can change a result; analysis and documents cannot
 PACKAGES = (
     "torch",
@@ -43,6 +44,12 @@ def code() -> dict[str, str | None]:
         whole.update(f"{file.relative_to(SOURCE).as_posix()}\0".encode())
         whole.update(file.read_bytes())
     return {"commit": commit.decode().strip(), "diff": whole.hexdigest()[:12] if changed or new else None}
+
+
+def registered(experiment: str) -> str | None:
+    """SHA-256 of what is registered for an experiment (see `paper.registered`); None if nothing is."""
+    file = REGISTERED / f"{experiment}.md"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def _files() -> str:

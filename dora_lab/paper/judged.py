@@ -1,0 +1,120 @@
+"""A registered experiment's claims against its runs: one row per claim and metric, the verdict by the one rule."""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportAssignmentType=false, reportUnhashable=false
+# pandas ships no stubs: read from its source, any selection from a frame is "Series | ndarray | DataFrame | ..."
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from dora_lab.paper.registered import Claim, Registered, Term
+from dora_lab.paper.verdict import MARGINS, Contrast, benjamini_hochberg, contrast, decide, p_value
+from dora_lab.report.items import clusters, item_values
+from dora_lab.report.statistics import holm
+
+LOWER_IS_BETTER = ("choice_nll",)
+COLUMNS = (
+    "claim", "statement", "family", "metric", "carries", "hypothesis", "verdict", "effect", "low", "high", "unit", "p",
+    "p_adjusted", "seeds", "n", "of", "facts", "items", "margin",
+)  # fmt: skip
+
+
+def judge(plan: Registered, evals: pd.DataFrame) -> pd.DataFrame:
+    """Every claim of `plan` by every metric; columns `COLUMNS`.
+
+    Args: evals: `report.frame` of the experiment, stream "eval"; of it the test rows of protocol loglikelihood on the
+        plan's tier and data count, with seeds below the plan's number.
+    effect, low and high (the unadjusted 95 % interval) are in `unit`, more is better; p_adjusted: Holm over the primary
+    claims by the metric that carries them, Benjamini-Hochberg over all the others; seeds: how many of them have the
+    effect above 0; verdict: "k of n" while any condition has fewer than the registered n seeds.
+    """
+    mine = (evals["tier"] == plan.tier) & (evals["data"] == plan.data) & (evals["split"] == "test")
+    rows = evals[mine & (evals["protocol"] == "loglikelihood") & (evals["seed"] < plan.seeds)]
+    found: list[dict[str, Any]] = []
+    metrics = sorted(MARGINS, key=lambda metric: metric != plan.metric)
+    for metric in metrics:
+        for claim in plan.claims:
+            here, have = _contrast(claim, rows, metric)
+            margin = plan.margin if metric == plan.metric else MARGINS[metric]
+            found.append(_row(claim, metric, plan, here, have, margin))
+    _adjust(found)
+    return pd.DataFrame(found, columns=[*COLUMNS])
+
+
+def _row(
+    claim: Claim, metric: str, plan: Registered, here: Contrast | None, have: int, margin: float
+) -> dict[str, Any]:
+    carries = metric == plan.metric
+    row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
+        "claim": claim.name, "statement": claim.statement, "hypothesis": claim.hypothesis, "metric": metric,
+        "family": "primary" if claim.primary and carries else "exploratory", "carries": carries, "n": have,
+        "of": plan.seeds, "unit": "%" if metric in LOWER_IS_BETTER else "points", "margin": margin, "_found": here,
+    }  # fmt: skip
+    if here is None:
+        return row
+    low, high = here.interval() or (None, None)
+    agree = sum(value > 0 for value in here.per_seed)
+    return row | {
+        "effect": here.value, "low": low, "high": high, "p": p_value(here, claim.hypothesis, margin),
+        "seeds": f"{agree}/{len(here.per_seed)}", "facts": here.facts, "items": here.items,
+    }  # fmt: skip
+
+
+def _adjust(found: Sequence[dict[str, Any]]) -> None:
+    """Set p_adjusted and the verdict of each row, in place."""
+    for family, adjusted in (("primary", holm), ("exploratory", benjamini_hochberg)):
+        known = [row for row in found if row["family"] == family and row["p"] is not None]
+        for row, p in zip(known, adjusted([row["p"] for row in known]), strict=True):
+            row["p_adjusted"] = p
+    for row in found:
+        here = row.pop("_found")
+        if here is None or row["n"] < row["of"]:
+            row["verdict"] = f"{row['n']} of {row['of']}"
+        else:
+            row["verdict"] = decide(here, row["hypothesis"], row["margin"], row["p_adjusted"])
+
+
+def _contrast(claim: Claim, rows: pd.DataFrame, metric: str) -> tuple[Contrast | None, int]:
+    """(the claim's contrast, seeds that all of its conditions have); None without any."""
+    parts = [_of(term, rows) for term in claim.terms]
+    seeds = sorted(set.intersection(*(set(part["seed"]) for part in parts)))
+    if not seeds:
+        return None, 0
+    tasks = sorted(set.union(*(set(part["task"]) for part in parts)))
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    facts: dict[str, NDArray[np.int64]] = {}
+    terms = []
+    for term, part in zip(claim.terms, parts, strict=True):
+        by = {(row["task"], row["seed"]): row for row in part.to_dict("records")}
+        values = {task: np.array([item_values(by[task, seed], metric) for seed in seeds]) for task in tasks}
+        for task in tasks:
+            _same_items(facts.setdefault(task, clusters(by[task, seeds[0]])), [by[task, seed] for seed in seeds])
+        terms.append((sign * term.coefficient, values))
+    return contrast(terms, facts, ratio=metric in LOWER_IS_BETTER), len(seeds)
+
+
+def _of(term: Term, rows: pd.DataFrame) -> pd.DataFrame:
+    rank = rows["rank"].isna() if term.rank is None else rows["rank"] == term.rank
+    found = rows[(rows["method"] == term.method) & rank]
+    if found.duplicated(["task", "seed"]).any():
+        said = ", ".join(sorted(found["label"].unique()))
+        raise ValueError(
+            f"two settings of {term.method} rank {term.rank} in one registered experiment ({said}): move the runs that "
+            "are not registered to another results folder"
+        )
+    return found
+
+
+def _same_items(facts: NDArray[np.int64], rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows:
+        if not np.array_equal(clusters(row), facts):
+            raise ValueError(
+                f"run {row['spec_id']}, task {row['task']}: other items than the runs that it is compared with; run it "
+                "again on the same data"
+            )

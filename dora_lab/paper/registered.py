@@ -1,0 +1,95 @@
+"""What was written down before the runs: claims, numbers of seeds, metric and margins, in `experiments/registered`.
+
+A registered file is prose with one fenced json block, which is read here. Its SHA-256 goes into the records of its
+experiment's runs; that it is older than they are, the repository's history shows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dora_lab.io.files import hash_bytes, parse_json
+from dora_lab.paper.verdict import HYPOTHESES, MARGINS
+from dora_lab.runs.provenance import REGISTERED
+
+_BLOCK = re.compile(r"^```json\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A condition of a contrast, with its coefficient: a method at a rank, as the experiment's specs name them."""
+
+    coefficient: float
+    method: str
+    rank: int | None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A registered claim: that the contrast of `terms`, made so that more is better, is what `hypothesis` says."""
+
+    name: str
+    statement: str
+    terms: tuple[Term, ...]
+    hypothesis: str
+    primary: bool  # of the family that is adjusted by Holm
+
+
+@dataclass(frozen=True)
+class Registered:
+    """One registered file."""
+
+    experiment: str
+    tier: str
+    data: str
+    metric: str  # carries the verdicts; the other one is printed beside it
+    margin: float  # points, or percent of a likelihood
+    seeds: int  # each condition needs seeds 0 .. seeds - 1
+    claims: tuple[Claim, ...]
+    sha256: str
+
+
+def registered(experiment: str, folder: Path = REGISTERED) -> Registered | None:
+    """What is registered for an experiment, None if nothing is.
+
+    Raises ValueError, naming file and field, for a file that cannot be read so.
+    """
+    file = folder / f"{experiment}.md"
+    if not file.is_file():
+        return None
+    blocks = _BLOCK.findall(file.read_text(encoding="utf-8"))
+    if len(blocks) != 1:
+        raise ValueError(f"{file}: {len(blocks)} fenced json blocks, expected one")
+    try:
+        return _read(parse_json(blocks[0]), hash_bytes(file.read_bytes()))
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"field {error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{file}: {what}; mend the json block") from None
+
+
+def _read(values: Mapping[str, Any], sha256: str) -> Registered:
+    metric, margin = values["metric"], float(values["margin"])
+    if metric not in MARGINS:
+        raise ValueError(f"metric {metric!r} is not one of {', '.join(MARGINS)}")
+    claims = tuple(_claim(claim) for claim in values["claims"])
+    if len({claim.name for claim in claims}) < len(claims):
+        raise ValueError("two claims have one name")
+    if margin <= 0 or int(values["seeds"]) < 2:
+        raise ValueError("margin must be above 0 and seeds at least 2")
+    return Registered(
+        values["experiment"], values["tier"], values["data"], metric, margin, int(values["seeds"]), claims, sha256
+    )
+
+
+def _claim(values: Mapping[str, Any]) -> Claim:
+    if values["hypothesis"] not in HYPOTHESES:
+        raise ValueError(f"hypothesis {values['hypothesis']!r} is not one of {', '.join(HYPOTHESES)}")
+    terms = tuple(Term(float(c), str(method), rank) for c, method, rank in values["terms"])
+    if abs(sum(term.coefficient for term in terms)) > 1e-9:
+        raise ValueError(f"the coefficients of {values['name']} do not add up to 0: {json.dumps(values['terms'])}")
+    return Claim(values["name"], values["statement"], terms, values["hypothesis"], bool(values["primary"]))
