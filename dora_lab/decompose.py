@@ -213,7 +213,11 @@ def squares(W_OI: Tensor) -> Tensor:
 def row(module: str, change: Change, axis: str, magnitude: Tensor | None) -> dict[str, Any]:
     """The columns of a probed matrix, of saved models and while training; `probing.saved_models` says what each is."""
     parts = module.split(".")
-    known = change.delta_d[~change.delta_d.isnan()]
+    directed = ~change.delta_d.isnan()
+    known = change.delta_d[directed]
+    growth = change.delta_m[directed] / change.norm0[directed]
+    # |W| / |W0| = p / (1 - d) with p = 1 + E.W0 / |W0|^2, so growth is p - 1 and p d / (1 - d)
+    rotation = (1 + growth) * known
     moved, whole = change.delta_m.abs(), change.norm0.square().sum().sqrt().item()
     return {
         "module": module,
@@ -229,6 +233,10 @@ def row(module: str, change: Change, axis: str, magnitude: Tensor | None) -> dic
         "delta_m_sd": change.delta_m.std(correction=0).item(),
         **_quantiles("delta_m", moved),
         **_quantiles("delta_d", known),
+        "growth": growth.mean().item() if len(known) else None,
+        "rotation": rotation.mean().item() if len(known) else None,
+        "radial": (growth - rotation).mean().item() if len(known) else None,
+        "radial_sd": (growth - rotation).std(correction=0).item() if len(known) else None,
         "undirected": len(change.delta_d) - len(known),
         "magnitude_still": _still(change, magnitude) if magnitude is not None and axis == "out" else None,
     }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from dora_lab import decompose
 from dora_lab.decompose import delta_d, delta_m, direction, magnitude
 
 
@@ -75,3 +77,35 @@ def test_shapes_must_agree() -> None:
     for measure in (delta_m, delta_d):
         with pytest.raises(ValueError, match="two matrices of one shape"):
             measure(torch.ones(2, 3), torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("kind", ["full", "lora", "dora"])
+def test_growth_is_radial_and_rotation_by_brute_force(size: float, kind: str) -> None:
+    """Row by row in float64; from 1e-6 of the weight to changes that turn rows round."""
+    generator = torch.Generator().manual_seed(0)
+    W0 = torch.randn(24, 40, generator=generator)
+    A, B = torch.randn(4, 40, generator=generator), torch.randn(24, 4, generator=generator)
+    E = size * (B @ A) / 4 if kind != "full" else size * torch.randn(24, 40, generator=generator)
+    m = W0.norm(dim=1) * (1 + 0.3 * size / (1 + size) * torch.randn(24, generator=generator))
+    exact = W0.double()
+    if kind == "full":
+        after = (W0 + E).double()
+        found = decompose.change(W0, W0 + E)
+    else:
+        V = exact + size * (B.double() @ A.double()) / 4
+        after = V if kind == "lora" else m.abs().double()[:, None] * V / V.norm(dim=1, keepdim=True)
+        found = decompose.factored_change(W0, A, B, size / 4, m.abs() if kind == "dora" else None)
+    told = decompose.row("x", found, "out", None)
+    p, cos, growth = [], [], []
+    for w0, w in zip(exact, after, strict=True):
+        p.append(1 + ((w - w0) @ w0 / (w0 @ w0)).item())
+        cos.append((w @ w0 / (w.norm() * w0.norm())).item())
+        growth.append((w.norm() / w0.norm()).item() - 1)
+    p, cos, growth = map(np.array, (p, cos, growth))
+    scale = float(np.abs(growth).max())
+    assert told["growth"] == pytest.approx(growth.mean(), abs=2e-5 * scale + 1e-12)
+    assert told["radial"] == pytest.approx((p - 1).mean(), abs=2e-5 * scale + 1e-12)
+    assert told["radial_sd"] == pytest.approx(p.std(), abs=2e-5 * scale + 1e-12)
+    assert told["rotation"] == pytest.approx((p * (1 - cos) / cos).mean(), rel=1e-4, abs=1e-13)
+    assert told["growth"] == pytest.approx(told["radial"] + told["rotation"], abs=1e-12)

@@ -287,7 +287,9 @@ def test_many_in_one_pass_are_what_each_is_alone(tmp_path: Path, monkeypatch: py
             for alone in probe(tmp_path / "base", [folder], kinds=KINDS, axis=axis):
                 seen = together[str(folder), alone["module"]]
                 for key, value in alone.items():
-                    assert seen[key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), key
+                    loose = 1e-5 * alone["radial_sd"] if key in ("growth", "radial") else None  # means that cancel
+                    near = pytest.approx(value, rel=1e-5, abs=loose) if isinstance(value, float) else value
+                    assert seen[key] == near, key
 
 
 def test_pickled_models_only_if_asked(tmp_path: Path) -> None:

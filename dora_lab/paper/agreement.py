@@ -1,6 +1,7 @@
 """How nearly two runs of one spec agree, stream by stream: the four levels of `compare`.
 
-- "same bytes": every row of metrics, probe and eval is alike to the last digit; wall time alone may differ.
+- "same bytes": every row of metrics, probe and eval is alike to the last digit; wall time alone may differ, and columns
+  that the other record is too old to have.
 - "same answers": every item is answered alike, and every other number lies within its `TOLERANCES`.
 - "within the interval": items may be answered otherwise, though fewer than by unrelated runs, and every other number
   lies within `WIDE` times its tolerance.
@@ -27,12 +28,17 @@ TOLERANCES = {  # relative to the larger of the two; a number that is not here h
     **dict.fromkeys(("delta_d", "relative_change"), _D),
     **dict.fromkeys(("delta_m_in", "delta_d_in"), 2e-3),
     **dict.fromkeys((f"{name}_p{q}" for name in ("delta_m", "delta_d") for q in (10, 50, 90)), _SPREAD),
-    **dict.fromkeys(("delta_m_sd", "delta_m_signed", "grown"), _SPREAD),
+    **dict.fromkeys(("delta_m_sd", "delta_m_signed", "grown", "growth", "radial", "radial_sd"), _SPREAD),
+    "rotation": _D,
     **dict.fromkeys(("loss", "eval_loss"), _LOSS),
     "grad_norm": 2e-2,
     "learning_rate": 1e-9,
 }
-_SCALE = {"delta_m_signed": "delta_m"}  # a mean that cancels out is measured by the mean that does not
+_SCALE = {
+    "delta_m_signed": "delta_m",
+    "growth": "radial_sd",
+    "radial": "radial_sd",
+}  # a mean that cancels out is measured by the mean that does not
 _WALL = ("seconds",)
 _KEYS = {"eval": ("task", "protocol", "metric"), "probe": ("step", "fraction", "module", "axis"), "metrics": ("step",)}
 
@@ -49,7 +55,11 @@ class Agreement:
 
 
 def agreement(ours: Rows, theirs: Rows) -> Agreement:
-    """The level at which two runs of one spec agree, given the rows of `STREAMS` of each."""
+    """The level at which two runs of one spec agree, given the rows of `STREAMS` of each.
+
+    Columns that came after `theirs` was made are left out: what it has is compared.
+    """
+    ours = {name: _as_wide(ours[name], theirs[name]) for name in STREAMS}
     if all(_plain(ours[name]) == _plain(theirs[name]) for name in STREAMS):
         return Agreement(LEVELS[0], 0)
     strange = next((text for name in STREAMS for text in _other_rows(name, ours[name], theirs[name])), None)
@@ -74,6 +84,11 @@ def worst(levels: Sequence[str]) -> str:
 
 def _plain(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{field: value for field, value in row.items() if field not in _WALL} for row in rows]
+
+
+def _as_wide(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    known = {field for row in theirs for field in row}
+    return [{field: value for field, value in row.items() if field in known} for row in ours] if theirs else ours
 
 
 def _other_rows(name: str, ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -12,6 +12,9 @@ Columns of a row (o = one output feature; with ``axis="in"`` one input feature; 
   delta_m_p10, _p50, _p90: quantiles of |m_o - m0_o|; delta_m_signed, delta_m_sd: mean and standard deviation (over o,
   divisor n) of m_o - m0_o; grown: share of the magnitudes that grew;
 - delta_d: mean 1 - cos of the angle between W_o and W0_o (equation 4), in [0, 2]; delta_d_p10, _p50, _p90: quantiles;
+- growth: mean of |W_o| / |W0_o| - 1, over the outputs with a direction; it is the sum of radial, the mean of p_o - 1
+  with p_o = 1 + E_o.W0_o / |W0_o|^2 (E = W - W0), and rotation, the mean of p_o d_o / (1 - d_o) with d_o = 1 - cos:
+  what Pythagoras adds to a row that turns; radial_sd: standard deviation of p_o (over o, divisor n);
 - relative_change: Frobenius norm of W - W0 over that of W0;
 - undirected: outputs that are zero in W or W0 and so have no direction, left out of delta_d;
 - magnitude_still: of DoRA, whether no magnitude has left its start |W0_o|, as rounded in its file, while V did: a
