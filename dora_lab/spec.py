@@ -14,51 +14,33 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
+from dora_lab.io.limits import (
+    A_DTYPE,
+    ALPHAS,
+    COUNT,
+    DISTINCT,
+    GROUPS,
+    IN_EXPERIMENTS,
+    IN_METHODS,
+    INCREASING,
+    KNOWN_PROTOCOLS,
+    NOT_EMPTY,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    RANKS,
+    SEED,
+)
 from dora_lab.io.values import coerce, parse, parts
 
 
 class SpecError(ValueError):
     """A spec that cannot be: says which field (dotted path), what was wrong and what to do."""
-
-
-class Limit(NamedTuple):
-    """What a value has to be."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-def _distinct(names: tuple[str, ...]) -> bool:
-    return bool(names) and len(set(names)) == len(names)
-
-
-def _pairs(value: str) -> Callable[[tuple[str, ...]], bool]:
-    return lambda pairs: all(re.fullmatch(f".+={value}", pair) for pair in pairs)
-
-
-PROTOCOLS = ("generate", "loglikelihood", "builtin")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-COUNT = Limit("at least 1", lambda number: number >= 1)
-NOT_NEGATIVE = Limit("at least 0", lambda number: number >= 0)
-POSITIVE = Limit("greater than 0", lambda number: number > 0)
-PROBABILITY = Limit("in [0, 1)", lambda number: 0 <= number < 1)
-SEED = Limit("in 0 .. 2^31 - 1", lambda number: 0 <= number < 2**31)
-INCREASING = Limit(
-    "increasing numbers in (0, 1]", lambda x: _distinct(x) and sorted(x) == list(x) and 0 < x[0] <= x[-1] <= 1
-)
-NOT_EMPTY = Limit("not empty", bool)
-DISTINCT = Limit("distinct, not empty", _distinct)
-RANKS = Limit("pattern=rank each", _pairs(r"[1-9]\d*"))
-ALPHAS = Limit("pattern=alpha each", _pairs(r"(?=.*[1-9])\d+(\.\d+)?"))  # above zero
-IN_EXPERIMENTS = Limit("the name of a Python file, without .py", str.isidentifier)
-IN_METHODS = Limit("the name of a file in dora_lab/methods", str.isidentifier)
-A_DTYPE = Limit("one of " + ", ".join(DTYPES), DTYPES.__contains__)
-KNOWN_PROTOCOLS = Limit("distinct ones of " + ", ".join(PROTOCOLS), lambda x: _distinct(x) and set(x) <= set(PROTOCOLS))
 
 
 def since(schema: int, default: Any) -> Any:
@@ -159,7 +141,7 @@ class Method(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Optim(_Checked):
-    """The optimisation (AdamW)."""
+    """The optimisation."""
 
     learning_rate: Annotated[float, "peak learning rate", POSITIVE]  # after warm-up
     # linear and cosine end at zero
@@ -175,6 +157,12 @@ class Optim(_Checked):
         "best_loss": "the weights of the lowest validation loss are evaluated",
     }] = "last"  # fmt: skip
     eval_steps: Annotated[int | None, "steps between validation losses", COUNT] = None  # optimiser steps; None = never
+    optimizer: Annotated[Literal["adamw", "sgd"], {  # decay is decoupled in both
+        "adamw": "AdamW", "sgd": "SGD with momentum 0.9",
+    }] = since(4, "adamw")  # fmt: skip
+    # "PATTERN=FACTOR:DECAY", the pattern a regular expression that is found in the parameter's full name, e.g.
+    # "lora_B=16" (LoRA+), "magnitude=1:0.01"; the first that fits counts. What is trained, the method says
+    groups: Annotated[tuple[str, ...], "parameters with a rate or decay of their own", GROUPS] = since(4, ())
 
     def steps(self, items: int) -> int:
         """Optimiser steps on `items`: epochs x items, in full batches (the last one is filled from the next epoch)."""

@@ -19,10 +19,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dora_lab import mini
-from dora_lab import spec as specs
 from dora_lab.evaluation import nll
 from dora_lab.evaluation.evaluate import evaluate, prepare
 from dora_lab.evaluation.protocols import PROTOCOLS
+from dora_lab.io import limits
 from dora_lab.models.base import model_and_tokenizer
 from dora_lab.models.open import open_tokenizer
 from dora_lab.runs.directory import RunDir
@@ -61,7 +61,7 @@ def go(spec: Spec, root: Path, loaded: tuple[Any, Any], items: Any = None) -> tu
 
 
 def test_the_protocols_of_a_spec_are_those_there_are() -> None:
-    assert tuple(PROTOCOLS) == specs.PROTOCOLS
+    assert tuple(PROTOCOLS) == limits.PROTOCOLS
 
 
 @pytest.mark.parametrize("beams", [1, 3])

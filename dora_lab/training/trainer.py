@@ -37,6 +37,7 @@ from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Optim, Spec
 from dora_lab.training import trained_weights
 from dora_lab.training.batches import IGNORED, Example, MicroBatches, collate
+from dora_lab.training.optimizer import make_optimizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,6 +145,15 @@ class RunTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
         if distributed.size() > 1:  # the processes draw dropout for items of their own
             torch.manual_seed(spec.seed * distributed.size() + distributed.rank())
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's own, where the spec has neither groups nor another optimiser."""
+        optim = cast(Optim, self.spec.optim)
+        if self.optimizer is None and (optim.groups or optim.optimizer != "adamw"):
+            network = cast(nn.Module, self.model if model is None else model)
+            trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+            self.optimizer = make_optimizer(trained, self.get_decay_parameter_names(network), optim)
+        return super().create_optimizer(model)
 
     def continue_counts(self) -> None:
         """Go on counting tokens and seconds from the rows that are there."""

@@ -1,0 +1,70 @@
+"""What a value has to be: limits of the fields of a spec, each in words and as a test."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Limit(NamedTuple):
+    """What a value has to be."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _distinct(names: tuple[str, ...]) -> bool:
+    return bool(names) and len(set(names)) == len(names)
+
+
+def _pairs(value: str) -> Callable[[tuple[str, ...]], bool]:
+    return lambda pairs: all(re.fullmatch(f".+={value}", pair) for pair in pairs)
+
+
+PROTOCOLS = ("generate", "loglikelihood", "builtin")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+COUNT = Limit("at least 1", lambda number: number >= 1)
+NOT_NEGATIVE = Limit("at least 0", lambda number: number >= 0)
+POSITIVE = Limit("greater than 0", lambda number: number > 0)
+PROBABILITY = Limit("in [0, 1)", lambda number: 0 <= number < 1)
+SEED = Limit("in 0 .. 2^31 - 1", lambda number: 0 <= number < 2**31)
+INCREASING = Limit(
+    "increasing numbers in (0, 1]", lambda x: _distinct(x) and sorted(x) == list(x) and 0 < x[0] <= x[-1] <= 1
+)
+NOT_EMPTY = Limit("not empty", bool)
+DISTINCT = Limit("distinct, not empty", _distinct)
+RANKS = Limit("pattern=rank each", _pairs(r"[1-9]\d*"))
+ALPHAS = Limit("pattern=alpha each", _pairs(r"(?=.*[1-9])\d+(\.\d+)?"))  # above zero
+GROUPS = Limit("PATTERN=FACTOR or PATTERN=FACTOR:DECAY each, factors above 0", lambda texts: _groups(texts))
+IN_EXPERIMENTS = Limit("the name of a Python file, without .py", str.isidentifier)
+IN_METHODS = Limit("the name of a file in dora_lab/methods", str.isidentifier)
+A_DTYPE = Limit("one of " + ", ".join(DTYPES), DTYPES.__contains__)
+KNOWN_PROTOCOLS = Limit("distinct ones of " + ", ".join(PROTOCOLS), lambda x: _distinct(x) and set(x) <= set(PROTOCOLS))
+
+
+class Group(NamedTuple):
+    """One group of parameters: those whose full name the pattern is found in and no pattern before it is."""
+
+    pattern: str
+    factor: float  # of the learning rate, at every step
+    decay: float | None  # None: as without the group
+
+
+def group_of(text: str) -> Group:
+    """The group that "PATTERN=FACTOR" or "PATTERN=FACTOR:DECAY" says; raises ValueError for another text."""
+    pattern, _, numbers = text.rpartition("=")
+    factor, colon, decay = numbers.partition(":")
+    group = Group(pattern, float(factor), float(decay) if colon else None)
+    re.compile(pattern)
+    if not pattern or not 0 < group.factor < math.inf or not 0 <= (group.decay or 0) < math.inf:
+        raise ValueError(text)
+    return group
+
+
+def _groups(texts: tuple[str, ...]) -> bool:
+    try:
+        return len({group_of(text).pattern for text in texts}) == len(texts)
+    except (ValueError, re.error):
+        return False
