@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dora_lab.io.text import shown
+from dora_lab.runs import packs
 from dora_lab.runs.survey import is_run
 from dora_lab.spec import SpecError
 
@@ -33,11 +34,13 @@ def find_run(text: str, results: Path) -> Path:
 
     Raises SpecError if there is none, or more than one.
     """
-    if (Path(text) / "record.json").exists():
+    if text and packs.read(Path(text), "record.json") is not None:
         return Path(text)
-    begins = [path for root in (RESULTS, results) for path in (root / "runs").glob("*/*") if path.name.startswith(text)]
-    found = {path.name: path for path in begins if text and is_run(path)}  # a copy beside a run is none
+    folders = [folder for root in (RESULTS, results) for folder in (root / "runs").glob("*") if folder.is_dir()]
+    there = [path for folder in folders for path in (*folder.iterdir(), *packs.packed_runs(folder))]
+    # a copy beside a run is none
+    found = {path.name: path for path in there if text and path.name.startswith(text) and is_run(path)}
     if len(found) == 1:
         return next(iter(found.values()))
-    there = f"{', '.join(sorted(found))}: give more digits" if found else f"none in {results} or {RESULTS}"
-    raise SpecError(f"run '{text}': give a run's folder or the beginning of its id; {there}")
+    said = f"{', '.join(sorted(found))}: give more digits" if found else f"none in {results} or {RESULTS}"
+    raise SpecError(f"run '{text}': give a run's folder or the beginning of its id; {said}")

@@ -20,7 +20,7 @@ from dora_lab.report.labels import ordered_labels, ordered_tasks
 from dora_lab.report.naming import GROUP, add_labels
 from dora_lab.runs.streams import read_rows
 from dora_lab.runs.survey import survey
-from dora_lab.spec import Spec, leaves, to_dict
+from dora_lab.spec import Spec, from_dict, leaves, to_dict
 
 REFUSED = "damaged or misplaced (`dora-lab doctor` names them)"
 _FIRST = (*GROUP, "spec_id", "method", "rank", "label", "seed", "trainable_percent", "commit", "modified")
@@ -37,6 +37,9 @@ _STREAMS = {  # columns that a frame has even when there are no rows
         "majority",
         "prompt_sha256",
         "correct",
+        "choice_nll",
+        "answer_nll",
+        "margin",
     ),
     "probe": ("step", "fraction", "module", "layer", "kind", "delta_m", "delta_d", "relative_change"),
     "metrics": ("step", "tokens", "loss", "learning_rate", "grad_norm"),
@@ -100,7 +103,7 @@ def _statuses(
 
 
 def _run_columns(record: Mapping[str, Any]) -> dict[str, Any]:
-    flat = _spec_columns(record["spec"])
+    flat = _spec_columns(to_dict(from_dict(record["spec"])))  # with the fields that came after it
     params, code = record.get("params") or {}, record.get("code") or {}
     trainable, total = params.get("trainable"), params.get("total")
     return flat | {

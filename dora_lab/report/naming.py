@@ -33,7 +33,9 @@ def add_labels(runs: Sequence[Columns], declared: Sequence[Columns] = ()) -> Non
     for members in _grouped(named, GROUP):
         _among_each_other(members)
     for members in _grouped(runs, GROUP):
-        known = [spec for spec in named if all(spec[name] == members[0][name] for name in ("experiment", "tier"))]
+        known = [
+            spec for spec in named if all(spec[name] == members[0][name] for name in ("experiment", "tier", "split"))
+        ]
         _as_declared(members, known)
         _tell_variants_apart(members)
 

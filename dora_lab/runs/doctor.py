@@ -17,11 +17,12 @@ from dora_lab.io.errors import CheckpointError
 from dora_lab.io.files import parse_json
 from dora_lab.io.files import verify as verify_files
 from dora_lab.io.text import shown
-from dora_lab.runs import checkpoints
+from dora_lab.runs import checkpoints, packs
 from dora_lab.runs.errors import StoreError
 from dora_lab.runs.lock import holder
 from dora_lab.runs.record import read_record
-from dora_lab.runs.streams import STREAMS, read_rows
+from dora_lab.runs.streams import STREAMS, content, read_rows
+from dora_lab.runs.survey import survey
 from dora_lab.spec import Spec, from_dict
 
 AGAIN = "run it again: it resumes"
@@ -50,14 +51,39 @@ def examine(path: Path) -> Iterator[Finding]:
     if (path / "record.json").exists() or (path.parent.parent.name == "runs" and path.is_dir()):
         yield from _run(path)
     elif (path / "runs").is_dir():
-        for folder in sorted((path / "runs").glob("*/*")):
-            yield from _run(folder) if folder.is_dir() else _stray(folder)
+        for folder in sorted((path / "runs").glob("*")):
+            yield from _experiment(folder)
+        yield from _twins(path)
         yield from _bench(path / "bench")
     elif (path / MANIFEST).is_file():
         yield from _manifest(path)
         yield from _leftovers(path)
     else:
         raise StoreError(f"{path}: neither a results folder (with runs/), nor a run, nor a folder with a manifest")
+
+
+def _experiment(folder: Path) -> Iterator[Finding]:
+    wrong = dict(packs.faults(folder))
+    for file, what in wrong.items():
+        yield of_error(file, StoreError(what))
+    for path in sorted({*folder.glob("*"), *packs.packed_runs(folder, wrong)}):
+        if path.is_dir() or not path.exists():
+            yield from _run(path)
+        elif path.name != packs.INDEX and not path.match("part-*.parquet"):
+            yield from _stray(path)
+
+
+def _twins(results: Path) -> Iterator[Finding]:
+    """Runs of different seeds whose losses are alike to the last digit: one of them was given another's name."""
+    seen: dict[bytes, tuple[Path, int]] = {}
+    for path, record in survey(results).runs:
+        losses = content(path, "metrics")
+        if record["status"] != "complete" or not losses:
+            continue
+        first, seed = seen.setdefault(losses, (path, record["spec"]["seed"]))
+        if seed != record["spec"]["seed"]:
+            what = f"its losses are those of {first.name}, which has another seed, to the last digit"
+            yield Finding(path, what, "remove the one whose seed is not its own and run it again")
 
 
 def _run(path: Path) -> Iterator[Finding]:
@@ -101,7 +127,7 @@ def _streams(path: Path, spec: Spec, record: dict[str, Any]) -> Iterator[Finding
     rows: dict[str, list[dict[str, Any]]] = {}
     for name in STREAMS:
         file = path / f"{name}.jsonl"
-        if file.exists() and (content := file.read_bytes()) and not content.endswith(b"\n"):
+        if (whole := content(path, name)) and not whole.endswith(b"\n"):
             yield Finding(file, "a torn last line", AGAIN if record["status"] != "complete" else ANEW)
         try:
             rows[name] = read_rows(path, name)
@@ -170,7 +196,11 @@ def _leftovers(path: Path) -> Iterator[Finding]:
 
 def _bench(folder: Path) -> Iterator[Finding]:
     for file in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        lines = file.read_bytes().splitlines()
+        if twice := [line for line, count in Counter(lines).items() if count > 1]:
+            what = f"{len(twice)} measurements are there twice, the first on line {lines.index(twice[0]) + 1}"
+            yield Finding(file, what, "delete the second of each: it would count double")
+        for number, line in enumerate(lines, start=1):
             try:
                 row = parse_json(line)
             except ValueError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_lab.io.files import parse_json
+from dora_lab.runs import packs
 from dora_lab.runs.errors import StoreError
 from dora_lab.spec import Spec, SpecError, did_you_mean, from_dict, spec_id
 
@@ -25,9 +26,12 @@ def read_record(path: Path) -> dict[str, Any]:
     """The record of the run directory `path`; raises StoreError if there is none, or it is damaged or too new."""
     file = Path(path) / "record.json"
     try:
-        record = parse_json(file.read_bytes())
-    except FileNotFoundError:
-        raise StoreError(f"{file} does not exist; is this a run directory?") from None
+        content = packs.read(Path(path), file.name)
+        if content is None:
+            raise StoreError(f"{file} does not exist; is this a run directory?")
+        record = parse_json(content)
+    except StoreError:
+        raise
     except (OSError, ValueError) as error:
         raise StoreError(f"{file} is not JSON ({error}); restore it or remove the run directory") from None
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_lab.io.files import hash_bytes, parse_json
+from dora_lab.runs import packs
 from dora_lab.runs.errors import StoreError
 from dora_lab.runs.record import read_record
 from dora_lab.spec import did_you_mean
@@ -54,8 +55,7 @@ def read_stream(path: Path, name: str) -> list[dict[str, Any]]:
 
 def content(path: Path, name: str) -> bytes:
     """One stream of the run directory `path` as it lies there; empty if it was never written."""
-    file = Path(path) / f"{name}.jsonl"
-    return file.read_bytes() if file.exists() else b""
+    return packs.read(Path(path), f"{name}.jsonl") or b""
 
 
 def read_rows(path: Path, name: str) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def read_rows(path: Path, name: str) -> list[dict[str, Any]]:
     """
     rows = read_stream(path, name)
     file = Path(path) / f"{name}.jsonl"
-    wanted = stream_hash(read_record(path), name) if (Path(path) / "record.json").exists() else None
+    wanted = stream_hash(read_record(path), name) if packs.read(Path(path), "record.json") is not None else None
     if wanted not in (None, hash_bytes(content(path, name))):
         raise StoreError(f"{file}: is not what it was when the run was finished; restore the file or run again")
     for number, row in enumerate(rows, start=1):

@@ -6,11 +6,12 @@ out, all leave out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dora_lab.runs import packs
 from dora_lab.runs.errors import StoreError
 from dora_lab.runs.record import misplaced, read_record
 from dora_lab.runs.streams import STREAMS, read_rows
@@ -38,12 +39,21 @@ def survey(root: Path, experiment: str | None = None) -> Survey:
     A folder is left out, with the reason, if `verified` refuses it. Raises nothing for what lies there.
     """
     found = Survey([], [])
-    for file in sorted((Path(root) / "runs").glob(f"{experiment or '*'}/*/record.json")):
-        try:
-            found.runs.append((file.parent, verified(file.parent)))
-        except (StoreError, OSError) as error:
-            found.left_out.append(LeftOut(file.parent, str(error)))
+    for folder in sorted((Path(root) / "runs").glob(experiment or "*")):
+        wrong = dict(packs.faults(folder))
+        found.left_out.extend(LeftOut(path, why) for path, why in wrong.items())
+        for path in sorted(_paths(folder, wrong) - wrong.keys()):
+            try:
+                found.runs.append((path, verified(path)))
+            except (StoreError, OSError) as error:
+                found.left_out.append(LeftOut(path, str(error)))
     return found
+
+
+def _paths(folder: Path, wrong: Container[Path]) -> set[Path]:
+    """Where the runs of an experiment's folder lie or would lie, those of a part that is wrong left out."""
+    unpacked = {file.parent for file in folder.glob("*/record.json")}
+    return unpacked | set(packs.packed_runs(folder, wrong))
 
 
 def verified(path: Path) -> dict[str, Any]:
@@ -56,9 +66,8 @@ def verified(path: Path) -> dict[str, Any]:
     if right := misplaced(path, record):
         raise StoreError(f"{path} is no run: its record is of {right}; move it out of runs/, or rename it to that")
     if record["status"] == "complete":
-        _whole(
-            Path(path), tuple(_seen(Path(path) / name) for name in ("record.json", *map("{}.jsonl".format, STREAMS)))
-        )
+        path = Path(path)
+        _whole(path, (*(_seen(path / name) for name in packs.FILES), packs.mark(path)))
     return record
 
 
@@ -67,7 +76,7 @@ def is_run(path: Path) -> bool:
     try:
         return not misplaced(path, read_record(path))
     except StoreError:
-        return (Path(path) / "record.json").exists()
+        return packs.read(Path(path), "record.json") is not None
 
 
 @lru_cache(maxsize=4096)

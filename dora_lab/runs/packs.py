@@ -1,0 +1,183 @@
+"""Packed runs: some fifty finished runs in one Parquet file, byte for byte the files of their folders.
+
+`results/runs/<experiment>/part-0001.parquet`, ... have a row per file of a run (run, file, sha256, content) and are
+never written again; `index.jsonl` beside them, a line per run, holds the SHA-256 of each of its files. So a chain leads
+from a line that a reader of the repository's history can see to the record, and from the record to its streams. A run
+is read by the path that its folder would have: nobody but this room knows that there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dora_lab.io.atomic import replacing, write_text
+from dora_lab.io.files import hash_bytes, parse_json
+from dora_lab.runs.errors import StoreError
+
+SIZE = 50  # runs of a part
+INDEX = "index.jsonl"
+FILES = ("record.json", "metrics.jsonl", "probe.jsonl", "timing.jsonl", "eval.jsonl")
+_SCHEMA = pa.schema(
+    [("run", pa.string()), ("file", pa.string()), ("sha256", pa.string()), ("content", pa.large_binary())]
+)
+_RUN = re.compile(r"[0-9a-f]{12}")
+Files = Mapping[str, bytes]
+
+
+def read(path: Path, name: str) -> bytes | None:
+    """One file of the run at `path`, from its folder or, where no record is there, from a part; None if there is none.
+
+    Raises StoreError for a part or index that is not what it was.
+    """
+    file = Path(path) / name
+    if file.is_file():
+        return file.read_bytes()
+    return None if file.with_name("record.json").is_file() else packed(Path(path)).get(name)
+
+
+def packed(path: Path) -> Files:
+    """The files of the packed run that belongs at `path`; none if it is in no part of its experiment."""
+    for part in _parts(path.parent):
+        try:
+            runs = _contents(part)
+        except StoreError:
+            if path.name in index(path.parent):
+                raise
+            continue  # the run may be in a part that is whole
+        if path.name in runs:
+            return runs[path.name]
+    return {}
+
+
+def packed_runs(experiment: Path, wrong: Container[Path] = ()) -> Iterator[Path]:
+    """Where the packed runs of an experiment's folder would lie, in the order of the parts that are not `wrong`."""
+    for part in _parts(experiment):
+        yield from (experiment / run for run in _contents(part)) if part not in wrong else ()
+
+
+def faults(experiment: Path) -> Iterator[tuple[Path, str]]:
+    """(file, what is wrong) of the parts and the index of an experiment's folder."""
+    seen: dict[str, Path] = {}
+    whole = True
+    for part in _parts(experiment):
+        try:
+            runs = _contents(part)
+        except StoreError as error:
+            whole = False
+            yield part, str(error)
+            continue
+        for run in runs:
+            if run in seen:
+                yield part, f"{part}: run {run} is in {seen[run].name} too; delete the part that is not committed"
+            seen.setdefault(run, part)
+            if _differs(experiment / run, runs[run]):
+                folder = experiment / run
+                yield folder, f"{folder}: differs from the packed run of that name; move the folder out of runs/"
+    try:
+        lost = [run for run in index(experiment) if run not in seen] if whole else []
+    except StoreError as error:
+        yield experiment / INDEX, str(error)
+        return
+    if lost:
+        what = f"run {lost[0]}" + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
+        yield experiment / INDEX, f"{experiment / INDEX}: {what} is in no part; restore the parts"
+
+
+def _differs(folder: Path, files: Files) -> bool:
+    there = {name: folder / name for name in FILES if (folder / name).is_file()}
+    return bool(there) and any(files.get(name) != file.read_bytes() for name, file in there.items())
+
+
+def mark(path: Path) -> tuple[object, ...]:
+    """What changes when the parts or the index of the experiment do that the run at `path` is of."""
+    files = [*_parts(path.parent), path.parent / INDEX]
+    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
+
+
+def write(experiment: Path, runs: Sequence[tuple[str, Files, str]]) -> list[Path]:
+    """Pack runs (id, files, when hashed) into new parts and the index of an experiment's folder; returns the parts."""
+    known = index(experiment)
+    lines = list(known.values())
+    made: list[Path] = []
+    for start in range(0, len(runs), SIZE):
+        some = runs[start : start + SIZE]
+        part = experiment / f"part-{len(_parts(experiment)) + 1:04d}.parquet"
+        rows = [
+            {"run": run, "file": name, "sha256": hash_bytes(content), "content": content}
+            for run, files, _ in some
+            for name, content in files.items()
+        ]
+        with replacing(part) as temporary:
+            pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), temporary, compression="zstd", compression_level=19)
+        made.append(part)
+        lines += [_line(run, files, hashed) for run, files, hashed in some]
+        write_text(experiment / INDEX, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
+    return made
+
+
+def index(experiment: Path) -> dict[str, dict[str, object]]:
+    """The lines of an experiment's index by run: run, part of its files' hashes, and when they were made.
+
+    Raises StoreError, with file and line, for one that is damaged or names a run twice.
+    """
+    file = experiment / INDEX
+    found: dict[str, dict[str, object]] = {}
+    for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else (), start=1):
+        try:
+            row = parse_json(line)
+            run, files = row["run"], row["files"]
+            if not _RUN.fullmatch(run) or run in found or set(files) - set(FILES):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise StoreError(f"{file}, line {number}: damaged, or of a run that was before; restore the file") from None
+        found[run] = row
+    return found
+
+
+def _line(run: str, files: Files, hashed: str) -> dict[str, object]:
+    return {"run": run, "hashed": hashed, "files": {name: hash_bytes(content) for name, content in files.items()}}
+
+
+def _parts(experiment: Path) -> list[Path]:
+    return sorted(experiment.glob("part-*.parquet"))
+
+
+def _contents(part: Path) -> dict[str, dict[str, bytes]]:
+    state, beside = part.stat(), part.parent / INDEX
+    then = (beside.stat().st_size, beside.stat().st_mtime_ns) if beside.is_file() else None
+    return _read(part, (state.st_size, state.st_mtime_ns), then)
+
+
+@lru_cache(maxsize=256)
+def _read(part: Path, _state: object, _index: object) -> dict[str, dict[str, bytes]]:
+    """run -> file -> content, every content what its row and the index say; of a part as it is now."""
+    try:
+        table = pq.read_table(part, schema=_SCHEMA)
+        rows = table.to_pylist()
+    except Exception as error:  # pyarrow's own, of many kinds
+        first = str(error).splitlines()[0] if str(error) else ""
+        raise StoreError(f"{part}: cannot be read ({type(error).__name__}: {first:.120}); restore the file") from None
+    known, found = index(part.parent), {}
+    for row in rows:
+        run, name, content = row["run"], row["file"], row["content"]
+        if not isinstance(content, bytes) or name not in FILES or not _RUN.fullmatch(run or ""):
+            raise StoreError(f"{part}: a row of {run!r:.20}, {name!r:.20} is none of a run's files; restore the file")
+        wanted = known.get(run, {}).get("files")
+        if not isinstance(wanted, dict):
+            raise StoreError(f"{part}: run {run} is not in {INDEX}; restore both files")
+        if not row["sha256"] == wanted.get(name) == hash_bytes(content):
+            raise StoreError(f"{part}: {name} of run {run} is not what {INDEX} says; restore both files")
+        if name in found.setdefault(run, {}):
+            raise StoreError(f"{part}: run {run} is in it twice; restore the file")
+        found[run][name] = content
+    for run, files in found.items():
+        if lost := set(known[run]["files"]) - set(files):  # type: ignore[call-overload]
+            raise StoreError(f"{part}: {sorted(lost)[0]} of run {run} is missing; restore the file")
+    return found

@@ -1,0 +1,186 @@
+"""Packed runs: byte for byte what was packed, read by whoever reads folders, and every change of them is seen."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from dora_lab import report
+from dora_lab.commands import inspect as commands  # noqa: F401  (adds `pack`)
+from dora_lab.commands.app import app, find_run
+from dora_lab.runs import packs
+from dora_lab.runs.doctor import examine
+from dora_lab.runs.errors import StoreError
+from dora_lab.runs.record import read_record
+from dora_lab.runs.streams import read_rows
+from dora_lab.runs.survey import survey, verified
+
+COMMITTED = Path(__file__).resolve().parents[1] / "results"
+
+
+def _pack(results: Path, *options: str) -> str:
+    told = CliRunner().invoke(app, ["pack", "commonsense", "--results", str(results), *options])
+    assert told.exit_code == 0, told.exception
+    return told.output
+
+
+@pytest.fixture
+def both(synthetic_results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """The same runs in folders and packed, parts of four."""
+    monkeypatch.setattr(packs, "SIZE", 4)
+    results = tmp_path / "packed"
+    shutil.copytree(synthetic_results, results)
+    done = len([1 for _, record in survey(results, "commonsense").runs if record["status"] == "complete"])
+    assert f"{done} runs packed, 0 were before" in _pack(results, "--remove")
+    return synthetic_results, results
+
+
+def test_frames_of_packed_runs_are_those_of_folders(both: tuple[Path, Path]) -> None:
+    folders, packed = both
+    experiment = packed / "runs" / "commonsense"
+    assert len(list(experiment.glob("part-*.parquet"))) > 1
+    for stream in ("eval", "probe", "metrics", "timing", "record"):
+        one, other = (report.frame(root, "commonsense", stream) for root in (folders, packed))
+        assert (len(one) or stream == "timing") and one.astype(str).equals(other.astype(str)), stream
+    for path, record in survey(folders, "commonsense").runs:
+        if record["status"] == "complete":
+            where = experiment / path.name
+            assert not where.exists() and read_record(where) == record
+            files = {file.name: file.read_bytes() for file in path.iterdir() if file.name in packs.FILES}
+            assert packs.packed(where) == files
+            assert find_run(path.name[:8], packed) == where
+    assert not list(packs.faults(experiment))
+
+
+def test_a_second_call_packs_what_is_new_and_writes_no_part_again(both: tuple[Path, Path]) -> None:
+    folders, packed = both
+    experiment = packed / "runs" / "commonsense"
+    before = {file.name: file.read_bytes() for file in experiment.glob("part-*.parquet")}
+    assert _pack(packed).startswith("0 runs packed")
+    lines = (experiment / packs.INDEX).read_text().splitlines()
+    gone = json.loads(lines[-1])["run"]  # packed last, so alone in no other part
+    last = sorted(before)[-1]
+    rows = [row for row in pq.read_table(experiment / last).to_pylist() if row["run"] != gone]
+    (experiment / last).unlink()
+    pq.write_table(pa.Table.from_pylist(rows, packs._SCHEMA), experiment / last)
+    (experiment / packs.INDEX).write_text("\n".join(lines[:-1]) + "\n")
+    before[last] = (experiment / last).read_bytes()
+    shutil.copytree(folders / "runs" / "commonsense" / gone, experiment / gone)
+    assert "1 runs packed" in _pack(packed, "--remove")
+    assert {name: (experiment / name).read_bytes() for name in before} == before
+    assert len(list(experiment.glob("part-*.parquet"))) == len(before) + 1
+    assert not list(packs.faults(experiment))
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(content)
+
+
+def _rewrite(change: Callable[[list[dict]], list[dict]]) -> Callable[[Path], None]:
+    def harm(experiment: Path) -> None:
+        part = experiment / "part-0001.parquet"
+        rows = change(pq.read_table(part).to_pylist())
+        pq.write_table(pa.Table.from_pylist(rows, packs._SCHEMA), part)
+
+    return harm
+
+
+def _swap(rows: list[dict]) -> list[dict]:
+    """The losses of two runs in each other's place, their hashes made to fit."""
+    losses = [row for row in rows if row["file"] == "metrics.jsonl"][:2]
+    for field in ("content", "sha256"):
+        losses[0][field], losses[1][field] = losses[1][field], losses[0][field]
+    return rows
+
+
+def _index(change: Callable[[list[str]], list[str]]) -> Callable[[Path], None]:
+    def harm(experiment: Path) -> None:
+        file = experiment / packs.INDEX
+        file.write_text("\n".join(change(file.read_text().splitlines())) + "\n")
+
+    return harm
+
+
+HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a byte of a part": (lambda folder: _flip(folder / "part-0001.parquet"), r"part-0001\.parquet: .*restore"),
+    "a part cut short": (
+        lambda folder: (folder / "part-0001.parquet").write_bytes((folder / "part-0001.parquet").read_bytes()[:900]),
+        r"cannot be read .*restore the file",
+    ),
+    "another table": (
+        lambda folder: pq.write_table(pa.table({"a": [1]}), folder / "part-0001.parquet"),
+        r"cannot be read|none of a run",
+    ),
+    "streams swapped": (_rewrite(_swap), r"metrics\.jsonl of run \w+ is not what index\.jsonl says"),
+    "a name that escapes": (
+        _rewrite(lambda rows: [rows[0] | {"file": "../../x"}, *rows[1:]]), r"is none of a run's files",
+    ),
+    "a run left out": (
+        _rewrite(lambda rows: [row for row in rows if row["run"] != rows[0]["run"]]),
+        r"is in no part; restore the parts",
+    ),
+    "a stream left out": (_rewrite(lambda rows: rows[:-1]), r"of run \w+ is missing; restore"),
+    "a part twice": (
+        lambda folder: shutil.copy(folder / "part-0001.parquet", folder / "part-0009.parquet"),
+        r"part-0009\.parquet: run \w+ is in part-0001\.parquet too",
+    ),
+    "the index cut": (_index(lambda lines: lines[1:]), r"is not in index\.jsonl"),
+    "a line of the index twice": (_index(lambda lines: [*lines, lines[0]]), r"index\.jsonl.* line \d+: damaged"),
+    "a hash of the index": (
+        _index(lambda lines: [lines[0].replace('"record.json": "', '"record.json": "0'), *lines[1:]]), r"is not what",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARMS)
+def test_every_change_is_seen_and_its_runs_are_left_out(name: str, both: tuple[Path, Path]) -> None:
+    _, packed = both
+    whole = len(survey(packed, "commonsense").runs)
+    harm, said = HARMS[name]
+    harm(packed / "runs" / "commonsense")
+    found = survey(packed, "commonsense")
+    assert found.left_out and len(found.runs) < whole + (name == "a part twice"), "a table would not know"
+    told = "\n".join(lost.why for lost in found.left_out)
+    assert re.search(said, told), told
+    assert all("\n" not in lost.why for lost in found.left_out)
+    assert list(examine(packed))
+
+
+def test_a_folder_beside_its_packed_run_is_one_run_or_refused(both: tuple[Path, Path]) -> None:
+    folders, packed = both
+    path = next(path for path, record in survey(folders, "commonsense").runs if record["status"] == "complete")
+    whole = len(survey(packed, "commonsense").runs)
+    copy = packed / "runs" / "commonsense" / path.name
+    shutil.copytree(path, copy)
+    assert len(survey(packed, "commonsense").runs) == whole
+    assert not list(packs.faults(copy.parent))
+    file = copy / "eval.jsonl"
+    file.write_text(file.read_text().replace('"n": ', '"n":  ', 1))
+    found = survey(packed, "commonsense")
+    assert len(found.runs) == whole - 1 and "differs from the packed run" in found.left_out[0].why
+
+
+def test_what_is_committed_is_packed_and_whole() -> None:
+    found = survey(COMMITTED)
+    assert len(found.runs) >= 163 and not found.left_out
+    for path, _ in found.runs[:5]:
+        assert verified(path) and read_rows(path, "eval")
+    size = sum(file.stat().st_size for file in COMMITTED.rglob("*") if file.is_file() and "local" not in file.parts)
+    assert size <= 25e6
+
+
+def test_a_run_that_is_nowhere_says_so(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="does not exist; is this a run directory"):
+        read_record(tmp_path / "runs" / "x" / "0123456789ab")
+    told = CliRunner().invoke(app, ["pack", "commonsens", "--results", str(tmp_path)])
+    assert "has no runs" in str(told.exception)
