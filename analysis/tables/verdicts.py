@@ -9,13 +9,25 @@ import pandas as pd
 from analysis import frame, script
 from dora_lab import paper, report
 from dora_lab.report import Block, number
+from dora_lab.runs.provenance import REGISTERED as REGISTERED_FILES
 
+RULE = (
+    "holds, does not hold: p < .05 on the claimed, or on the other, side; inside the margin: so small that it may not "
+    "matter; equivalent: the 90 % interval lies within the margin; undecided: anything else; k of n: fewer seeds than "
+    "were registered. Intervals are the unadjusted 95 % ones; seeds: how many agree with the claim, no condition of it."
+)
 NOTES = (
-    "holds: the 95 % interval lies on the claimed side of zero and so does every seed; does not hold: both on the "
-    "other side; undecided: anything else; no runs: the experiment has no runs that could decide it.",
-    "Effects are percentage points of the average over tasks (first method minus second; for loss of accuracy, the "
-    "difference of the losses), or Pearson's r. The correlations treat the layers and checkpoints of one seed as "
-    "independent points, so their intervals are narrow; checkpoints of one layer are related.",
+    RULE,
+    "Exploratory: not registered before the runs; p adjusted by Benjamini and Hochberg over the block. Effects are "
+    "percentage points of the average over tasks (first method minus second; for loss of accuracy, the difference of "
+    "the losses; margin ±1 point), or Pearson's r over layers and checkpoints, whose mean and interval are over seeds "
+    "of Fisher's z: other layers may differ, see tables/correlations.md.",
+)
+REGISTERED = (
+    RULE,
+    "Registered before the runs (experiments/registered). Primary claims are adjusted by Holm, all others by Benjamini "
+    "and Hochberg. More is better in every effect: points of accuracy, or percent by which the choice NLL is lower; "
+    "items of one fact count as one cluster.",
 )
 
 
@@ -24,7 +36,7 @@ def build(results: Path) -> list[Path]:
     evals, probes = (frame(results, "commonsense", stream) for stream in ("eval", "probe"))
     evals, everything = evals[evals["split"] == "test"], frame(results)
     rows = paper.verdicts(evals, probes, paper.claims("commonsense"))
-    blocks = []
+    blocks, judged = _registered(results)
     keys = ["tier", "model", "data"]
     for key, part in sorted(
         rows.groupby(keys, dropna=False), key=lambda pair: (set(pair[0]) != {"mini"}, str(pair[0]))
@@ -43,9 +55,42 @@ def build(results: Path) -> list[Path]:
         "verdicts",
         "Claims of the paper against our runs",
         blocks,
-        rows,
+        pd.concat([judged, rows]) if len(judged) else rows,
         report.provenance(evals, frame(results, "commonsense").attrs["statuses"]),
     )
+
+
+def _registered(results: Path) -> tuple[list[Block], pd.DataFrame]:
+    """A block for each registered experiment, and the rows of all of them."""
+    blocks, found = [], []
+    for file in sorted(REGISTERED_FILES.glob("*.md")):
+        plan = paper.registered(file.stem)
+        rows = paper.judge(plan, frame(results, file.stem))
+        title = f"registered: {plan.experiment}, tier {plan.tier}, data {plan.data}"
+        cells = pd.DataFrame([_judged(row) for row in rows.to_dict("records")])
+        blocks.append(Block(title=title, cells=cells, text=("Claim", "Verdict", "Family", "Metric"), notes=REGISTERED))
+        found.append(rows.assign(experiment=plan.experiment, tier=plan.tier, data=plan.data))
+    return blocks, pd.concat(found) if found else pd.DataFrame()
+
+
+def _judged(row: dict[str, object]) -> dict[str, object]:
+    return {
+        "Claim": row["statement"], "Verdict": row["verdict"], "Family": row["family"], "Metric": row["metric"],
+        **_numbers(row, 1), "Seeds": row["seeds"],
+    }  # fmt: skip
+
+
+def _numbers(row: dict[str, object], digits: int) -> dict[str, object]:
+    effect, low, high = (number(row[name], digits=digits) for name in ("effect", "low", "high"))
+    return {
+        "Effect": None if effect is None else f"{effect} {row['unit']}",
+        "95 % interval": None if low is None else f"[{low}, {high}]",
+        "p, adjusted": _p(row["p_adjusted"]),
+    }
+
+
+def _p(p: object) -> str | None:
+    return None if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.01 else f"{p:.2f}"
 
 
 def _apart(evals: pd.DataFrame, everything: pd.DataFrame, key: tuple[object, ...]) -> str | None:
@@ -59,18 +104,14 @@ def _apart(evals: pd.DataFrame, everything: pd.DataFrame, key: tuple[object, ...
 
 def _cells(row: dict[str, object]) -> dict[str, object]:
     digits = 2 if row["unit"] == "r" else 1
-    effect, low, high, paper, p = (row[name] for name in ("effect", "low", "high", "paper", "p"))
-    interval = None if number(low) is None else f"[{number(low, digits=digits)}, {number(high, digits=digits)}]"
     return {
         "Claim": row["statement"],
         "Verdict": row["verdict"],
         "Protocol": row["protocol"],
         "n": row["n"],
-        "Effect": None if number(effect) is None else f"{number(effect, digits=digits)} {row['unit']}",
-        "95 % interval": interval,
-        "p": None if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.01 else f"{p:.2f}",
+        **_numbers(row, digits),
         "Seeds": row["seeds"],
-        "Paper": number(paper, digits=digits),
+        "Paper": number(row["paper"], digits=digits),
         "Test": row["test"],
         "Source": row["source"],
     }

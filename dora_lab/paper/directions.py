@@ -1,7 +1,7 @@
 """Directional claims against runs: which quantity should be above or below zero, and whether it is.
 
-A verdict is "holds" (the 95 % interval lies on the claimed side of zero and every seed does), "does not hold" (both on
-the other side), "undecided" (anything else), or "no runs" (the runs that the claim is about do not exist).
+The verdicts are those of `verdict`; what is not registered before its runs is exploratory, its p adjusted by Benjamini
+and Hochberg over the claims of one group of runs. "no runs": the runs that the claim is about do not exist.
 """
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false
@@ -12,16 +12,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dora_lab.paper.verdict import MARGINS, Contrast, benjamini_hochberg, contrast, decide
 from dora_lab.report import statistics
+from dora_lab.report.items import clusters, item_values
 from dora_lab.report.statistics import Estimate
 
-VERDICTS = ("holds", "does not hold", "undecided", "no runs")
+NO_RUNS = "no runs"
+SUPERIOR = "superior"
+NO_MARGIN = 0.0  # of correlations: none is equivalent to none
 _KINDS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 _GROUP = ["experiment", "tier", "model", "data", "eval_data"]
 
@@ -31,9 +36,10 @@ def verdicts(evals: pd.DataFrame, probes: pd.DataFrame, rows: pd.DataFrame) -> p
 
     Args: evals, probes: `report.frame` of one or all experiments, streams "eval" and "probe"; rows: `claims()` of
         them. Each claim is put to the runs of its own experiment; validation splits are left out.
-    Returns columns claim, statement, source, tier, model, data, protocol, n, effect, low, high, unit ("points" of
-        accuracy or "r"), seeds (k/n with the claimed sign), p, test, paper (the printed number, None if none),
-        verdict. Claims without runs appear once per group, with effect None.
+    Returns columns claim, statement, source, tier, model, data, protocol, n, effect, low, high (the unadjusted 95 %
+        interval), unit ("points" of accuracy or "r"), seeds (k/n with the claimed sign), p, p_adjusted, test, paper
+        (the printed number, None if none), verdict. Claims without runs appear once per group, with effect None.
+        Protocols that every run answers alike, item by item, are one row.
     """
     out: list[dict[str, Any]] = []
     directions = rows[rows["kind"] == "direction"]
@@ -52,21 +58,53 @@ def _of_group(
     rows: pd.DataFrame, directions: pd.DataFrame, in_group: Sequence[pd.DataFrame], where: dict[str, Any]
 ) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
+    scored = in_group[0][in_group[0]["metric"] == "accuracy"]
     for claim in directions.to_dict("records"):
         printed = _printed(rows, claim)
         if claim["metric"] == "correlation":
-            estimate = layer_correlation(in_group[1], str(claim["method"]), _KINDS[str(claim["subject"])])
-            row = _row(claim, where | {"protocol": None}, estimate, printed, scale=1.0, unit="r")
             points = _select(in_group[1], {"label": claim["method"], "kind": _KINDS[str(claim["subject"])]})
-            if estimate is None and len(points):  # there are runs, but nothing varies in them
-                row |= {"n": f"undefined (n={len(points)})", "verdict": "undecided"}
-            out.append(row)
+            out.append(_row(claim, where | {"protocol": None}, _over_seeds(points), printed, "r"))
+            if not out[-1]["n"] and len(points):  # there are runs, but nothing varies in them
+                out[-1] |= {"n": f"undefined (n={len(points)})", "verdict": "undecided"}
             continue
-        for protocol in sorted(in_group[0]["protocol"].dropna().unique()) or [None]:
-            scored = _select(in_group[0], {"protocol": protocol, "metric": "accuracy"})
-            estimate = _contrast(scored, _coefficients(claim, scored))
-            out.append(_row(claim, where | {"protocol": protocol}, estimate, printed, scale=100.0, unit="points"))
+        for protocol, part in protocols(scored) or [(None, scored)]:
+            found = _contrast(part, _coefficients(claim, part))
+            out.append(_row(claim, where | {"protocol": protocol}, found, printed, "points"))
+    known = [row for row in out if row["p"] is not None]
+    for row, p in zip(known, benjamini_hochberg([row["p"] for row in known]), strict=True):
+        row["p_adjusted"] = p
+    for row in out:
+        found = row.pop("_found")
+        if found is not None:
+            margin = NO_MARGIN if row["unit"] == "r" else MARGINS["accuracy"]
+            row["verdict"] = decide(found, SUPERIOR, margin, row["p_adjusted"])
     return out
+
+
+def protocols(scored: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """(name, rows) of every protocol; those by which every item of every run is answered alike are one, "a = b"."""
+    parts: dict[Any, list[str]] = {}
+    for name in sorted(scored["protocol"].dropna().unique()):
+        rows = scored[scored["protocol"] == name]
+        # a base that was not trained to answer is no measurement that two protocols could agree in
+        trained = rows[~(rows["trainable_percent"] == 0)]
+        answers = zip(trained["spec_id"], trained["task"], trained["n"], trained["correct"].astype(str), strict=True)
+        known = len(trained) and trained["correct"].notna().all()  # early records have the numbers alone
+        parts.setdefault(tuple(sorted(answers)) if known else name, []).append(name)
+    return [(" = ".join(names), scored[scored["protocol"] == names[0]]) for names in parts.values()]
+
+
+def _over_seeds(points: pd.DataFrame) -> Contrast | None:
+    """Fisher's z of the correlation of ΔD with ΔM of each seed; None where nothing varies."""
+    z = []
+    for _, rows in _distinct(points).groupby("seed"):
+        x, y = rows["delta_d"].to_numpy(float), rows["delta_m"].to_numpy(float)
+        if len(rows) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0:
+            z.append(float(statistics.fisher_z(np.corrcoef(x, y)[0, 1])))
+    if not z:
+        return None
+    one = {"": np.asarray(z)[:, None] / 100}  # a single "item" for each seed: what is left is the seeds' own spread
+    return contrast([(1.0, one)], {"": np.zeros(1, np.int64)}, ratio=False)
 
 
 def layer_correlation(probes: pd.DataFrame, label: str, kind: str) -> Estimate | None:
@@ -75,9 +113,7 @@ def layer_correlation(probes: pd.DataFrame, label: str, kind: str) -> Estimate |
     Args: probes: rows of the probe stream (`label`, `kind`, `seed`, `delta_d`, `delta_m`) of one group of runs.
     Returns the estimate of `statistics.correlation`, None where there are no rows or nothing varies.
     """
-    rows = _select(probes, {"label": label, "kind": kind})
-    # of a run so short that two fractions fall on one step, the step is one point, not two
-    rows = rows.drop_duplicates([name for name in ("spec_id", "seed", "module", "step") if name in rows])
+    rows = _distinct(_select(probes, {"label": label, "kind": kind}))
     return (
         statistics.correlation(
             {int(seed): (part["delta_d"].to_numpy(), part["delta_m"].to_numpy()) for seed, part in rows.groupby("seed")}
@@ -85,6 +121,11 @@ def layer_correlation(probes: pd.DataFrame, label: str, kind: str) -> Estimate |
         if len(rows)
         else None
     )
+
+
+def _distinct(points: pd.DataFrame) -> pd.DataFrame:
+    """Of a run so short that two fractions fall on one step, the step is one point, not two."""
+    return points.drop_duplicates([name for name in ("spec_id", "seed", "module", "step") if name in points])
 
 
 def _coefficients(claim: dict[str, Any], scored: pd.DataFrame) -> dict[str, int] | None:
@@ -104,12 +145,12 @@ def _coefficients(claim: dict[str, Any], scored: pd.DataFrame) -> dict[str, int]
     return lost if len(set(lowest)) == 1 else None
 
 
-def _contrast(scored: pd.DataFrame, coefficients: dict[str, int] | None) -> Estimate | None:
-    """Paired over the seeds and tasks that all labels share; over items where every row has its `correct` string."""
+def _contrast(scored: pd.DataFrame, coefficients: dict[str, int] | None) -> Contrast | None:
+    """Paired over the seeds and tasks that all labels share; items of one fact are together where the rows say so."""
     if not coefficients or not set(coefficients) <= set(scored["label"]):
         return None
-    cells: dict[tuple[str, str], dict[int, pd.Series]] = defaultdict(dict)
-    for _, row in scored[scored["label"].isin(list(coefficients)) & scored["value"].notna()].iterrows():
+    cells: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
+    for row in scored[scored["label"].isin(list(coefficients)) & scored["value"].notna()].to_dict("records"):
         cells[row["label"], row["task"]][int(row["seed"])] = row
     tasks = sorted(set.intersection(*({t for (lab, t) in cells if lab == label} for label in coefficients)))
     shared = [set(cells[label, task]) for label in coefficients for task in tasks]
@@ -117,37 +158,25 @@ def _contrast(scored: pd.DataFrame, coefficients: dict[str, int] | None) -> Esti
     if not seeds:
         return None
     used = [cells[label, task][seed] for label in coefficients for task in tasks for seed in seeds]
-    if all(isinstance(row.get("correct"), str) for row in used):
-        items: dict[str, NDArray[np.float64]] = {}
-        for task in tasks:
-            _require_same_items([cells[label, task][seed] for label in coefficients for seed in seeds])
-            items[task] = np.array(
-                [sum(sign * _bits(cells[label, task][seed]) for label, sign in coefficients.items()) for seed in seeds],
-                dtype=float,
-            )
-        return statistics.contrast_over_items(items)
-    return statistics.contrast_over_tasks(
-        {
-            task: [
-                sum(sign * float(cells[label, task][seed]["value"]) for label, sign in coefficients.items())
-                for seed in seeds
-            ]
-            for task in tasks
-        }
-    )
+    known = all(isinstance(row.get("correct"), str) for row in used)
+    facts: dict[str, NDArray[np.int64]] = {}
+    for task in tasks:
+        rows = [cells[label, task][seed] for label in coefficients for seed in seeds]
+        _require_same_items(rows)
+        facts[task] = clusters(rows[0]) if known else np.zeros(1, np.int64)
+    terms = [
+        (float(sign), {task: np.array([_answers(cells[label, task][seed], known) for seed in seeds]) for task in tasks})
+        for label, sign in coefficients.items()
+    ]
+    return contrast(terms, facts, ratio=False)
 
 
-def _bits(row: pd.Series) -> NDArray[np.float64]:
-    text = str(row["correct"])
-    if set(text) - {"0", "1"} or len(text) != int(row["n"]):
-        raise ValueError(
-            f"eval.jsonl of run {row['spec_id']}, task {row['task']}, field correct: expected {row['n']} "
-            f"characters 0 or 1, got {len(text)} of {sorted(set(text))}. Evaluate the run again."
-        )
-    return np.frombuffer(text.encode(), dtype=np.uint8).astype(float) - ord("0")
+def _answers(row: dict[str, Any], known: bool) -> NDArray[np.float64]:
+    """Right and wrong of each item; of an early record, which has the numbers alone, their mean."""
+    return item_values(row, "accuracy") if known else np.array([float(row["value"])])
 
 
-def _require_same_items(rows: Sequence[pd.Series]) -> None:
+def _require_same_items(rows: Sequence[dict[str, Any]]) -> None:
     seen = {(int(row["n"]), row.get("prompt_sha256")) for row in rows}
     if len(seen) > 1:
         raise ValueError(
@@ -158,45 +187,28 @@ def _require_same_items(rows: Sequence[pd.Series]) -> None:
 
 
 def _row(
-    claim: dict[str, Any],
-    where: dict[str, Any],
-    estimate: Estimate | None,
-    paper: float | None,
-    scale: float,
-    unit: str,
+    claim: dict[str, Any], where: dict[str, Any], found: Contrast | None, paper: float | None, unit: str
 ) -> dict[str, Any]:
+    """A row without its verdict, which the other claims of the group have a say in."""
     base = {"claim": claim["claim"], "statement": claim["statement"], "source": claim["source"], **where}
-    if estimate is None:
-        return (
-            base
-            | dict.fromkeys(("n", "effect", "low", "high"))
-            | {"unit": unit, "seeds": None, "p": None, "test": None, "paper": paper, "verdict": "no runs"}
-        )
+    empty = dict.fromkeys(("n", "effect", "low", "high", "seeds", "p", "p_adjusted", "test"))
+    row = base | empty | {"unit": unit, "paper": paper, "verdict": NO_RUNS, "_found": None}
+    if found is None:
+        return row
+    shown = np.tanh if unit == "r" else float
+    low, high = found.interval() or (None, None)
     sign = 1 if claim["relation"] == ">" else -1
-    agree = sum(sign * value > 0 for value in estimate.per_seed)
-    against = sum(sign * value < 0 for value in estimate.per_seed)
-    verdict, seeds = "undecided", len(estimate.per_seed)
-    if estimate.low is not None and estimate.high is not None:
-        near = min(sign * estimate.low, sign * estimate.high)
-        far = max(sign * estimate.low, sign * estimate.high)
-        if near > 0 and agree == seeds:
-            verdict = "holds"
-        elif far < 0 and against == seeds:
-            verdict = "does not hold"
-    scaled = {
-        name: None if (v := getattr(estimate, field)) is None else scale * v
-        for name, field in (("effect", "value"), ("low", "low"), ("high", "high"))
-    }
-    return base | {
-        "n": estimate.n,
-        **scaled,
-        "unit": unit,
-        "seeds": f"{agree}/{seeds}",
-        "p": estimate.p,
-        "test": estimate.test,
-        "paper": paper,
-        "verdict": verdict,
-    }
+    agree = sum(sign * value > 0 for value in found.per_seed)
+    seeds = len(found.per_seed)
+    counted = f"{seeds} seed{'' if seeds == 1 else 's'}"
+    return row | {
+        "n": counted if unit == "r" else f"{counted} × {found.items} items",
+        "effect": float(shown(found.value)),
+        "low": None if low is None else float(shown(low)), "high": None if high is None else float(shown(high)),
+        "seeds": f"{agree}/{seeds}", "p": found.p(),
+        "test": "t over seeds of Fisher's z" if unit == "r" else "paired t over seeds and facts",
+        "_found": replace(found, value=sign * found.value),
+    }  # fmt: skip
 
 
 def _printed(rows: pd.DataFrame, claim: dict[str, Any]) -> float | None:

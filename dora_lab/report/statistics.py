@@ -1,9 +1,9 @@
-"""Statistics of the reading side: correlations within seeds, paired contrasts over seeds and items.
+"""Statistics of the reading side: correlations within seeds, and what is taken over seeds.
 
 numpy and scipy only. Nothing here knows a run, a method or a file: arrays in, numbers with intervals out.
 
-Shape legend: S = seeds, I = items of one task, B = bootstrap replicates, P = points (layer x checkpoint), L = layers,
-C = checkpoints, Q = C, or 1 where all checkpoints share one mean.
+Shape legend: S = seeds, B = bootstrap replicates, P = points (layer x checkpoint), L = layers, C = checkpoints, Q = C,
+or 1 where all checkpoints share one mean.
 """
 
 from __future__ import annotations
@@ -204,77 +204,6 @@ def over_seeds(values_S: Sequence[float]) -> Estimate | None:
 def fisher_z(r: ArrayLike) -> NDArray[np.float64]:
     """atanh r, the scale on which differences of correlations are taken; finite for r = -1 and 1 too."""
     return np.arctanh(np.clip(np.asarray(r, dtype=float), -1 + 1e-15, 1 - 1e-15))
-
-
-def contrast_over_items(tasks: Mapping[str, NDArray[np.float64]], replicates: int = REPLICATES) -> Estimate:
-    """Macro-averaged paired difference with a bootstrap over seeds and items (both resampled, crossed).
-
-    Args: tasks: task -> d_SI, the difference of correctness (for two methods: -1, 0 or 1) for every seed and item;
-        every task has the same seeds in the same order, and the items of a task are the same for every seed.
-    Returns the mean over tasks of the task means (so a small task weighs as much as a large one), as a fraction.
-        Items are resampled within a task, once for all seeds, because all seeds answer the same items. With one seed
-        only the items vary. With few seeds resampling understates what a new seed would do; look at `per_seed` too.
-    Raises: ValueError if there are no tasks, a task has no items, or the numbers of seeds differ.
-    """
-    shapes = {name: np.shape(d_SI) for name, d_SI in tasks.items()}
-    if not shapes or any(len(s) != 2 or 0 in s for s in shapes.values()) or len({s[0] for s in shapes.values()}) != 1:
-        raise ValueError(
-            f"contrast_over_items: every task needs the same number of seeds and at least one item; "
-            f"got shapes (seeds, items) {shapes}. Check the `correct` strings in eval.jsonl."
-        )
-    seeds = next(iter(shapes.values()))[0]
-    generator = np.random.default_rng(_SEED)
-    per_seed_S = np.mean([d_SI.mean(axis=1) for d_SI in tasks.values()], axis=0)
-    means_BS = np.zeros((replicates, seeds))
-    for d_SI in tasks.values():
-        items = d_SI.shape[1]
-        for start in range(0, replicates, 500):  # in pieces: counts of all replicates of 10,000 items are 320 MB
-            stop = min(start + 500, replicates)
-            counts_BI = generator.multinomial(items, np.full(items, 1 / items), size=stop - start)
-            means_BS[start:stop] += counts_BI @ d_SI.T / items / len(tasks)
-    weights_BS = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=replicates) / seeds
-    values_B = (means_BS * weights_BS).sum(axis=1)
-    low, high = np.quantile(values_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    beyond = min(int((values_B <= 0).sum()), int((values_B >= 0).sum()))
-    total = sum(shape[1] for shape in shapes.values())
-    return Estimate(
-        value=float(per_seed_S.mean()),
-        low=float(low),
-        high=float(high),
-        p=min(1.0, 2 * (beyond + 1) / (replicates + 1)),
-        per_seed=tuple(map(float, per_seed_S)),
-        n=f"{_count(seeds, 'seed')} × {total} items",
-        test="paired bootstrap over seeds and items",
-    )
-
-
-def contrast_over_tasks(tasks: Mapping[str, Sequence[float]]) -> Estimate:
-    """The same difference from task accuracies alone (where no item-level record exists): a paired t-test.
-
-    Args: tasks: task -> d_S, the difference of accuracy (fraction) for every seed; the unit of the test is one
-        (seed, task) pair, so it asks whether the difference is the same over tasks, not over items.
-    Raises: ValueError if tasks is empty or the numbers of seeds differ.
-    """
-    lengths = {name: len(d_S) for name, d_S in tasks.items()}
-    if not lengths or 0 in lengths.values() or len(set(lengths.values())) != 1:
-        raise ValueError(
-            f"contrast_over_tasks: every task needs the same number of seeds, at least one; got {lengths}."
-        )
-    d_TS = np.array([list(d_S) for d_S in tasks.values()], dtype=float)
-    low = high = p = None
-    if d_TS.size > 1 and np.ptp(d_TS) > 0:
-        result: Any = stats.ttest_1samp(d_TS.ravel(), 0.0)
-        interval = result.confidence_interval(LEVEL)
-        low, high, p = float(interval.low), float(interval.high), float(result.pvalue)
-    return Estimate(
-        value=float(d_TS.mean()),
-        low=low,
-        high=high,
-        p=p,
-        per_seed=tuple(map(float, d_TS.mean(axis=0))),
-        n=f"{_count(d_TS.shape[1], 'seed')} × {_count(d_TS.shape[0], 'task')}",
-        test="paired t over seed × task",
-    )
 
 
 def prediction_interval(values: Sequence[float]) -> tuple[float, float]:

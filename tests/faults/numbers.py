@@ -14,6 +14,7 @@ import dora_lab
 from dora_lab import decompose, paper
 from dora_lab.formats.live import save_trained
 from dora_lab.methods.inject import adapted as adapted_layers
+from dora_lab.paper import verdict
 from dora_lab.probing import saved_models
 from dora_lab.probing.callback import DecompositionCallback
 from dora_lab.report import statistics
@@ -96,8 +97,8 @@ def degenerate(folder: Path, rng: random.Random) -> str:
     assert few is not None and few.low is None and few.high is None and few.p is None
     import numpy as np
 
-    right = statistics.contrast_over_items({"boolq": np.zeros((rng.randrange(1, 4), 25))}, replicates=50)
-    assert (right.value, right.low, right.high, right.p) == (0.0, 0.0, 0.0, 1.0)
+    right = verdict.contrast([(1.0, {"boolq": np.zeros((rng.randrange(2, 4), 25))})], {"boolq": np.arange(25)}, False)
+    assert (right.value, right.interval(), right.p()) == (0.0, (0.0, 0.0), 1.0)
     assert statistics.mean_sd([1.0]) == (1.0, None) and statistics.mean_sd([]) == (None, None)
     count = rng.randrange(2, 12)
     rows = [

@@ -1,0 +1,122 @@
+"""What is registered before the runs: how it is read, and how an experiment's runs answer it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dora_lab.paper.judged import judge
+from dora_lab.paper.registered import Registered, registered
+from dora_lab.report.items import clusters, item_values
+from dora_lab.runs.item_values import number_of, pack
+
+PLAN: dict[str, Any] = {
+    "experiment": "commonsense", "tier": "mini", "data": "mini2", "metric": "choice_nll", "margin": 5, "seeds": 4,
+    "claims": [
+        {"name": "above", "statement": "DoRA beats LoRA", "hypothesis": "superior", "primary": True,
+         "terms": [[1, "dora", 8], [-1, "lora", 8]]},
+        {"name": "half", "statement": "half is not worse", "hypothesis": "not inferior", "primary": True,
+         "terms": [[1, "dora", 4], [-1, "lora", 8]]},
+        {"name": "ft", "statement": "as FT", "hypothesis": "equivalent", "primary": False,
+         "terms": [[1, "dora", 8], [-1, "ft", None]]},
+    ],
+}  # fmt: skip
+
+
+def _write(folder: Path, plan: dict[str, Any]) -> Path:
+    (folder / "commonsense.md").write_text(f"# Why\n\n```json\n{json.dumps(plan)}\n```\n\nprose\n")
+    return folder
+
+
+def test_a_file_is_read_and_hashed(tmp_path: Path) -> None:
+    plan = registered("commonsense", _write(tmp_path, PLAN))
+    assert isinstance(plan, Registered) and plan.seeds == 4 and plan.claims[2].terms[1].rank is None
+    assert registered("ranks", tmp_path) is None
+    (tmp_path / "commonsense.md").write_text((tmp_path / "commonsense.md").read_text() + "\n")
+    again = registered("commonsense", tmp_path)
+    assert again is not None and again.sha256 != plan.sha256 and again.claims == plan.claims
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"metric": "f1"}, "metric 'f1' is not one of"), ({"seeds": 1}, "seeds at least 2"),
+        ({"claims": [PLAN["claims"][0] | {"hypothesis": "better"}]}, "hypothesis 'better' is not one of"),
+        ({"claims": [PLAN["claims"][0] | {"terms": [[1, "dora", 8]]}]}, "do not add up to 0"),
+        ({"claims": PLAN["claims"][:1] * 2}, "two claims have one name"),
+    ],
+)  # fmt: skip
+def test_a_malformed_file_is_one_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=rf"commonsense\.md: .*{said}.*mend the json block"):
+        registered("commonsense", _write(tmp_path, PLAN | change))
+    (tmp_path / "commonsense.md").write_text("prose alone")
+    with pytest.raises(ValueError, match="0 fenced json blocks, expected one"):
+        registered("commonsense", tmp_path)
+
+
+def _evals(seeds: int = 4) -> pd.DataFrame:
+    """NLL of DoRA 20 % below LoRA's, at half the rank the same, FT's as DoRA's; items in pairs of one fact."""
+    rng, rows = np.random.default_rng(0), []
+    for task in ("boolq", "piqa"):
+        base = rng.random(40) + 0.5
+        for seed in range(seeds):
+            noise = rng.normal(1, 0.01, 40)
+            for method, rank, factor in (("lora", 8, 1.0), ("dora", 8, 0.8), ("dora", 4, 1.0), ("ft", None, 0.8)):
+                values = base * noise * factor * rng.normal(1, 0.002)
+                per_item = {"choice_nll": pack("choice_nll", values)}
+                per_item["fact"] = pack("fact", [number_of(f"f{i // 2}") for i in range(40)])
+                rows.append(
+                    {"tier": "mini", "data": "mini2", "split": "test", "protocol": "loglikelihood", "seed": seed,
+                     "method": method, "rank": rank, "label": f"{method} {rank}", "task": task, "n": 40,
+                     "correct": "01" * 20, "per_item": per_item, "spec_id": f"{method}{rank}{seed}"}
+                )  # fmt: skip
+    return pd.DataFrame(rows).astype({"rank": "Int64"})
+
+
+def test_claims_are_judged_by_the_metric_that_carries_them(tmp_path: Path) -> None:
+    plan = registered("commonsense", _write(tmp_path, PLAN))
+    assert plan is not None
+    rows = judge(plan, _evals()).set_index(["claim", "metric"])
+    above = rows.loc[("above", "choice_nll")]
+    assert above["verdict"] == "holds" and above["effect"] == pytest.approx(-100 * np.log(0.8), abs=1)
+    assert above["facts"] == 20 and above["items"] == 80 and above["seeds"] == "4/4" and above["family"] == "primary"
+    assert rows.loc[("half", "choice_nll"), "verdict"] == "not inferior"
+    assert rows.loc[("ft", "choice_nll"), "verdict"] == "equivalent"
+    assert rows.loc[("ft", "choice_nll"), "family"] == "exploratory"
+    primary = rows[rows["family"] == "primary"]
+    assert primary["p_adjusted"].max() == pytest.approx(max(primary["p"].max(), 2 * primary["p"].min()))
+    assert not rows.loc[("above", "accuracy"), "carries"]
+
+
+def test_fewer_seeds_than_registered_are_no_verdict(tmp_path: Path) -> None:
+    plan = registered("commonsense", _write(tmp_path, PLAN))
+    assert plan is not None
+    assert set(judge(plan, _evals(3))["verdict"]) == {"3 of 4"}
+    nothing = judge(plan, _evals().iloc[:0])
+    assert set(nothing["verdict"]) == {"0 of 4"} and nothing["effect"].isna().all()
+    evals = _evals()
+    evals.loc[evals["label"] == "ft <NA>", "seed"] += 4  # beyond the plan's number: not its runs
+    assert set(judge(plan, pd.concat([_evals(), evals.assign(seed=evals["seed"] + 4)]))["n"]) == {4}
+
+
+def test_two_settings_of_one_cell_are_refused(tmp_path: Path) -> None:
+    plan = registered("commonsense", _write(tmp_path, PLAN))
+    assert plan is not None
+    with pytest.raises(ValueError, match="two settings of dora rank 8"):
+        judge(plan, pd.concat([_evals(), _evals().query("method == 'dora'").assign(label="other")]))
+
+
+def test_values_and_clusters_of_a_row() -> None:
+    row = {"spec_id": "x", "task": "boolq", "n": 3, "correct": "101"}
+    assert item_values(row, "accuracy").tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match="run x, task boolq: no choice_nll of single items"):
+        item_values(row, "choice_nll")
+    with pytest.raises(ValueError, match="expected 4 characters"):
+        item_values(row | {"n": 4}, "accuracy")
+    alone = [clusters(row | {"task": task}) for task in ("boolq", "piqa")]
+    assert len({*alone[0].tolist(), *alone[1].tolist()}) == 6 and max(map(max, alone)) < 0
