@@ -18,6 +18,7 @@ from dora_lab.commands.run import summary
 from dora_lab.launch.pool import Outcome
 from dora_lab.launch.select import published_specs
 from dora_lab.report import card
+from dora_lab.runs.survey import iter_runs
 from dora_lab.tasks import TEMPLATES, load_task
 
 COMMITTED = Path(__file__).resolve().parents[1] / "results"
@@ -26,7 +27,7 @@ Writer = Callable[..., Path]
 
 def a_run(**wanted: object) -> Path:
     """A committed run, by fields of its spec."""
-    for folder in sorted((COMMITTED / "runs" / "commonsense").iterdir()):
+    for folder, _ in iter_runs(COMMITTED, "commonsense"):
         spec = specs.to_dict(specs.from_dict(card.read_record(folder)["spec"]))
         flat = specs.leaves(spec)
         if all(flat[name.replace("__", ".")] == value for name, value in wanted.items()):

@@ -23,6 +23,7 @@ from dora_lab.io.atomic import disk_errors, replacing
 from dora_lab.report import probe_rows
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.record import read_record
+from dora_lab.runs.survey import iter_runs
 from dora_lab.spec import from_dict
 
 BIG = torch.zeros(100_000)
@@ -77,7 +78,7 @@ def test_rows_of_the_probe_replace_a_file_whole_or_not_at_all(ending: str, tmp_p
 
 
 def test_a_card_replaces_its_file_whole_or_not_at_all(tmp_path: Path) -> None:
-    run, file = next((RESULTS / "runs" / "commonsense").iterdir()), tmp_path / "card.md"
+    (run, _), file = next(iter_runs(RESULTS, "commonsense")), tmp_path / "card.md"
     file.write_text("as it was")
     with full(100):
         assert CliRunner().invoke(app, ["card", str(run), "--out", str(file)]).exit_code != 0

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -63,20 +64,44 @@ def test_an_experiment_that_takes_from_another_one_loads_from_anywhere(tmp_path:
     assert done.stdout.strip() == "125", done.stderr
 
 
-def test_commonsense_mini() -> None:
-    specs = load_experiment("commonsense").specs("mini")
+def test_commonsense_mini_sweeps_every_cell_alike_and_looks_at_no_test_item() -> None:
+    module = load_experiment("commonsense")
+    specs = module.sweep()
     assert all(spec.data.tasks == tuple(task.name for task in table_1()) for spec in specs)
+    tries = Counter((spec.method.name, spec.method.rank) for spec in specs)
+    assert set(tries) == set(module.CELLS) and set(tries.values()) == {7 * 3}
+    assert {spec.evaluation.split for spec in specs} == {"validation"}
+    for cell in module.CELLS:
+        grids = {
+            seed: sorted(
+                s.optim.learning_rate for s in specs if (s.method.name, s.method.rank, s.seed) == (*cell, seed)
+            )
+            for seed in module.SWEEP_SEEDS
+        }
+        assert len({tuple(grid) for grid in grids.values()}) == 1
+        grid = next(iter(grids.values()))
+        assert [after / before for before, after in pairwise(grid)] == pytest.approx([2.0] * 6)
+
+
+def test_commonsense_mini_confirms_on_seeds_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load_experiment("commonsense")
+    monkeypatch.setattr(module, "RATES", dict.fromkeys(module.CELLS, 0.01))
+    specs = module.confirmation()
     runs = Counter((spec.method.name, spec.method.rank) for spec in specs)
-    ranks = sorted(rank for name, rank in runs if name == "dora" and rank is not None)
-    assert ranks[1] == 2 * ranks[0]
-    assert runs == {
-        ("base", None): 1,
-        ("ft", None): 3,
-        ("lora", ranks[1]): 3,
-        ("dora", ranks[1]): 3,
-        ("dora", ranks[0]): 3,
+    assert runs == {("base", None): 1, **dict.fromkeys(module.CELLS, 20)}
+    assert {spec.seed for spec in specs} == set(range(20)) and not set(range(20)) & set(module.SWEEP_SEEDS)
+    assert {(spec.evaluation.split, spec.evaluation.text, spec.data.name) for spec in specs} == {
+        ("test", "pretraining", "mini2")
     }
-    assert {spec.seed for spec in specs} == {0, 1, 2}
+    shown = Counter((spec.method.name, spec.method.rank) for spec in module.reproduced())
+    assert shown == {("base", None): 1, ("ft", None): 3, ("lora", 8): 3, ("dora", 8): 3, ("dora", 4): 3}
+
+
+def test_commonsense_earlier_runs_are_those_of_source_mini() -> None:
+    specs = load_experiment("commonsense").earlier()
+    runs = Counter((spec.method.name, spec.method.rank) for spec in specs)
+    assert runs == {("base", None): 1, ("ft", None): 3, ("lora", 8): 3, ("dora", 8): 3, ("dora", 4): 3}
+    assert {spec.data.name for spec in specs} == {"mini"} and {spec.seed for spec in specs} == {0, 1, 2}
 
 
 def test_commonsense_paper_is_table_8() -> None:
@@ -103,5 +128,5 @@ def test_sweep_gives_every_method_the_same_number_of_tries_and_no_test_item() ->
     tries = Counter((spec.method.name, spec.method.rank) for spec in specs)
     assert len(set(tries.values())) == 1
     assert {spec.evaluation.split for spec in specs} == {"validation"}
-    used = {spec.seed for spec in load_experiment("commonsense").specs("mini")}
+    used = {spec.seed for spec in load_experiment("commonsense").earlier()}
     assert not used & {spec.seed for spec in specs}
