@@ -37,7 +37,8 @@ def declared() -> tuple[Spec, ...]:
     names = sorted(file.stem for file in files if "\ndef specs(" in file.read_text(encoding="utf-8"))
     modules = [importlib.import_module(f"experiments.{name}") for name in names]
     listed = [spec for module in modules for tier in module.TIERS for spec in module.specs(tier)]
-    return (*listed, *(spec for module in modules if hasattr(module, "earlier") for spec in module.earlier()))
+    earlier = [spec for module in modules if hasattr(module, "earlier") for spec in module.earlier()]
+    return tuple(dict.fromkeys([*listed, *earlier]))
 
 
 def frame(results: Path, experiment: str | None = None, stream: str = "eval") -> pd.DataFrame:

@@ -72,7 +72,7 @@ ITEMS = {"commonsense_170k": 170_420}  # as published; for showing numbers of st
 
 def specs(tier: str) -> list[Spec]:
     """All runs of a tier."""
-    return [*sweep(), *confirmation()] if tier == "mini" else paper()
+    return [*sweep(), *(confirmation() or earlier())] if tier == "mini" else paper()
 
 
 def sweep() -> list[Spec]:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dora_lab.methods.catalog import entry_of
 from experiments.gpu import child, lab
 from experiments.gpu.models import SEVEN, llama, put_on, stir
 from experiments.gpu.visit import Visit
@@ -69,7 +70,8 @@ def run(visit: Visit) -> None:
 def method(fields: dict[str, Any]) -> Any:
     """The method of a case, with a small adapter on both layers where it has one."""
     adapter = {"rank": RANK, "alpha": 2.0 * RANK, "target_modules": ("first", "second")}
-    return lab.Method(**(adapter if fields["name"] not in ("base", "ft") else {}) | fields)
+    read = entry_of(fields["name"]).fields
+    return lab.Method(**{name: value for name, value in adapter.items() if name in read} | fields)
 
 
 def against_float64(visit: Visit, fields: dict[str, Any], precision: str, fused: bool = False) -> dict[str, Any]:
