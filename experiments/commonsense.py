@@ -40,7 +40,7 @@ from experiments._mini import TARGETS, TASKS
 TIERS = ("mini", "paper")
 SEEDS = (0, 1, 2)  # of tier paper
 
-# Frozen after the pilot (results/tables/pilot). A cell: method, rank; alpha / rank is 2 in all of them.
+# Frozen after trials on validation facts (CHANGELOG). A cell: method, rank; alpha / rank is 2 in all of them.
 CELLS = (("ft", None), *((method, rank) for method in ("lora", "dora") for rank in (4, 8, 16)))
 MINI = {
     "train_items": 2048,

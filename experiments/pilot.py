@@ -3,8 +3,8 @@
     dora-lab run pilot                          # mini: LoRA and FT on sources `mini` and `mini2`, half a minute each
 
 Both sources, LoRA and full fine-tuning at the rates of `commonsense`, seeds from 200 on, which nothing else uses;
-scored on validation items, whose facts are in no test. What was decided from it stands in results/tables/pilot and in
-experiments/registered/commonsense.md. No claim rests on these runs.
+scored on validation items, whose facts are in no test. What is decided from it will stand in results/tables/pilot and
+in experiments/registered/commonsense.md. No claim rests on these runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from experiments import _mini
 
 TIERS = ("mini",)
 SEEDS = (200, 201, 202, 203, 204)
-SOURCES = {"mini": (1536, 800), "mini2": (3072, 1600)}  # training items, validation items
+SOURCES = {"mini": (1536, 800), "mini2": (2048, 800)}  # training items, validation items
 
 
 def specs(tier: str) -> list[Spec]:
