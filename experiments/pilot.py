@@ -2,9 +2,9 @@
 
     dora-lab run pilot                          # mini: LoRA and FT on sources `mini` and `mini2`, half a minute each
 
-Both sources, LoRA and full fine-tuning at the rates of `commonsense`, seeds from 200 on, which nothing else uses;
-scored on validation items, whose facts are in no test. What is decided from it will stand in results/tables/pilot and
-in experiments/registered/commonsense.md. No claim rests on these runs.
+Both sources, LoRA and full fine-tuning at the rates of the earlier runs, seeds from 200 on, which nothing else uses;
+scored on validation items. What it found stands in results/tables/pilot, what is decided from it will stand in
+experiments/registered/commonsense.md. No claim rests on these runs.
 """
 
 from __future__ import annotations

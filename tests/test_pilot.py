@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from conftest import make_spec
 
-from analysis.tables import pilot
+from analysis.tables import pilot, rates
 
 TASKS = ["boolq", "piqa"]
 # data, method: seed -> (choice NLL of boolq, of piqa); FT lacks seed 202 on the second source
@@ -89,3 +89,16 @@ def test_what_was_not_measured_has_no_number(tmp_path: Path, run_writer: Callabl
 def test_no_pilot_no_table(tmp_path: Path, run_writer: Callable[..., Path]) -> None:
     run_writer(tmp_path, make_spec("lora", 8, 200))
     assert pilot.build(tmp_path) == [] and not (tmp_path / "tables").exists()
+
+
+def test_the_pilot_is_no_sweep(tmp_path: Path, run_writer: Callable[..., Path]) -> None:
+    """The caption of the learning rates names the runs that they were chosen from, and no others."""
+    _write(tmp_path, run_writer, with_nll=True)
+    assert rates.build(tmp_path) == []
+    changes = {"data__tasks": TASKS, "evaluation__split": "validation", "evaluation__protocols": ["loglikelihood"]}
+    for rate in (1e-3, 2e-3):
+        file = run_writer(tmp_path, make_spec("ft", None, 100, optim__learning_rate=rate, **changes)) / "eval.jsonl"
+        rows = [json.loads(line) | {"choice_nll": 0.5} for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = next(path for path in rates.build(tmp_path) if path.suffix == ".md").read_text(encoding="utf-8")
+    assert "Experiment commonsense, tier mini, 2 complete runs" in text

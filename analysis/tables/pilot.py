@@ -102,10 +102,11 @@ def _smaller(rows: pd.DataFrame) -> str | None:
     if found["metric"].nunique() < 2:
         return None
     best, n = found.iloc[0], int(found["seeds"].min())
+    metric = METRICS[best["metric"]][0].split(",")[0]
     low, high = np.sqrt((n - 1) / stats.chi2.ppf([0.975, 0.025], n - 1))
     return (
-        f"Least spread beside its margin: the average of {best['label']} by {METRICS[best['metric']][0].split(',')[0]}. "
-        f"With {n} seeds a standard deviation is known within factors of {low:.1f} and {high:.1f} (95 %, normal)."
+        f"Least spread beside its margin: the average of {best['label']} by {metric}. With {n} seeds a standard "
+        f"deviation is known within factors of {low:.1f} and {high:.1f} (95 %, normal)."
     )
 
 

@@ -32,6 +32,7 @@ def build(results: Path) -> list[Path]:
     losses = losses[losses.groupby([*GRID, "seed"], dropna=False)["loss"].transform("size") > 1]  # a sweep, no pilot
     if not len(losses):
         return []
+    swept = swept[swept["experiment"].isin(losses["experiment"])]  # the caption names no pilot either
     blocks, data = [], []
     for (experiment, tier, name), part in losses.groupby(["experiment", "tier", "data"]):
         cells = [_cell(key, of_cell) for key, of_cell in part.groupby(["method", "rank"], dropna=False, sort=False)]
