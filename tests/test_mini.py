@@ -69,6 +69,7 @@ def _asked(item: dict[str, str]) -> set[str]:
 
 
 def test_no_fact_that_is_tested_is_trained_by_any_family() -> None:
+    """Of the facts that items name; PIQA of `mini2` states a second one that it does not name: see `families2.piqa`."""
     asked = {
         split: {key for task in mini.FAMILIES for item in mini.items(task, split, "mini2") for key in _asked(item)}
         for split in ("train", "validation", "test")

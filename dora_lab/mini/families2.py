@@ -118,7 +118,11 @@ def boolq(split: str, rng: Random) -> Item:
 
 
 def piqa(split: str, rng: Random) -> Item:
-    """What to take and where it is, or whom to ask and where: the wrong one has one of the two right."""
+    """What to take and where it is, or whom to ask and where: the wrong one has one of the two right.
+
+    A fault, to be mended in a source of another hash before anything is claimed: the place is a second fact, which may
+    be of another split, and `fact` does not name it.
+    """
     fact = one_of(("use", "duty"), split, rng)
     second = {"use": "kept", "duty": "workplace"}[fact.relation]
     goal, solution = {
