@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny import save_data, save_model
 
 from dora_lab import spec as specs
 
@@ -220,6 +221,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/ and data/ of a tiny run, as `tiny` writes them."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_model(folder / "model")
+    save_data(folder / "data")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make_spec, save_data, save_model, small_method
+from tiny import make_spec, small_method
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -42,14 +42,6 @@ NAMES = methods()
 TRAINED = [name for name in NAMES if entry_of(name).parameters != "0"]
 TARGETS = ("q_proj", "v_proj", "down_proj")
 IDS = torch.arange(3, 31).view(2, 14)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    save_model(folder / "model")
-    save_data(folder / "data")
-    return folder
 
 
 def base_of(inputs: Path) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import make_spec, save_data, save_model
+from tiny import make_spec
 from torch import nn
 
 from dora_lab.io.limits import Group, group_of
@@ -77,14 +77,6 @@ def test_lora_plus_is_torchs_adamw_on_groups_made_by_hand() -> None:
             optimizer.step()
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.allclose(one, two, rtol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    save_model(folder / "model")
-    save_data(folder / "data")
-    return folder
 
 
 def _run(inputs: Path, root: Path, **changes: Any) -> tuple[Any, list[dict[str, Any]], list[dict[str, Any]]]:

@@ -70,7 +70,7 @@ def test_a_second_call_packs_what_is_new_and_writes_no_part_again(both: tuple[Pa
     last = sorted(before)[-1]
     rows = [row for row in pq.read_table(experiment / last).to_pylist() if row["run"] != gone]
     (experiment / last).unlink()
-    pq.write_table(pa.Table.from_pylist(rows, packs._SCHEMA), experiment / last)
+    pq.write_table(pa.Table.from_pylist(rows, packs.schema()), experiment / last)
     (experiment / packs.INDEX).write_text("\n".join(lines[:-1]) + "\n")
     before[last] = (experiment / last).read_bytes()
     shutil.copytree(folders / "runs" / "commonsense" / gone, experiment / gone)
@@ -90,7 +90,7 @@ def _rewrite(change: Callable[[list[dict]], list[dict]]) -> Callable[[Path], Non
     def harm(experiment: Path) -> None:
         part = experiment / "part-0001.parquet"
         rows = change(pq.read_table(part).to_pylist())
-        pq.write_table(pa.Table.from_pylist(rows, packs._SCHEMA), part)
+        pq.write_table(pa.Table.from_pylist(rows, packs.schema()), part)
 
     return harm
 

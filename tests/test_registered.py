@@ -73,7 +73,7 @@ def _evals(seeds: int = 4) -> pd.DataFrame:
                 rows.append(
                     {"tier": "mini", "data": "mini2", "split": "test", "protocol": "loglikelihood", "seed": seed,
                      "method": method, "rank": rank, "label": f"{method} {rank}", "task": task, "n": 40,
-                     "correct": "01" * 20, "per_item": per_item, "spec_id": f"{method}{rank}{seed}"}
+                     "value": 0.5, "correct": "01" * 20, "per_item": per_item, "spec_id": f"{method}{rank}{seed}"}
                 )  # fmt: skip
     return pd.DataFrame(rows).astype({"rank": "Int64"})
 

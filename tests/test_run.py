@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from tiny import boolq_items, make_spec, save_data, save_model
+from tiny import boolq_items, make_spec, save_data
 from typer.testing import CliRunner
 
 from dora_lab import __main__ as command
@@ -38,14 +38,6 @@ from dora_lab.training import trainer
 from dora_lab.training.fit import Interrupted
 
 HOUSE = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    save_model(folder / "model")
-    save_data(folder / "data")
-    return folder
 
 
 @pytest.fixture

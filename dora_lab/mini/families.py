@@ -1,8 +1,8 @@
 """Eight task families over the world, in the LLM-Adapters instruction format, with the originals' shapes.
 
 Every item asks about one fact. A hash of the fact decides whether it belongs to train, validation or test, the same for
-all eight families, so that no family's training items contain a fact that any family is tested on: a right test answer
-needs what pretraining taught. The wordings here do not occur in the pretraining corpus.
+all eight families, so that no family's training items ask for a fact that any family is tested on: a right test answer
+needs what pretraining taught. (Steps that a HellaSwag context tells may be facts of another split.) The wordings here do not occur in the pretraining corpus.
 """
 
 from __future__ import annotations
@@ -72,22 +72,27 @@ LAWS = [
 ]
 
 
-def split_of(key: str) -> str:
-    """train (70 %), validation (10 %) or test (20 %) for a fact, from a hash of its key."""
+SHARES = (0.7, 0.8)  # of the facts, up to: train, validation; the rest is tested
+
+
+def split_of(key: str, shares: tuple[float, float] = SHARES) -> str:
+    """train, validation or test for a fact, from a hash of its key."""
     share = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 16**8
-    return "train" if share < 0.7 else "validation" if share < 0.8 else "test"
+    return "train" if share < shares[0] else "validation" if share < shares[1] else "test"
 
 
 @cache
-def facts_of(relations: tuple[str, ...], split: str) -> dict[str, tuple[Fact, ...]]:
+def facts_of(
+    relations: tuple[str, ...], split: str, shares: tuple[float, float] = SHARES
+) -> dict[str, tuple[Fact, ...]]:
     """The facts of a split, by relation; relations with none are absent."""
-    found = {r: tuple(f for f in facts()[r] if split_of(f.key) == split) for r in relations}
+    found = {r: tuple(f for f in facts()[r] if split_of(f.key, shares) == split) for r in relations}
     return {r: f for r, f in found.items() if f}
 
 
-def one_of(relations: tuple[str, ...], split: str, rng: Random) -> Fact:
+def one_of(relations: tuple[str, ...], split: str, rng: Random, shares: tuple[float, float] = SHARES) -> Fact:
     """A fact of the split: first a relation, weighted by its facts, then one of them."""
-    found = facts_of(relations, split)
+    found = facts_of(relations, split, shares)
     relation = rng.choices(list(found), [len(f) for f in found.values()])[0]
     return rng.choice(found[relation])
 

@@ -10,18 +10,16 @@ and Hochberg over the claims of one group of runs. "no runs": the runs that the 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
+from dora_lab.paper.paired import paired
 from dora_lab.paper.verdict import MARGINS, Contrast, benjamini_hochberg, contrast, decide
 from dora_lab.report import statistics
-from dora_lab.report.items import clusters, item_values
 from dora_lab.report.statistics import Estimate
 
 NO_RUNS = "no runs"
@@ -146,44 +144,10 @@ def _coefficients(claim: dict[str, Any], scored: pd.DataFrame) -> dict[str, int]
 
 
 def _contrast(scored: pd.DataFrame, coefficients: dict[str, int] | None) -> Contrast | None:
-    """Paired over the seeds and tasks that all labels share; items of one fact are together where the rows say so."""
+    """Of the labels that the claim is about; None if any of them has no runs."""
     if not coefficients or not set(coefficients) <= set(scored["label"]):
         return None
-    cells: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
-    for row in scored[scored["label"].isin(list(coefficients)) & scored["value"].notna()].to_dict("records"):
-        cells[row["label"], row["task"]][int(row["seed"])] = row
-    tasks = sorted(set.intersection(*({t for (lab, t) in cells if lab == label} for label in coefficients)))
-    shared = [set(cells[label, task]) for label in coefficients for task in tasks]
-    seeds = sorted(set.intersection(*shared)) if shared else []
-    if not seeds:
-        return None
-    used = [cells[label, task][seed] for label in coefficients for task in tasks for seed in seeds]
-    known = all(isinstance(row.get("correct"), str) for row in used)
-    facts: dict[str, NDArray[np.int64]] = {}
-    for task in tasks:
-        rows = [cells[label, task][seed] for label in coefficients for seed in seeds]
-        _require_same_items(rows)
-        facts[task] = clusters(rows[0]) if known else np.zeros(1, np.int64)
-    terms = [
-        (float(sign), {task: np.array([_answers(cells[label, task][seed], known) for seed in seeds]) for task in tasks})
-        for label, sign in coefficients.items()
-    ]
-    return contrast(terms, facts, ratio=False)
-
-
-def _answers(row: dict[str, Any], known: bool) -> NDArray[np.float64]:
-    """Right and wrong of each item; of an early record, which has the numbers alone, their mean."""
-    return item_values(row, "accuracy") if known else np.array([float(row["value"])])
-
-
-def _require_same_items(rows: Sequence[dict[str, Any]]) -> None:
-    seen = {(int(row["n"]), row.get("prompt_sha256")) for row in rows}
-    if len(seen) > 1:
-        raise ValueError(
-            f"task {rows[0]['task']}: runs {', '.join(sorted({r['spec_id'] for r in rows}))} answered "
-            f"different items (n, prompt_sha256: {sorted(seen, key=str)}), so they cannot be paired. "
-            f"Run them again on the same data."
-        )
+    return paired([(sign, scored[scored["label"] == label]) for label, sign in coefficients.items()], "accuracy")
 
 
 def _row(

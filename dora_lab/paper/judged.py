@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
+from dora_lab.paper.paired import LOWER_IS_BETTER, paired
 from dora_lab.paper.registered import Claim, Registered, Term
-from dora_lab.paper.verdict import MARGINS, Contrast, benjamini_hochberg, contrast, decide, p_value
-from dora_lab.report.items import clusters, item_values
+from dora_lab.paper.verdict import MARGINS, Contrast, benjamini_hochberg, decide, p_value
 from dora_lab.report.statistics import holm
 
-LOWER_IS_BETTER = ("choice_nll",)
 COLUMNS = (
     "claim", "statement", "family", "metric", "carries", "hypothesis", "verdict", "effect", "low", "high", "unit", "p",
     "p_adjusted", "seeds", "n", "of", "facts", "items", "margin",
@@ -40,20 +37,19 @@ def judge(plan: Registered, evals: pd.DataFrame) -> pd.DataFrame:
     metrics = sorted(MARGINS, key=lambda metric: metric != plan.metric)
     for metric in metrics:
         for claim in plan.claims:
-            here, have = _contrast(claim, rows, metric)
+            here = paired([(term.coefficient, _of(term, rows)) for term in claim.terms], metric)
             margin = plan.margin if metric == plan.metric else MARGINS[metric]
-            found.append(_row(claim, metric, plan, here, have, margin))
+            found.append(_row(claim, metric, plan, here, margin))
     _adjust(found)
     return pd.DataFrame(found, columns=[*COLUMNS])
 
 
-def _row(
-    claim: Claim, metric: str, plan: Registered, here: Contrast | None, have: int, margin: float
-) -> dict[str, Any]:
+def _row(claim: Claim, metric: str, plan: Registered, here: Contrast | None, margin: float) -> dict[str, Any]:
     carries = metric == plan.metric
     row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
         "claim": claim.name, "statement": claim.statement, "hypothesis": claim.hypothesis, "metric": metric,
-        "family": "primary" if claim.primary and carries else "exploratory", "carries": carries, "n": have,
+        "family": "primary" if claim.primary and carries else "exploratory", "carries": carries,
+        "n": 0 if here is None else len(here.per_seed),
         "of": plan.seeds, "unit": "%" if metric in LOWER_IS_BETTER else "points", "margin": margin, "_found": here,
     }  # fmt: skip
     if here is None:
@@ -80,25 +76,6 @@ def _adjust(found: Sequence[dict[str, Any]]) -> None:
             row["verdict"] = decide(here, row["hypothesis"], row["margin"], row["p_adjusted"])
 
 
-def _contrast(claim: Claim, rows: pd.DataFrame, metric: str) -> tuple[Contrast | None, int]:
-    """(the claim's contrast, seeds that all of its conditions have); None without any."""
-    parts = [_of(term, rows) for term in claim.terms]
-    seeds = sorted(set.intersection(*(set(part["seed"]) for part in parts)))
-    if not seeds:
-        return None, 0
-    tasks = sorted(set.union(*(set(part["task"]) for part in parts)))
-    sign = -1 if metric in LOWER_IS_BETTER else 1
-    facts: dict[str, NDArray[np.int64]] = {}
-    terms = []
-    for term, part in zip(claim.terms, parts, strict=True):
-        by = {(row["task"], row["seed"]): row for row in part.to_dict("records")}
-        values = {task: np.array([item_values(by[task, seed], metric) for seed in seeds]) for task in tasks}
-        for task in tasks:
-            _same_items(facts.setdefault(task, clusters(by[task, seeds[0]])), [by[task, seed] for seed in seeds])
-        terms.append((sign * term.coefficient, values))
-    return contrast(terms, facts, ratio=metric in LOWER_IS_BETTER), len(seeds)
-
-
 def _of(term: Term, rows: pd.DataFrame) -> pd.DataFrame:
     rank = rows["rank"].isna() if term.rank is None else rows["rank"] == term.rank
     found = rows[(rows["method"] == term.method) & rank]
@@ -109,12 +86,3 @@ def _of(term: Term, rows: pd.DataFrame) -> pd.DataFrame:
             "are not registered to another results folder"
         )
     return found
-
-
-def _same_items(facts: NDArray[np.int64], rows: Sequence[dict[str, Any]]) -> None:
-    for row in rows:
-        if not np.array_equal(clusters(row), facts):
-            raise ValueError(
-                f"run {row['spec_id']}, task {row['task']}: other items than the runs that it is compared with; run it "
-                "again on the same data"
-            )

@@ -11,11 +11,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any
 
 from dora_lab.io.atomic import replacing, write_text
 from dora_lab.io.files import hash_bytes, parse_json
@@ -24,9 +22,6 @@ from dora_lab.runs.errors import StoreError
 SIZE = 50  # runs of a part
 INDEX = "index.jsonl"
 FILES = ("record.json", "metrics.jsonl", "probe.jsonl", "timing.jsonl", "eval.jsonl")
-_SCHEMA = pa.schema(
-    [("run", pa.string()), ("file", pa.string()), ("sha256", pa.string()), ("content", pa.large_binary())]
-)
 _RUN = re.compile(r"[0-9a-f]{12}")
 Files = Mapping[str, bytes]
 
@@ -101,8 +96,21 @@ def mark(path: Path) -> tuple[object, ...]:
     return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
 
 
+@cache
+def schema() -> Any:
+    """The columns of a part, a pyarrow schema; pyarrow takes longer to import than most commands to run."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [("run", pa.string()), ("file", pa.string()), ("sha256", pa.string()), ("content", pa.large_binary())]
+    )
+
+
 def write(experiment: Path, runs: Sequence[tuple[str, Files, str]]) -> list[Path]:
     """Pack runs (id, files, when hashed) into new parts and the index of an experiment's folder; returns the parts."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     known = index(experiment)
     lines = list(known.values())
     made: list[Path] = []
@@ -115,7 +123,7 @@ def write(experiment: Path, runs: Sequence[tuple[str, Files, str]]) -> list[Path
             for name, content in files.items()
         ]
         with replacing(part) as temporary:
-            pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), temporary, compression="zstd", compression_level=19)
+            pq.write_table(pa.Table.from_pylist(rows, schema()), temporary, compression="zstd", compression_level=19)
         made.append(part)
         lines += [_line(run, files, hashed) for run, files, hashed in some]
         write_text(experiment / INDEX, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
@@ -158,9 +166,10 @@ def _contents(part: Path) -> dict[str, dict[str, bytes]]:
 @lru_cache(maxsize=256)
 def _read(part: Path, _state: object, _index: object) -> dict[str, dict[str, bytes]]:
     """run -> file -> content, every content what its row and the index say; of a part as it is now."""
+    import pyarrow.parquet as pq
+
     try:
-        table = pq.read_table(part, schema=_SCHEMA)
-        rows = table.to_pylist()
+        rows = pq.read_table(part, schema=schema()).to_pylist()
     except Exception as error:  # pyarrow's own, of many kinds
         first = str(error).splitlines()[0] if str(error) else ""
         raise StoreError(f"{part}: cannot be read ({type(error).__name__}: {first:.120}); restore the file") from None

@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Item = dict[str, Any]
-Question = dict[
-    str, Any
-]  # at least index, prompt, options (the answers offered) and gold (the right one); fact where known
+# at least index, prompt, options (the answers offered) and gold (the right one); fact (what it asks about) where known
+Question = dict[str, Any]
 Pair = tuple[list[int], list[int]]
 Sample = dict[str, Any]  # a question's index, prompt and gold with the model's output, parsed and correct
 
