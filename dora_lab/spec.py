@@ -34,6 +34,7 @@ from dora_lab.io.limits import (
     POSITIVE,
     PROBABILITY,
     RANKS,
+    RESCALES,
     SEED,
 )
 from dora_lab.io.values import coerce, parse, parts
@@ -78,6 +79,7 @@ class Model(_Checked):
     adapter: Annotated[str | None, "adapter that is evaluated"] = since(3, None)
     # hub commit, or the folder's fingerprint
     adapter_revision: Annotated[str | None, "revision of that adapter"] = since(3, None)
+    rescale: Annotated[tuple[str, ...], "layers of the base rescaled", RESCALES] = since(4, ())  # see models/rescale.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +94,10 @@ class Data(_Checked):
     train_items: Annotated[int | None, "training items (none: all there are)", COUNT] = None  # in all
     validation_items: Annotated[int, "items held out of training", NOT_NEGATIVE] = 0  # in all
     test_items: Annotated[int | None, "test items per task (none: all there are)", COUNT] = None
-    template: Annotated[Literal["clean", "published"], {  # published = byte for byte as released
+    template: Annotated[Literal["clean", "published", "cloze"], {  # published = byte for byte as released
         "clean": "clean prompt template, the same in training and evaluation",
         "published": "published prompt template, whose training and evaluation texts differ in whitespace",
+        "cloze": "the question alone as prompt, the text of the right option as answer",
     }] = "clean"  # fmt: skip
     cutoff: Annotated[int, "tokens per training item at most", COUNT] = 256
     train_on_prompt: Annotated[bool, {True: "loss on prompt and answer", False: "loss on the answer alone"}] = False
@@ -180,7 +183,7 @@ class Probe(_Checked):
 class Evaluation(_Checked):
     """How answers are scored."""
 
-    # "generate" (the paper's), "loglikelihood", "builtin" (lm-eval's own tasks)
+    # "generate" (the paper's), "loglikelihood", "cloze" (options by their texts), "builtin" (lm-eval's own tasks)
     protocols: Annotated[tuple[str, ...], "evaluation protocols", KNOWN_PROTOCOLS] = ("generate",)
     split: Annotated[Literal["test", "validation"], "items scored: split"] = "test"
     num_beams: Annotated[int, "beams", COUNT] = 1  # of "generate"; 1 = greedy
@@ -296,10 +299,13 @@ def _combinations(spec: Spec) -> list[tuple[str, object, bool, str]]:
     """What no field can say alone: (dotted path, value, whether it is right, what is allowed)."""
     method, optim, adapter, split = spec.method, spec.optim, spec.model.adapter, spec.evaluation.split
     untrained = method.name == "base"
+    own = {*spec.evaluation.protocols} - {"builtin"}
+    fits = own <= {"cloze"} if spec.data.template == "cloze" else "cloze" not in own
     asks_own = split == "test" or "builtin" not in spec.evaluation.protocols
     rules: list[tuple[str, object, bool, str]] = [
         ("model.adapter", adapter, not adapter or untrained, "None for training"),
         ("method.alpha", method.alpha, (method.alpha is None) == (method.rank is None), "given exactly with a rank"),
+        ("evaluation.protocols", spec.evaluation.protocols, fits, "cloze (or builtin) just with data.template cloze"),
         ("evaluation.split", split, asks_own, "test with protocol builtin, whose items are lm-eval's"),
         ("optim", optim, (optim is None) == untrained, "None for method base, given for every other"),
         ("probe", spec.probe, not (untrained and spec.probe), "None for method base"),

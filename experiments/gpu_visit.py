@@ -6,8 +6,8 @@ does not fit into memory, is a row. Nothing needs to be installed beyond torch, 
 fetched. The card's settings are left alone. Where the tree has no history, DORA_LAB_COMMIT says what it is of.
 Without a GPU, `--cpu` runs every stage on tiny shapes: a dry run.
 
-It reproduces table 7 of the paper (memory with the norm in the graph or not) and has no specs: it trains nothing to
-keep.
+It reproduces table 7 of the paper (memory with the norm in the graph or not) and has no specs of its own: what stage
+llm trains and keeps is that of `small` and `sign`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("results/local/bench"), help="folder of gpu.jsonl")
     parser.add_argument("--only", default="", help=f"stages, by commas, in this order: {', '.join((*STAGES, *ASKED))}")
     parser.add_argument("--cpu", action="store_true", help="the dry run: tiny shapes, without a GPU")
+    parser.add_argument("--bring", type=Path, help="for stage llm: folder with the wheel's pieces and llm_adapters")
+    parser.add_argument("--runs", action="append", default=[], help="for stage llm: FIELD=VALUE, only runs that match")
     parser.add_argument("--go-on", help=argparse.SUPPRESS)  # the visit that a lost process was in
     options = parser.parse_args(argv)
     chosen = [name for name in options.only.split(",") if name] or list(STAGES)
@@ -56,10 +58,12 @@ def main(argv: list[str] | None = None) -> None:
     name = options.go_on or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     visit = Visit(options.out, options.seconds - (time.monotonic() - begun), options.cpu, name, stamp(options.cpu))
     try:
-        _stages(visit, chosen)
+        _stages(visit, chosen, options)
     except PoisonedError:
         sys.stdout.flush()
         again = ["--only", ",".join(chosen), "--out", str(options.out), "--seconds", f"{visit.left():.0f}"]
+        again += [f"--bring={options.bring}"] if options.bring else []
+        again += [f"--runs={text}" for text in options.runs]
         os.execv(sys.executable, [sys.executable, "-m", "experiments.gpu_visit", *again, "--go-on", name])
     print()
     print("\n".join(table.lines(visit.known)))
@@ -90,14 +94,14 @@ def _refuse(cpu: bool) -> None:
         _leave(f"the GPU has {room / 2**30:.0f} GiB of memory and {ROOM / 2**30:.0f} are needed; --cpu is the dry run")
 
 
-def _stages(visit: Visit, chosen: list[str]) -> None:
-    from experiments.gpu import ceilings, child, fast, lab, layer, memory, passes, probe, right
+def _stages(visit: Visit, chosen: list[str], options: argparse.Namespace) -> None:
+    from experiments.gpu import ceilings, child, fast, lab, layer, llm, memory, passes, probe, right
 
     runs = {
         "ceilings": ceilings.run, "right": right.run, "fast": fast.run, "linears": layer.run, "table7": memory.run,
         "whole": fast.run_whole, "more": fast.run_more, "compiled": layer.run_compiled, "llava": memory.run_llava,
-        "probe": probe.run, "merge": probe.run_merge, "llm": _real_llm, "passes": passes.run,
-        "profile": layer.run_profile,
+        "probe": probe.run, "merge": probe.run_merge, "passes": passes.run,
+        "profile": layer.run_profile, "llm": lambda visit: llm.run(visit, options.bring, options.runs),
     }  # fmt: skip
     gc.freeze()  # what the imports made is no garbage: memory is looked through after every cell
     if visit.cpu:
@@ -106,19 +110,6 @@ def _stages(visit: Visit, chosen: list[str]) -> None:
         if stage not in ("ceilings", "right"):  # what is not right there is not timed
             lab.narrow.FUSED = not visit.cpu and child.kernels_are_right(visit)
         runs[stage](visit)
-
-
-def _real_llm(visit: Visit) -> None:
-    """The experiment of a real model; only what is left to do is said here."""
-
-    def there() -> dict[str, str]:
-        from experiments.commonsense import TIERS
-
-        if "small" not in TIERS:
-            return {"skipped": "tier small does not exist yet"}
-        return {"skipped": "tier small exists, but its weights and data are carried and run by hand"}
-
-    visit.cell("llm", "tier small", 0, there)
 
 
 if __name__ == "__main__":

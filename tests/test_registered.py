@@ -55,7 +55,9 @@ def test_a_malformed_file_is_one_line(tmp_path: Path, change: dict[str, Any], sa
     with pytest.raises(ValueError, match=rf"commonsense\.md: .*{said}.*mend the json block"):
         registered("commonsense", _write(tmp_path, PLAN | change))
     (tmp_path / "commonsense.md").write_text("prose alone")
-    with pytest.raises(ValueError, match="0 fenced json blocks, expected one"):
+    assert registered("commonsense", tmp_path) is None
+    (tmp_path / "commonsense.md").write_text("```json\n{}\n```\n" * 2)
+    with pytest.raises(ValueError, match="2 fenced json blocks, expected one"):
         registered("commonsense", tmp_path)
 
 

@@ -64,7 +64,8 @@ def _registered(results: Path) -> tuple[list[Block], pd.DataFrame]:
     """A block for each registered experiment, and the rows of all of them."""
     blocks, found = [], []
     for file in sorted(REGISTERED_FILES.glob("*.md")):
-        plan = paper.registered(file.stem)
+        if (plan := paper.registered(file.stem)) is None:
+            continue
         rows = paper.judge(plan, frame(results, file.stem))
         title = f"registered: {plan.experiment}, tier {plan.tier}, data {plan.data}"
         cells = pd.DataFrame([_judged(row) for row in rows.to_dict("records")])

@@ -34,7 +34,10 @@ def list_command() -> None:
 @app.command()
 def run(
     experiment: Annotated[str, typer.Argument(help="An experiment, see `dora-lab list`.")],
-    tier: Annotated[str, typer.Option(help="mini (embedded, minutes on a CPU) or paper (hub models, a GPU).")] = "mini",
+    tier: Annotated[
+        str | None,
+        typer.Option(help="mini (embedded), small (a real model, a CPU) or paper (a GPU); default: its first."),
+    ] = None,
     only: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE[,VALUE]: only specs that match.")] = None,
     with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the specs and their cost, run nothing.")] = False,
@@ -76,7 +79,7 @@ def run(
 @app.command()
 def submit(
     experiment: Annotated[str, typer.Argument(help="An experiment, see `dora-lab list`.")],
-    tier: Annotated[str, typer.Option(help="mini or paper.")] = "paper",
+    tier: Annotated[str, typer.Option(help="mini, small or paper.")] = "paper",
     only: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE[,VALUE]: only specs that match.")] = None,
     with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
     partition: Annotated[str | None, typer.Option(help="SLURM partition; default: the cluster's.")] = None,

@@ -1,9 +1,9 @@
 """What the likelihoods of an item's options say beyond right and wrong. No torch: samples can be read again anywhere.
 
-For an item with options k, of log-likelihoods l_k in nats, and the right one g:
+For an item with options k, of log-likelihoods l_k in nats (with protocol cloze: nats per token), and the right one g:
 
 - choice_nll: -log softmax(l)_g, over the options that the item offers (log K where the model cannot tell K apart);
-- answer_nll: -l_g, over all tokens of the right answer;
+- answer_nll: -l_g, over all tokens of the right answer (cloze: their mean);
 - margin: l_g - max of the others (positive where the answer is right).
 """
 

@@ -23,7 +23,7 @@ def _pairs(value: str) -> Callable[[tuple[str, ...]], bool]:
     return lambda pairs: all(re.fullmatch(f".+={value}", pair) for pair in pairs)
 
 
-PROTOCOLS = ("generate", "loglikelihood", "builtin")
+PROTOCOLS = ("generate", "loglikelihood", "cloze", "builtin")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 COUNT = Limit("at least 1", lambda number: number >= 1)
 NOT_NEGATIVE = Limit("at least 0", lambda number: number >= 0)
@@ -38,6 +38,9 @@ DISTINCT = Limit("distinct, not empty", _distinct)
 RANKS = Limit("pattern=rank each", _pairs(r"[1-9]\d*"))
 ALPHAS = Limit("pattern=alpha each", _pairs(r"(?=.*[1-9])\d+(\.\d+)?"))  # above zero
 GROUPS = Limit("PATTERN=FACTOR or PATTERN=FACTOR:DECAY each, factors above 0", lambda texts: _groups(texts))
+RESCALES = Limit(
+    "KIND=FACTOR/FACTOR/... each, a factor above 0 for every layer, of q_proj, v_proj, up_proj", lambda x: _rescales(x)
+)
 IN_EXPERIMENTS = Limit("the name of a Python file, without .py", str.isidentifier)
 IN_METHODS = Limit("the name of a file in dora_lab/methods", str.isidentifier)
 A_DTYPE = Limit("one of " + ", ".join(DTYPES), DTYPES.__contains__)
@@ -67,4 +70,23 @@ def _groups(texts: tuple[str, ...]) -> bool:
     try:
         return len({group_of(text).pattern for text in texts}) == len(texts)
     except (ValueError, re.error):
+        return False
+
+
+PARTNERS = {"q_proj": "k_proj", "v_proj": "o_proj", "up_proj": "down_proj"}  # what is divided where the first is scaled
+
+
+def rescaled(text: str) -> tuple[str, tuple[float, ...]]:
+    """The kind and the layers' factors that "KIND=FACTOR/FACTOR/..." says; raises ValueError for another text."""
+    kind, _, numbers = text.partition("=")
+    factors = tuple(map(float, numbers.split("/")))
+    if kind not in PARTNERS or not all(0 < factor < math.inf for factor in factors):
+        raise ValueError(text)
+    return kind, factors
+
+
+def _rescales(texts: tuple[str, ...]) -> bool:
+    try:
+        return len({rescaled(text)[0] for text in texts}) == len(texts)
+    except ValueError:
         return False

@@ -54,7 +54,7 @@ def load_experiment(name: str) -> ModuleType:
 
 def chosen(
     module: ModuleType,
-    tier: str,
+    tier: str | None,
     only: Sequence[str] = (),
     changes: Sequence[str] = (),
     data_dir: Path | None = None,
@@ -64,6 +64,7 @@ def chosen(
 
     Raises SpecError for an unknown tier or field, a selection that matches nothing, or two specs that became one.
     """
+    tier = tier or module.TIERS[0]
     if tier not in module.TIERS:
         raise SpecError(f"unknown tier '{tier}'; {did_you_mean(tier, module.TIERS)}")
     specs: list[Spec] = module.specs(tier)
@@ -91,11 +92,16 @@ def chosen(
 
 
 def _with_data(spec: Spec, data_dir: Path) -> Spec:
-    """The spec on a folder of real data: its tasks are those that have a test file, all their items are taken."""
+    """The spec on a folder of real data: its tasks are those that have a test file, all their items are taken, unless
+    it was made for such a folder."""
     names = sources.tasks_in(data_dir)
     if not names:
         sources.hash_data(data_dir)  # says what a folder of data looks like
         raise SpecError(f"{data_dir}: no <task>/test.json to evaluate on")
+    if spec.data.name == "llm_adapters":  # made for such a folder: what it takes of it stays
+        if missing := sorted({*spec.data.tasks} - {*names}):
+            raise SpecError(f"{data_dir} has no test items of {', '.join(missing)}; change --with data.tasks=...")
+        return replace(spec, data=replace(spec.data, sha256=sources.hash_data(data_dir)))
     # a training mix from elsewhere stays; only its evaluation comes from the folder
     elsewhere = spec.data.name not in ("mini", "llm_adapters")
     data = replace(

@@ -23,6 +23,7 @@ from dora_lab.launch import inputs
 from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.methods.inject import inject, merge
 from dora_lab.models.base import adapter_folder, model_and_tokenizer, model_folder, token_policy
+from dora_lab.models.rescale import factor
 from dora_lab.probing.callback import LLAMA_KINDS, DecompositionCallback
 from dora_lab.runs import provenance
 from dora_lab.runs.directory import RunDir
@@ -154,7 +155,8 @@ def _probes(spec: Spec, paths: Paths, run: RunDir, model: PreTrainedModel) -> It
 
 
 def _initial(files: dict[str, safe_open], spec: Spec, name: str) -> Any:
-    """W0 as the run loaded it: in `model.dtype`."""
+    """W0 as the run loaded it: in `model.dtype`, and rescaled where the run's base is."""
     if name not in files:
         raise LoadError(f"'{name}' is not in the base model's files, so its change cannot be measured")
-    return files[name].get_tensor(name).to(getattr(torch, spec.model.dtype))
+    W0 = files[name].get_tensor(name).to(getattr(torch, spec.model.dtype))
+    return W0 * scale if (scale := factor(spec.model.rescale, name)) != 1 else W0

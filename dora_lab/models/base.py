@@ -14,6 +14,7 @@ from dora_lab.io.files import hash_files
 from dora_lab.io.hub import snapshot
 from dora_lab.models.fetch import PACKAGES, fetched
 from dora_lab.models.open import open_model, open_tokenizer
+from dora_lab.models.rescale import rescale
 from dora_lab.spec import Model, Spec
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ def model_and_tokenizer(spec: Spec, model_dir: Path | None = None) -> tuple[PreT
         tokenizer = open_tokenizer(folder)
         _prepare_tokenizer(tokenizer, spec.model.pad, folder)
         model = open_model(folder, spec.model.dtype)  # transformers' own default is the file's type
+        if spec.model.rescale:
+            rescale(model, spec.model.rescale)
     except CheckpointError as error:
         raise LoadError(str(error)) from None
     rows = cast(Any, model.get_input_embeddings()).weight.shape[0]

@@ -25,14 +25,15 @@ COLUMNS = (
 def judge(plan: Registered, evals: pd.DataFrame) -> pd.DataFrame:
     """Every claim of `plan` by every metric; columns `COLUMNS`.
 
-    Args: evals: `report.frame` of the experiment, stream "eval"; of it the test rows of protocol loglikelihood on the
-        plan's tier and data count, with seeds below the plan's number.
+    Args: evals: `report.frame` of the experiment, stream "eval"; of it the test rows of protocols loglikelihood and
+        cloze on the plan's tier, data and tasks count, with seeds below the plan's number.
     effect, low and high (the unadjusted 95 % interval) are in `unit`, more is better; p_adjusted: Holm over the primary
     claims by the metric that carries them, Benjamini-Hochberg over all the others; seeds: how many of them have the
     effect above 0; verdict: "k of n" while any condition has fewer than the registered n seeds.
     """
     mine = (evals["tier"] == plan.tier) & (evals["data"] == plan.data) & (evals["split"] == "test")
-    rows = evals[mine & (evals["protocol"] == "loglikelihood") & (evals["seed"] < plan.seeds)]
+    rows = evals[mine & evals["protocol"].isin(("loglikelihood", "cloze")) & (evals["seed"] < plan.seeds)]
+    rows = rows[rows["task"].isin(plan.tasks)] if plan.tasks else rows
     found: list[dict[str, Any]] = []
     metrics = sorted(MARGINS, key=lambda metric: metric != plan.metric)
     for metric in metrics:

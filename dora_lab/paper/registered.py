@@ -52,10 +52,11 @@ class Registered:
     seeds: int  # each condition needs seeds 0 .. seeds - 1
     claims: tuple[Claim, ...]
     sha256: str
+    tasks: tuple[str, ...] = ()  # that are scored; none: all
 
 
 def registered(experiment: str, folder: Path = REGISTERED) -> Registered | None:
-    """What is registered for an experiment, None if nothing is.
+    """What is registered for an experiment, None if nothing is, or prose alone (its claims are judged elsewhere).
 
     Raises ValueError, naming file and field, for a file that cannot be read so.
     """
@@ -63,6 +64,8 @@ def registered(experiment: str, folder: Path = REGISTERED) -> Registered | None:
     if not file.is_file():
         return None
     blocks = _BLOCK.findall(file.read_text(encoding="utf-8"))
+    if not blocks:
+        return None
     if len(blocks) != 1:
         raise ValueError(f"{file}: {len(blocks)} fenced json blocks, expected one")
     try:
@@ -82,7 +85,15 @@ def _read(values: Mapping[str, Any], sha256: str) -> Registered:
     if margin <= 0 or int(values["seeds"]) < 2:
         raise ValueError("margin must be above 0 and seeds at least 2")
     return Registered(
-        values["experiment"], values["tier"], values["data"], metric, margin, int(values["seeds"]), claims, sha256
+        values["experiment"],
+        values["tier"],
+        values["data"],
+        metric,
+        margin,
+        int(values["seeds"]),
+        claims,
+        sha256,
+        tuple(values.get("tasks", ())),
     )
 
 

@@ -1,4 +1,4 @@
-"""The two prompt templates: `clean` (train and eval the same) and `published` (byte for byte as released).
+"""The prompt templates: `clean` (train and eval the same), `published` (byte for byte as released), and `cloze`.
 
 The released scripts differ between training and evaluation in three places: two trailing spaces after "request."
 against one; sixteen spaces against none on the line before "### Response:"; and sixteen spaces at the end of the
@@ -21,7 +21,9 @@ _PUBLISHED_EVAL = (
     f"{_TASK} \n\n{_INDENT}### Instruction:\n{_INDENT}{{instruction}}\n\n{_INDENT}### Response:\n{_INDENT}"
 )
 
-TEMPLATES = {"clean": (_CLEAN, _CLEAN), "published": (_PUBLISHED_TRAIN, _PUBLISHED_EVAL)}  # name: (train, eval)
+_CLOZE = "Question: {instruction}\nAnswer:"  # of items that `cloze.as_cloze` made
+# name: (train, eval)
+TEMPLATES = {"clean": (_CLEAN, _CLEAN), "published": (_PUBLISHED_TRAIN, _PUBLISHED_EVAL), "cloze": (_CLOZE, _CLOZE)}
 
 
 def train_prefix(item: dict[str, Any], template: str) -> str:

@@ -20,6 +20,7 @@ from dora_lab.io.files import hash_files
 from dora_lab.io.hub import snapshot
 from dora_lab.spec import Data, Spec, did_you_mean
 from dora_lab.tasks import all_tasks, check_items, load_task, read_items
+from dora_lab.tasks.cloze import as_cloze
 from dora_lab.tasks.commonsense.released_files import MIX, describe
 
 Item = dict[str, Any]
@@ -62,13 +63,13 @@ def items(spec: Spec, data_dir: Path | None = None) -> Items:
     data = spec.data
     own = spec.evaluation.protocols != ("builtin",)  # which brings its items along
     tests = _read(data.eval_name or data.name, "test", data, data_dir) if own else {}
-    test = {task: found[: data.test_items] for task, found in tests.items()}
+    test = {task: found[: data.test_items] for task, found in _formed(tests, data).items()}
     pools: Pools = {}
     train: Pools = {}
     validation: Pools = {}
     if spec.optim is not None or spec.evaluation.split == "validation":
         pools = _read(data.name, "train", data, data_dir)
-        train, validation = _split(pools, data, data_dir)
+        train, validation = _split(_formed(pools, data), data, data_dir)
         if spec.optim is not None and not train:
             raise LoadError(f"data '{data.name}' has no training items for the tasks {', '.join(data.tasks)}")
     if spec.evaluation.split == "validation" and not validation:
@@ -184,13 +185,22 @@ def _read_mix(data: Data, data_dir: Path | None) -> list[Item]:
     return cast("list[Item]", found)
 
 
+def _formed(pools: Pools, data: Data) -> Pools:
+    """The items in the form that `data.template` asks for."""
+    if data.template != "cloze":
+        return pools
+    if MIX in pools:
+        raise LoadError(f"data '{MIX}' does not say of which task an item is; template cloze needs another source")
+    return {task: as_cloze(load_task(task), pool) for task, pool in pools.items()}
+
+
 def _split(pools: Pools, data: Data, data_dir: Path | None) -> tuple[Pools, Pools]:
     """Training and validation items: the embedded world has its own validation split, others hold items out."""
     if data.holdout == "mixed":
         return _split_mixed(pools, data)
     pools = {name: _shuffled(pool, name) for name, pool in pools.items()}
     if data.name in mini.WORLDS:
-        own = _read(data.name, "validation", data, data_dir) if data.validation_items else {}
+        own = _formed(_read(data.name, "validation", data, data_dir), data) if data.validation_items else {}
         held = _shares(own, data.validation_items)
         validation = {name: pool[: held[name]] for name, pool in own.items()}
     else:

@@ -1,4 +1,4 @@
-"""The protocols by name (`spec.PROTOCOLS` has the names): generate, loglikelihood, builtin.
+"""The protocols by name (`spec.PROTOCOLS` has the names): generate, loglikelihood, cloze, builtin.
 
 A protocol is one `Protocol` value; the loop that asks, scores and records is `evaluate` and knows none by name.
 """
@@ -6,13 +6,15 @@ A protocol is one `Protocol` value; the loop that asks, scores and records is `e
 from __future__ import annotations
 
 from dora_lab.evaluation.protocols.builtin import Builtin
-from dora_lab.evaluation.protocols.instructed import Generate, Loglikelihood
+from dora_lab.evaluation.protocols.instructed import Cloze, Generate, Loglikelihood
 from dora_lab.evaluation.protocols.protocol import Protocol
 from dora_lab.spec import Spec
 from dora_lab.tasks import load_task
 
 __all__ = ["PROTOCOLS", "Protocol", "ready"]
-PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (Generate(), Loglikelihood(), Builtin())}
+PROTOCOLS: dict[str, Protocol] = {
+    protocol.name: protocol for protocol in (Generate(), Loglikelihood(), Cloze(), Builtin())
+}
 
 
 def ready(spec: Spec) -> None:

@@ -1,9 +1,10 @@
-"""Our items with the template's prompt: protocol "generate" (the paper's) and "loglikelihood".
+"""Our items with the template's prompt: protocols "generate" (the paper's), "loglikelihood" and "cloze".
 
 - generate: greedy or beam search, the first match of the task's pattern is the answer. A text without a match is
   *unparsed*: counted apart, `parsed` null; it still counts as a wrong answer in the accuracy, as in the paper.
 - loglikelihood: the most likely of "the correct answer is <label>" over the labels that the item offers, by the tokens
   that training has loss on (all but the end of sequence).
+- cloze: the likeliest per token of the options' texts, behind the question alone (`tasks.cloze`).
 
 The lm-eval tasks are configurations built here: no file is looked up and no code is loaded from a folder.
 """
@@ -37,9 +38,9 @@ class _Instructed(Protocol):
             {
                 "index": index,
                 "prompt": prompt(item, spec.data.template),
-                "options": list(task.options(item)),
+                "options": item.get("options") or list(task.options(item)),
                 "gold": item["answer"],
-                **({"fact": item["fact"]} if "fact" in item else {}),
+                **{name: item[name] for name in ("texts", "fact") if name in item},
             }
             for index, item in enumerate(items)
         ]
@@ -47,7 +48,7 @@ class _Instructed(Protocol):
     def check(
         self, spec: Spec, task: Task, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, limits: Limits
     ) -> None:
-        room = self._room(spec, task, tokenizer)
+        room = self._room(spec, task, questions, tokenizer)
         prompts = cast("list[list[int]]", tokenizer([question["prompt"] for question in questions])["input_ids"])
         longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
         if limits.exceeded(len(prompts[longest]) + room):
@@ -77,7 +78,7 @@ class _Instructed(Protocol):
         return TaskManager(include_defaults=False).load(cast(Any, [configuration]))["tasks"][task.name]
 
     @abstractmethod
-    def _room(self, spec: Spec, task: Task, tokenizer: PreTrainedTokenizerBase) -> int:
+    def _room(self, spec: Spec, task: Task, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> int:
         """Tokens to keep for the answer."""
 
     @abstractmethod
@@ -89,7 +90,7 @@ class Generate(_Instructed):
     name = "generate"
     generates = True
 
-    def _room(self, spec: Spec, task: Task, tokenizer: PreTrainedTokenizerBase) -> int:
+    def _room(self, spec: Spec, task: Task, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> int:
         return spec.evaluation.max_new_tokens
 
     def _asking(self, spec: Spec, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -117,14 +118,18 @@ class Generate(_Instructed):
 class Loglikelihood(_Instructed):
     name = "loglikelihood"
 
+    def answers(self, question: Question) -> list[str]:
+        """What is scored, in the order of the question's options."""
+        return [ANSWER.format(label=label) for label in question["options"]]
+
     def check(
         self, spec: Spec, task: Task, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, limits: Limits
     ) -> None:
         super().check(spec, task, questions, tokenizer, limits)
         for question in questions:
-            if problem := _unfit(question, tokenizer):
+            if problem := _unfit(question, self.answers(question), tokenizer):
                 raise ItemError(
-                    f"task {task.name}, item {question['index']}: {problem}; leave protocol loglikelihood out or use a "
+                    f"task {task.name}, item {question['index']}: {problem}; leave protocol {self.name} out or use a "
                     "model with another tokenizer"
                 )
 
@@ -134,14 +139,14 @@ class Loglikelihood(_Instructed):
         (coded,) = code(tokenizer, [context], [continuation])
         return coded.context, coded.ids[len(coded.context) :]
 
-    def _room(self, spec: Spec, task: Task, tokenizer: PreTrainedTokenizerBase) -> int:
-        answers = [ANSWER.format(label=label) for label in task.labels]
+    def _room(self, spec: Spec, task: Task, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> int:
+        answers = list(dict.fromkeys(answer for question in questions for answer in self.answers(question)))
         return max(len(ids) for ids in cast("list[list[int]]", tokenizer(answers)["input_ids"]))
 
     def _asking(self, spec: Spec, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         return {
             "output_type": "multiple_choice",
-            "doc_to_choice": lambda question: [ANSWER.format(label=label) for label in question["options"]],
+            "doc_to_choice": self.answers,
             "doc_to_target": lambda question: question["options"].index(question["gold"]),
         }
 
@@ -151,10 +156,48 @@ class Loglikelihood(_Instructed):
         return {"output": output, "parsed": max(output, key=output.__getitem__)}
 
 
-def _unfit(question: Question, tokenizer: PreTrainedTokenizerBase) -> str | None:
+class Cloze(Loglikelihood):
+    """The `output` is a mean over the tokens of a text: else the shortest would win."""
+
+    name = "cloze"
+
+    def answers(self, question: Question) -> list[str]:
+        return [f" {text}" for text in question["texts"]]
+
+    def _asking(self, spec: Spec, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        def scored(question: Question, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+            means = _per_token([value for value, _ in results], question["tokens"])
+            return {
+                "acc": float(
+                    max(range(len(means)), key=means.__getitem__) == question["options"].index(question["gold"])
+                )
+            }
+
+        def counted(rows: datasets.Dataset) -> datasets.Dataset:
+            return rows.map(
+                lambda question: {
+                    "tokens": [
+                        len(self.cut(question["prompt"], answer, tokenizer)[1]) for answer in self.answers(question)
+                    ]
+                }
+            )
+
+        return super()._asking(spec, task, tokenizer) | {"process_docs": counted, "process_results": scored}
+
+    def answer(self, task: Task, question: Question, logged: dict[str, Any]) -> dict[str, Any]:
+        sums = [float(response[0]) for response in logged["filtered_resps"]]
+        output = dict(zip(question["options"], _per_token(sums, logged["doc"]["tokens"]), strict=True))
+        return {"output": output, "parsed": max(output, key=output.__getitem__), "tokens": logged["doc"]["tokens"]}
+
+
+def _per_token(sums: Sequence[float], tokens: Sequence[int]) -> list[float]:
+    return [value / count for value, count in zip(sums, tokens, strict=True)]
+
+
+def _unfit(question: Question, answers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Why the likelihoods of a question's answers could not be compared, or None."""
     options = question["options"]
-    coded = code(tokenizer, [question["prompt"]] * len(options), [ANSWER.format(label=label) for label in options])
+    coded = code(tokenizer, [question["prompt"]] * len(options), answers)
     for label, text in zip(options, coded, strict=True):
         if text.joined.strip() or not text.context or not text.answer:
             return (
