@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import os
 import statistics
 import subprocess
 import time
@@ -220,8 +219,6 @@ def stamp(cpu: bool) -> dict[str, Any]:
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             driver = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip() or None
     code = lab.provenance.code()
-    if told := os.environ.get("DORA_LAB_COMMIT"):  # of a copy of the tree, whose history may be another's
-        code = {"commit": told, "diff": None}
     return {
         "card": None if cpu else torch.cuda.get_device_name(),
         "driver": driver,
