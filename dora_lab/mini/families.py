@@ -83,16 +83,16 @@ def split_of(key: str, shares: tuple[float, float] = SHARES) -> str:
 
 @cache
 def facts_of(
-    relations: tuple[str, ...], split: str, shares: tuple[float, float] = SHARES
+    relations: tuple[str, ...], split: str, of: Callable[[str], str] = split_of
 ) -> dict[str, tuple[Fact, ...]]:
-    """The facts of a split, by relation; relations with none are absent."""
-    found = {r: tuple(f for f in facts()[r] if split_of(f.key, shares) == split) for r in relations}
+    """The facts of a split, by relation; relations with none are absent. `of` gives the split of a fact's key."""
+    found = {r: tuple(f for f in facts()[r] if of(f.key) == split) for r in relations}
     return {r: f for r, f in found.items() if f}
 
 
-def one_of(relations: tuple[str, ...], split: str, rng: Random, shares: tuple[float, float] = SHARES) -> Fact:
+def one_of(relations: tuple[str, ...], split: str, rng: Random, of: Callable[[str], str] = split_of) -> Fact:
     """A fact of the split: first a relation, weighted by its facts, then one of them."""
-    found = facts_of(relations, split, shares)
+    found = facts_of(relations, split, of)
     relation = rng.choices(list(found), [len(f) for f in found.values()])[0]
     return rng.choice(found[relation])
 

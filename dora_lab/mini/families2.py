@@ -4,7 +4,8 @@
 and 28 to 47 facts a family bound what any number of test items can tell apart. Here every item says which fact it asks
 about: items of one fact are one cluster in every interval. The wordings are several for each relation, and the wrong
 options are near misses: another step of the same activity, what came before where what comes next is asked, the right
-thing from the wrong place. Which facts are asked where is decided as in `families.py`, by a hash of the fact.
+thing from the wrong place. Which facts are asked where is decided as in `families.py`, by a hash of the fact; facts that
+one item tells together share one hash, so that no training item of any family tells what is tested, asked for or not.
 """
 
 from __future__ import annotations
@@ -78,14 +79,37 @@ BOTH = [
 ]
 
 
-split_of = partial(families.split_of, shares=SHARES)
-facts_of = partial(families.facts_of, shares=SHARES)
-one_of = partial(families.one_of, shares=SHARES)
+# relation that PIQA's goal is about: the place that its solution tells too, and what goal and place tell by themselves
+PLACES = {"use": ("kept", "use_kept"), "duty": ("workplace", "duty_place")}
+
+
+@cache
+def hashed_as() -> dict[str, str]:
+    """Keys of facts that an item tells beside others, and what is hashed for all of them: goal and place, all steps."""
+    out = {fact.key: fact.key.split("|")[0] for fact in facts()["then"]}
+    for goal, (place, joined) in PLACES.items():
+        for fact in facts()[goal]:
+            out[f"{place}/{fact.subject}"] = out[f"{joined}/{fact.value}"] = fact.key
+    return out
+
+
+def split_of(key: str) -> str:
+    """train, validation or test for a fact, the same for all that one item tells."""
+    return families.split_of(hashed_as().get(key, key), SHARES)
+
+
+facts_of = partial(families.facts_of, of=split_of)
+one_of = partial(families.one_of, of=split_of)
 
 
 def about(fact: Fact, item: Item) -> Item:
     """The item with the fact that it asks about."""
     return item | {"fact": fact.key}
+
+
+def about_both(one: Fact, two: str, item: Item) -> Item:
+    """The item with the two facts of a subject that it asks about: the items of a pair are one cluster."""
+    return item | {"fact": f"{one.relation}+{two}/{one.subject}"}
 
 
 def boolq(split: str, rng: Random) -> Item:
@@ -103,13 +127,9 @@ def boolq(split: str, rng: Random) -> Item:
 
 
 def piqa(split: str, rng: Random) -> Item:
-    """What to take and where it is, or whom to ask and where: the wrong one has one of the two right.
-
-    A fault, to be mended in a source of another hash before anything is claimed: the place is a second fact, which may
-    be of another split, and `fact` does not name it.
-    """
-    fact = one_of(("use", "duty"), split, rng)
-    second = {"use": "kept", "duty": "workplace"}[fact.relation]
+    """What to take and where it is, or whom to ask and where: the wrong one has one of the two right."""
+    fact = one_of(tuple(PLACES), split, rng)
+    second, _ = PLACES[fact.relation]
     goal, solution = {
         "use": ("How do you {v}?", "Take {s}, it is in {w}."),
         "duty": ("You need someone to {v}. What do you do?", "Ask {s}, go to {w}."),
@@ -122,7 +142,7 @@ def piqa(split: str, rng: Random) -> Item:
     else:
         wrong = solution.format(s=a(wrong_subjects(fact, 1, rng)[0]), w=show(second, place))
     asked = capital(goal.format(**scene(fact, rng)))
-    return about(fact, listed("solution", asked, right, [wrong], rng, "solution to the question", "\n\n"))
+    return about_both(fact, second, listed("solution", asked, right, [wrong], rng, "solution to the question", "\n\n"))
 
 
 def social_i_qa(split: str, rng: Random) -> Item:
@@ -145,7 +165,11 @@ def social_i_qa(split: str, rng: Random) -> Item:
 
 
 def hellaswag(split: str, rng: Random) -> Item:
-    """The wrong endings are steps of the same activity, done already or too early, and one of another."""
+    """The wrong endings: one step of the same activity, done already or too early, and two of others.
+
+    The context tells earlier steps, which are asked elsewhere: all steps of an activity are of one split. `fact` is the
+    one step asked for.
+    """
     fact = one_of(("then",), split, rng)
     fill = scene(fact, rng)
     activity, position = fact.subject.split("|")
@@ -238,7 +262,7 @@ def arc_challenge(split: str, rng: Random) -> Item:
     wrong = [a(s) for s in near + rng.sample(none, 3 - len(near))]
     asked = ask.format(v=show(one.relation, one.value), w=show(two.relation, two.value))
     item = listed("answer", asked, a(one.subject), wrong, rng, "answer to the question")
-    return item | {"fact": f"{one.relation}+{two.relation}/{one.subject}"}
+    return about_both(one, two.relation, item)
 
 
 def openbookqa(split: str, rng: Random) -> Item:
