@@ -25,6 +25,7 @@ from dora_lab.methods.dora import DoraLinear
 from dora_lab.methods.dora_autograd import Blocked, Decomposed
 from dora_lab.methods.inject import adapted, inject, merge
 from dora_lab.methods.lora import LoraLinear
+from dora_lab.methods.steady import HOLDS
 from dora_lab.spec import Method
 
 TARGETS = ("first", "second")
@@ -746,6 +747,58 @@ def test_zeros_and_writing_models_in_narrow_parts(monkeypatch: pytest.MonkeyPatc
         seen[1][3] = expected[1][3]  # of a V that is a fiftieth of W0, and x W0^T is rounded
         assert apart(seen[1].double(), expected[1]) <= 2 * torch.finfo(torch.bfloat16).eps
         torch.testing.assert_close(layer._norm().double(), truth._norm(), rtol=1e-5, atol=0)
+
+
+def test_a_steady_layer_is_not_asked_and_what_is_written_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of an optimiser make a layer steady; a zero that is written by hand, or that it comes to, is found."""
+    monkeypatch.setattr(narrow, "ON", ("cpu",))
+    layer, _ = narrow_twins(torch.bfloat16)
+    x, upstream = torch.randn(40, 96).bfloat16(), torch.randn(40, 80).bfloat16()
+    trained = [layer.lora_A, layer.lora_B, layer.magnitude]
+
+    def gradients_are_right() -> None:
+        truth = copy.deepcopy(layer).double()
+        expected = torch.autograd.grad(truth(x.double()), [truth.lora_B, truth.magnitude], upstream.double())
+        seen = torch.autograd.grad(layer(x), [layer.lora_B, layer.magnitude], upstream)
+        torch.testing.assert_close(layer._norm().double(), truth._norm(), rtol=1e-5, atol=0)
+        assert apart(seen[0].double(), expected[0]) <= 5e-5
+        assert apart(seen[1].double(), expected[1]) <= 2 * torch.finfo(torch.bfloat16).eps
+
+    def steps(count: int, rate: float = 1e-3) -> None:
+        optimizer = torch.optim.SGD(trained, lr=rate)
+        for _ in range(count):
+            layer(x).backward(upstream)
+            optimizer.step()
+            optimizer.zero_grad()
+            layer(x)
+
+    assert not layer._steady, "nothing was seen of it yet"
+    steps(3)
+    assert layer._steady
+    gradients_are_right()  # copied, it forgets what can be seen again
+    steps(3)
+    with monkeypatch.context() as patch:
+        for asking in ("nonzero", "all", "__bool__"):
+            patch.setattr(Tensor, asking, None)
+        steps(2 * HOLDS)
+    assert layer._steady
+    with torch.no_grad():
+        layer.magnitude[7] = 0
+    gradients_are_right()
+    layer.magnitude.data[7] = 1.0
+    steps(3)
+    assert layer._steady
+    layer.magnitude.data[7] = 0  # no trace of it: finite, and right once it was asked for
+    assert torch.isfinite(torch.autograd.grad(layer(x), [layer.magnitude], upstream)[0]).all()
+    steps(HOLDS + 1, 0.0)
+    assert not layer._steady
+    gradients_are_right()
+    layer.magnitude.data[7] = 1.0
+    steps(3)
+    assert layer._steady
+    with torch.no_grad():
+        layer.weight[3] = (-layer.scaling * 0.98 * layer.lora_B[3] @ layer.lora_A).to(layer.weight.dtype)
+    assert torch.isfinite(layer(x)).all() and not layer._steady
 
 
 def test_triton_kernels_are_the_eager_form(monkeypatch: pytest.MonkeyPatch) -> None:

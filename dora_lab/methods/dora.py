@@ -187,7 +187,7 @@ class DoraLinear(LoraLinear):
         """The norm that is kept, if it is that of the A, B and W0 of now; forgets ||W0||^2 if that is another W0's."""
         weight = self._stamp(self._base_tensor())
         if weight != self._weight_stamp:
-            self._square_O, self._weight_stamp, self._norm_O = None, weight, None
+            self._square_O, self._weight_stamp, self._norm_O, self._rows = None, weight, None, Rows()
         if self._norm_O is None or self._stamps() != self._norm_stamp:
             return None
         # A and B may have been written through `.data`, which leaves no trace: looked for where looking costs little
