@@ -752,6 +752,7 @@ def test_zeros_and_writing_models_in_narrow_parts(monkeypatch: pytest.MonkeyPatc
 def test_a_steady_layer_is_not_asked_and_what_is_written_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of an optimiser make a layer steady; a zero that is written by hand, or that it comes to, is found."""
     monkeypatch.setattr(narrow, "ON", ("cpu",))
+    monkeypatch.setattr(narrow, "FUSED", False)
     layer, _ = narrow_twins(torch.bfloat16)
     x, upstream = torch.randn(40, 96).bfloat16(), torch.randn(40, 80).bfloat16()
     trained = [layer.lora_A, layer.lora_B, layer.magnitude]

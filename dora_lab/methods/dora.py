@@ -31,7 +31,7 @@ from dora_lab.methods.dora_autograd import SPARSE, Blocked, Decomposed, Publishe
 from dora_lab.methods.inject import adapted, wrap
 from dora_lab.methods.layers import Opaque
 from dora_lab.methods.lora import LoraLinear
-from dora_lab.methods.narrow import How, Narrow, narrow_type, on_factor
+from dora_lab.methods.narrow import How, Narrow, factor, narrow_type, on_factor
 from dora_lab.methods.steady import Rows
 from dora_lab.spec import Method
 
@@ -50,7 +50,7 @@ SAVED = {False: {2: (26, 8), 4: (44, 16)}, True: {2: (36, 12), 4: (64, 24)}}
 
 BLOCK = {"cpu": 2**17, "other": 2**24}  # elements of W0 at a time: about a core's cache; on a GPU, few kernel launches
 CANCELS = 1e-3  # share of ||W0||^2 below which the expanded square has lost too many digits in float32
-CANCELS_NARROW = 1e-2  # the same where A is two narrow parts
+CANCELS_ON = 1e-2  # the same on a GPU, where A may be two narrow parts and sums are in another order
 STACK = 2  # outputs per token from which reading W0 once pays for copying x beside A
 _steps = [0]  # optimiser steps taken anywhere: they may write through `.data`, which leaves no trace in versions
 
@@ -91,10 +91,13 @@ class DoraLinear(LoraLinear):
             return self._onto_base(x, scale(self.magnitude, norm_O, False), second)
         layer = (x, self.matrix, self.bias, self.lora_A, self.lora_B)
         if dtype := narrow_type(x, self.lora_A):
-            norm_O = self._norm()
+            A_KI = factor(self.lora_A.detach(), dtype)
+            if (norm_O := self._kept()) is None:
+                plain = dtype == self.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+                norm_O = self._norm(on_factor(self.matrix, A_KI) if plain else None)
             steady = self._steady and self.magnitude._version == self._m_version
             how = How(dtype, self.scaling, dropout, second, not self.detach_norm, self._alive, steady)
-            return Narrow.apply(*layer, self.magnitude, norm_O, how)
+            return Narrow.apply(*layer, self.magnitude, norm_O, how, A_KI)
         if not self._one_type(x) or (second and not self._sparse(x)):
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -227,15 +230,10 @@ class DoraLinear(LoraLinear):
         W_OI = self.kind.matrix(self.weight)
         if W_OI.dtype == A_RI.dtype:
             return W_OI @ A_RI.t()
-        if not self._one_width() and not is_traced():
-            return on_factor(W_OI, A_RI)
+        narrow_base = W_OI.dtype in (torch.bfloat16, torch.float16) and A_RI.dtype == torch.float32
+        if narrow_base and A_RI.device.type in narrow.ON and not is_traced():
+            return on_factor(W_OI, factor(A_RI, W_OI.dtype))
         return torch.cat([wide(W_OI[rows]) @ A_RI.t() for rows in self._blocks()])
-
-    def _one_width(self) -> bool:
-        """Is no product of the norm one of narrow numbers?"""
-        A_RI = self.lora_A
-        on = A_RI.device.type in narrow.ON and A_RI.dtype == torch.float32
-        return not on or isinstance(self.kind, Opaque) or self.weight.dtype not in (torch.bfloat16, torch.float16)
 
     def _factored_norm(self, square_O: Tensor, WA_OR: Tensor | None = None) -> Tensor:
         if torch.is_autocast_enabled(device := self.lora_A.device.type):
@@ -254,7 +252,7 @@ class DoraLinear(LoraLinear):
             if self._steady:
                 self._alive = True
                 return new_O.sqrt_()
-        sound_O = new_O > (CANCELS if self._one_width() else CANCELS_NARROW) * square_O
+        sound_O = new_O > (CANCELS_ON if device in narrow.ON else CANCELS) * square_O
         self._alive = bool(sound_O.all())
         if self._alive:  # the usual case
             return new_O.sqrt_()

@@ -62,18 +62,20 @@ def kernels(on: Tensor) -> Any:
     return narrow_triton
 
 
-def on_factor(W_OI: Tensor, A_RI: Tensor) -> Tensor:
-    """W0 A^T, (out, rank), in float32, of a narrow W0."""
-    WA_OL, rank = product(W_OI, factor(A_RI, W_OI.dtype)[len(A_RI) :].t()), len(A_RI)
+def on_factor(W_OI: Tensor, A_KI: Tensor) -> Tensor:
+    """W0 A^T, (out, rank), in float32, of a narrow W0 and A's parts."""
+    rank = len(A_KI) // 3
+    WA_OL = product(W_OI, A_KI[rank:].t())
     return WA_OL[:, :rank] + WA_OL[:, rank:]
 
 
 class Narrow(torch.autograd.Function):
-    """See the module's docstring; `m_O` and `norm_O` are None for LoRA."""
+    """See the module's docstring; `m_O` and `norm_O` are None for LoRA. `A_KI`: the parts of A, if they are at hand."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor,
-                m_O: Tensor | None, norm_O: Tensor | None, how: How) -> Tensor:  # fmt: skip
+                m_O: Tensor | None, norm_O: Tensor | None, how: How,
+                A_KI: Tensor | None = None) -> Tensor:  # fmt: skip
         lift, s = _lift(how.dtype), how.scaling
         with _plainly(x):
             x, weight_OI = x.to(how.dtype), W_OI.to(how.dtype)
@@ -82,7 +84,7 @@ class Narrow(torch.autograd.Function):
             dropped_TI, rest_TI = torch.native_dropout(x_TI, how.dropout, True) if how.dropout else (x_TI, None)
             y = F.linear(x, weight_OI, bias_O)
             y_TO = y.view(-1, y.shape[-1])
-            A_KI = factor(A_RI, how.dtype)
+            A_KI = factor(A_RI, how.dtype) if A_KI is None else A_KI
             h_TK = activation(product(dropped_TI, A_KI[len(A_RI) :].t()), how.dtype, 1.0)
             if m_O is None or norm_O is None:
                 B_OK = gained(B_OR, how.dtype, s * lift)
@@ -94,8 +96,9 @@ class Narrow(torch.autograd.Function):
                 sg_O = g_O * s
                 B_OK = gained(B_OR, how.dtype, sg_O if lift == 1 else sg_O * lift)
                 (kernels(x) or narrow_eager).onto(y_TO, z_TO, h_TK, B_OK, g_O, bias_O, 1 / lift)
-                of_m = (bias_O, A_RI, B_OR, m_O, norm_O, g_O, sg_O, z_TO if how.second else y)
-                ctx.save_for_backward(x, W_OI, A_KI, h_TK, B_OK, rest_TI, *of_m)
+                of_norm, of_m = A_RI if how.through_norm else None, z_TO if how.second else y
+                kept = (bias_O, of_norm, B_OR, m_O, norm_O, g_O, sg_O, of_m)
+                ctx.save_for_backward(x, W_OI, A_KI, h_TK, B_OK, rest_TI, *kept)
         ctx.how = how
         return y
 
@@ -141,7 +144,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if ctx.needs_input_grad[0]:
         dx = _to_input(G_TO, moved_TO, weight_OI, dh_TK, A_KI, rest_TI, how).view_as(x)
     dbias_O = G_TO.sum(0) if ctx.needs_input_grad[2] else None
-    return dx, None, dbias_O, dA_RI, dB_OR, dm_O, None, None
+    return dx, None, dbias_O, dA_RI, dB_OR, dm_O, None, None, None
 
 
 def _of_output(
@@ -189,8 +192,7 @@ def _by_way_of_the_norm(
     """Add what flows through the norm (equation 6) to the gradients of A and B: dL/dV = c V, row by row."""
     lift, rank = _lift(W_OI.dtype), len(A_RI)
     cB_OR = B_OR * c_O[:, None]
-    WA_OL = product(W_OI, A_KI[rank:].t())
-    along_OR = torch.addmm(WA_OL[:, :rank] + WA_OL[:, rank:], B_OR, A_RI @ A_RI.t(), alpha=s)
+    along_OR = torch.addmm(on_factor(W_OI, A_KI), B_OR, A_RI @ A_RI.t(), alpha=s)
     dB_OR.addcmul_(along_OR, c_O[:, None], value=s)
     halves_LI = product(gained(cB_OR, W_OI.dtype, lift)[:, rank:].t(), W_OI)
     dA_RI.add_(halves_LI[:rank] + halves_LI[rank:], alpha=s / lift)
