@@ -25,6 +25,7 @@ from dora_lab.methods.dora import DoraLinear
 from dora_lab.methods.dora_autograd import Blocked, Decomposed
 from dora_lab.methods.inject import adapted, inject, merge
 from dora_lab.methods.lora import LoraLinear
+from dora_lab.methods.steady import HOLDS
 from dora_lab.spec import Method
 
 TARGETS = ("first", "second")
@@ -748,6 +749,59 @@ def test_zeros_and_writing_models_in_narrow_parts(monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(layer._norm().double(), truth._norm(), rtol=1e-5, atol=0)
 
 
+def test_a_steady_layer_is_not_asked_and_what_is_written_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of an optimiser make a layer steady; a zero that is written by hand, or that it comes to, is found."""
+    monkeypatch.setattr(narrow, "ON", ("cpu",))
+    monkeypatch.setattr(narrow, "FUSED", False)
+    layer, _ = narrow_twins(torch.bfloat16)
+    x, upstream = torch.randn(40, 96).bfloat16(), torch.randn(40, 80).bfloat16()
+    trained = [layer.lora_A, layer.lora_B, layer.magnitude]
+
+    def gradients_are_right() -> None:
+        truth = copy.deepcopy(layer).double()
+        expected = torch.autograd.grad(truth(x.double()), [truth.lora_B, truth.magnitude], upstream.double())
+        seen = torch.autograd.grad(layer(x), [layer.lora_B, layer.magnitude], upstream)
+        torch.testing.assert_close(layer._norm().double(), truth._norm(), rtol=1e-5, atol=0)
+        assert apart(seen[0].double(), expected[0]) <= 5e-5
+        assert apart(seen[1].double(), expected[1]) <= 2 * torch.finfo(torch.bfloat16).eps
+
+    def steps(count: int, rate: float = 1e-3) -> None:
+        optimizer = torch.optim.SGD(trained, lr=rate)
+        for _ in range(count):
+            layer(x).backward(upstream)
+            optimizer.step()
+            optimizer.zero_grad()
+            layer(x)
+
+    assert not layer._steady, "nothing was seen of it yet"
+    steps(3)
+    assert layer._steady
+    gradients_are_right()  # copied, it forgets what can be seen again
+    steps(3)
+    with monkeypatch.context() as patch:
+        for asking in ("nonzero", "all", "__bool__"):
+            patch.setattr(Tensor, asking, None)
+        steps(2 * HOLDS)
+    assert layer._steady
+    with torch.no_grad():
+        layer.magnitude[7] = 0
+    gradients_are_right()
+    layer.magnitude.data[7] = 1.0
+    steps(3)
+    assert layer._steady
+    layer.magnitude.data[7] = 0  # no trace of it: finite, and right once it was asked for
+    assert torch.isfinite(torch.autograd.grad(layer(x), [layer.magnitude], upstream)[0]).all()
+    steps(HOLDS + 1, 0.0)
+    assert not layer._steady
+    gradients_are_right()
+    layer.magnitude.data[7] = 1.0
+    steps(3)
+    assert layer._steady
+    with torch.no_grad():
+        layer.weight[3] = (-layer.scaling * 0.98 * layer.lora_B[3] @ layer.lora_A).to(layer.weight.dtype)
+    assert torch.isfinite(layer(x)).all() and not layer._steady
+
+
 def test_triton_kernels_are_the_eager_form(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float16: the interpreter multiplies no bfloat16. Rows of zeros, that cancel, and of an m of zero are there."""
     pytest.importorskip("triton", reason="triton comes with CUDA builds of torch alone")
@@ -781,23 +835,3 @@ def test_triton_kernels_are_the_eager_form(monkeypatch: pytest.MonkeyPatch) -> N
             layer._forget() if isinstance(layer, DoraLinear) else None
         for eager, other in zip(found[0] + found[1], found[2] + found[3], strict=True):
             assert apart(other.float(), eager.float()) <= 2 * torch.finfo(torch.float16).eps
-
-
-def test_norms_by_the_kernel() -> None:
-    """Of narrow and of float32 weights, rows that cancel to nearly or wholly nothing among them."""
-    triton_norm = pytest.importorskip("dora_lab.methods.narrow_triton", reason="no triton here").norm
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and "TRITON_INTERPRET" not in os.environ:
-        again = [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_norms_by_the_kernel"]
-        done = subprocess.run(again, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout
-        return
-    for dtype, rank in ((torch.float16, 8), (torch.float16, 40), (torch.float32, 8)):
-        layer, _ = narrow_twins(dtype, rank=rank)
-        strange(layer)
-        W, A, B = (p.detach().double() for p in (layer.weight, layer.lora_A, layer.lora_B))
-        exact = magnitude(W + layer.scaling * B @ A)
-        parts = (layer.weight.to(device), layer.lora_A.detach().to(device), layer.lora_B.detach().to(device))
-        seen = triton_norm(*parts, layer.scaling).cpu()
-        assert seen[5] == 0 and 0 < exact[3] < 0.1 * magnitude(W)[3]
-        torch.testing.assert_close(seen.double(), exact, rtol=2e-6, atol=0)

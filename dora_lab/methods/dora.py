@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_lab.decompose import magnitude, wide
+from dora_lab.methods import narrow
 from dora_lab.methods.contract import AdaptedLinear, FactorsOf, is_traced
 from dora_lab.methods.dora_autograd import SPARSE, Blocked, Decomposed, Published, product, scale
 from dora_lab.methods.inject import adapted, wrap
 from dora_lab.methods.layers import Opaque
 from dora_lab.methods.lora import LoraLinear
-from dora_lab.methods.narrow import How, Narrow, kernels, narrow_type
+from dora_lab.methods.narrow import How, Narrow, factor, narrow_type, on_factor
+from dora_lab.methods.steady import Rows
 from dora_lab.spec import Method
 
 FIELDS = (
@@ -48,6 +50,7 @@ SAVED = {False: {2: (26, 8), 4: (44, 16)}, True: {2: (36, 12), 4: (64, 24)}}
 
 BLOCK = {"cpu": 2**17, "other": 2**24}  # elements of W0 at a time: about a core's cache; on a GPU, few kernel launches
 CANCELS = 1e-3  # share of ||W0||^2 below which the expanded square has lost too many digits in float32
+CANCELS_ON = 1e-2  # the same on a GPU, where A may be two narrow parts and sums are in another order
 STACK = 2  # outputs per token from which reading W0 once pays for copying x beside A
 _steps = [0]  # optimiser steps taken anywhere: they may write through `.data`, which leaves no trace in versions
 
@@ -88,8 +91,13 @@ class DoraLinear(LoraLinear):
             return self._onto_base(x, scale(self.magnitude, norm_O, False), second)
         layer = (x, self.matrix, self.bias, self.lora_A, self.lora_B)
         if dtype := narrow_type(x, self.lora_A):
-            how = How(dtype, self.scaling, dropout, second, not self.detach_norm)
-            return Narrow.apply(*layer, self.magnitude, self._norm(), how)
+            A_KI = factor(self.lora_A.detach(), dtype)
+            if (norm_O := self._kept()) is None:
+                plain = dtype == self.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+                norm_O = self._norm(on_factor(self.matrix, A_KI) if plain else None)
+            steady = self._steady and self.magnitude._version == self._m_version
+            how = How(dtype, self.scaling, dropout, second, not self.detach_norm, self._alive, steady)
+            return Narrow.apply(*layer, self.magnitude, norm_O, how, A_KI)
         if not self._one_type(x) or (second and not self._sparse(x)):
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -170,13 +178,8 @@ class DoraLinear(LoraLinear):
             return self._computed_norm(WA_OR)
 
     def _computed_norm(self, WA_OR: Tensor | None) -> Tensor:
-        run = kernels(self.lora_A) if self.lora_A.dtype == torch.float32 else None
-        if run is not None and not isinstance(self.kind, Opaque):  # which rows are zero it keeps to itself
-            W_OI, self._alive = self.kind.matrix(self.weight), False
-            norm_O: Tensor = run.norm(W_OI, self.lora_A, self.lora_B, self.scaling)
-        else:
-            self._square_O = self._squares() if self._square_O is None else self._square_O
-            norm_O = self._factored_norm(self._square_O, WA_OR)
+        self._square_O = self._squares() if self._square_O is None else self._square_O
+        norm_O = self._factored_norm(self._square_O, WA_OR)
         self._norm_O = norm_O
         self._norm_stamp = self._stamps()
         if self.lora_A.device.type == "cpu":
@@ -187,7 +190,7 @@ class DoraLinear(LoraLinear):
         """The norm that is kept, if it is that of the A, B and W0 of now; forgets ||W0||^2 if that is another W0's."""
         weight = self._stamp(self._base_tensor())
         if weight != self._weight_stamp:
-            self._square_O, self._weight_stamp, self._norm_O = None, weight, None
+            self._square_O, self._weight_stamp, self._norm_O, self._rows = None, weight, None, Rows()
         if self._norm_O is None or self._stamps() != self._norm_stamp:
             return None
         # A and B may have been written through `.data`, which leaves no trace: looked for where looking costs little
@@ -227,6 +230,9 @@ class DoraLinear(LoraLinear):
         W_OI = self.kind.matrix(self.weight)
         if W_OI.dtype == A_RI.dtype:
             return W_OI @ A_RI.t()
+        narrow_base = W_OI.dtype in (torch.bfloat16, torch.float16) and A_RI.dtype == torch.float32
+        if narrow_base and A_RI.device.type in narrow.ON and not is_traced():
+            return on_factor(W_OI, factor(A_RI, W_OI.dtype))
         return torch.cat([wide(W_OI[rows]) @ A_RI.t() for rows in self._blocks()])
 
     def _factored_norm(self, square_O: Tensor, WA_OR: Tensor | None = None) -> Tensor:
@@ -239,7 +245,14 @@ class DoraLinear(LoraLinear):
         new_O = (half_OR * B_OR).sum(1).add_(square_O)
         if is_traced():
             return new_O.clamp_min(0).sqrt()
-        sound_O = new_O > CANCELS * square_O
+        m_O: Tensor | None = self._parameters.get("magnitude")  # none while the layer is made
+        if device in narrow.ON and m_O is not None:  # a device that is waited for is one that stands still
+            self._steady, self._m_version = self._rows.steady(_steps[0]), m_O._version
+            self._rows.ask(_steps[0], new_O, square_O, m_O)
+            if self._steady:
+                self._alive = True
+                return new_O.sqrt_()
+        sound_O = new_O > (CANCELS_ON if device in narrow.ON else CANCELS) * square_O
         self._alive = bool(sound_O.all())
         if self._alive:  # the usual case
             return new_O.sqrt_()
@@ -257,6 +270,7 @@ class DoraLinear(LoraLinear):
         self._square_O: Tensor | None = None
         self._norm_O: Tensor | None = None
         self._alive = False  # is it known that no row of V is zero?
+        self._steady, self._rows, self._m_version = False, Rows(), -1
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._weight_stamp: tuple[Any, ...] = ()
         self._norm_stamp: tuple[Any, ...] = ()

@@ -7,14 +7,16 @@ z = x W0^T + s h B^T:
 - LoRA: y = z + bias; DoRA, ``branch`` dropout or none: y = g z + bias, g = m / ||V||;
 - DoRA with a second product, the authors' dropout: y = x W0^T + (g - 1) drop(x) W0^T + g s h B^T + bias.
 At g = 1 and B = 0 all are the base's own output, bit for bit. Of the size of the output, DoRA keeps its output for the
-gradient of m, dm = sum_t dy (y - bias) / m, and with a second product that; LoRA keeps nothing. The device is never
-asked for a number. What is not a matrix product is in `narrow_triton`, whose reference is `narrow_eager`.
+gradient of m, dm = sum_t dy (y - bias) / m, and with a second product that; LoRA keeps nothing. A layer that is
+``steady`` (see `steady`) never waits for the device. What is not a matrix product is in `narrow_eager`, and two passes
+over outputs in `narrow_triton` as well.
 Shape suffixes: O = out features, I = in features, R = rank, T = tokens, K = 3 R (three narrow parts), L = 2 R (high and
 low), P = pieces of a sum over tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -23,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_lab.methods import narrow_eager
-from dora_lab.methods.dora_autograd import saved
-from dora_lab.methods.narrow_eager import product
+from dora_lab.methods.dora_autograd import living, saved, scale
+from dora_lab.methods.narrow_eager import activation, factor, gained, product
 
 ON = ("cuda",)  # devices that it is for
 FUSED = find_spec("triton") is not None  # what CUDA builds of torch come with
@@ -38,6 +40,8 @@ class How(NamedTuple):
     dropout: float = 0.0
     second: bool = False
     through_norm: bool = False
+    alive: bool = False  # is it known that no row of V is zero?
+    steady: bool = False  # and that no m is?
 
 
 def narrow_type(x: Tensor, A_RI: Tensor) -> torch.dtype | None:
@@ -58,67 +62,108 @@ def kernels(on: Tensor) -> Any:
     return narrow_triton
 
 
+def on_factor(W_OI: Tensor, A_KI: Tensor) -> Tensor:
+    """W0 A^T, (out, rank), in float32, of a narrow W0 and A's parts."""
+    rank = len(A_KI) // 3
+    WA_OL = product(W_OI, A_KI[rank:].t())
+    return WA_OL[:, :rank] + WA_OL[:, rank:]
+
+
 class Narrow(torch.autograd.Function):
-    """See the module's docstring; `m_O` and `norm_O` are None for LoRA."""
+    """See the module's docstring; `m_O` and `norm_O` are None for LoRA. `A_KI`: the parts of A, if they are at hand."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor,
-                m_O: Tensor | None, norm_O: Tensor | None, how: How) -> Tensor:  # fmt: skip
-        run, lift = kernels(x) or narrow_eager, _lift(how.dtype)
-        with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+                m_O: Tensor | None, norm_O: Tensor | None, how: How,
+                A_KI: Tensor | None = None) -> Tensor:  # fmt: skip
+        lift, s = _lift(how.dtype), how.scaling
+        with _plainly(x):
             x, weight_OI = x.to(how.dtype), W_OI.to(how.dtype)
             bias_O = None if bias_O is None else bias_O.to(how.dtype)
             x_TI = x.reshape(-1, x.shape[-1])
             dropped_TI, rest_TI = torch.native_dropout(x_TI, how.dropout, True) if how.dropout else (x_TI, None)
             y = F.linear(x, weight_OI, bias_O)
             y_TO = y.view(-1, y.shape[-1])
-            z_TO = dropped_TI @ weight_OI.t() if how.second else None
-            A_KI = run.factor(A_RI, how.dtype)
-            h_TK = run.activation(product(dropped_TI, A_KI[len(A_RI) :].t()), how.dtype, 1.0)
-            B_OK = run.gained(B_OR, how.dtype, how.scaling * lift, m_O, norm_O)  # of g s B
+            A_KI = factor(A_RI, how.dtype) if A_KI is None else A_KI
+            h_TK = activation(product(dropped_TI, A_KI[len(A_RI) :].t()), how.dtype, 1.0)
             if m_O is None or norm_O is None:
+                B_OK = gained(B_OR, how.dtype, s * lift)
                 y_TO.addmm_(h_TK, B_OK.t(), alpha=1 / lift)
+                ctx.save_for_backward(x, W_OI, A_KI, h_TK, B_OK, rest_TI)
             else:
-                run.onto(y_TO, z_TO, h_TK, B_OK, m_O, norm_O, bias_O, 1 / lift)
-        kept_TO = None if m_O is None else z_TO if how.second else y
-        ctx.save_for_backward(x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, A_KI, h_TK, B_OK, rest_TI, kept_TO)
+                z_TO = dropped_TI @ weight_OI.t() if how.second else None
+                g_O = scale(m_O, norm_O, how.alive)
+                sg_O = g_O * s
+                B_OK = gained(B_OR, how.dtype, sg_O if lift == 1 else sg_O * lift)
+                (kernels(x) or narrow_eager).onto(y_TO, z_TO, h_TK, B_OK, g_O, bias_O, 1 / lift)
+                of_norm, of_m = A_RI if how.through_norm else None, z_TO if how.second else y
+                kept = (bias_O, of_norm, B_OR, m_O, norm_O, g_O, sg_O, of_m)
+                ctx.save_for_backward(x, W_OI, A_KI, h_TK, B_OK, rest_TI, *kept)
         ctx.how = how
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        with torch.autocast(grad.device.type, enabled=False), torch.cuda.device_of(grad):
+        with _plainly(grad):
             return _backward(ctx, grad)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, W_OI, bias_O, A_RI, B_OR, m_O, norm_O, A_KI, h_TK, B_OK, rest_TI, kept_TO = saved(ctx)
-    how, rank, run = ctx.how, len(A_RI), kernels(x) or narrow_eager
-    weight_OI, x_TI, dtype = W_OI.to(x.dtype), x.reshape(-1, x.shape[-1]), x.dtype
+    x, W_OI, A_KI, h_TK, B_OK, rest_TI, *of_m = saved(ctx)
+    how, rank, dtype = ctx.how, len(A_KI) // 3, x.dtype
+    weight_OI, x_TI = W_OI.to(dtype), x.reshape(-1, x.shape[-1])
     G_TO = grad.reshape(-1, grad.shape[-1]).contiguous()
     raw_OL = product(G_TO.t(), h_TK[:, : 2 * rank])  # the two halves of dy^T h
-    dh_TK = run.activation(product(G_TO, B_OK[:, rank:]), dtype, 1 / _lift(dtype))
+    raw_OR = raw_OL[:, :rank] + raw_OL[:, rank:]
+    dh_TK = activation(product(G_TO, B_OK[:, rank:]), dtype, 1 / _lift(dtype))
     dropped_TI = x_TI if rest_TI is None else _masked(x_TI, rest_TI, how.dropout)
     halves_LI = product(dh_TK[:, : 2 * rank].t(), dropped_TI)
     dA_RI = halves_LI[:rank] + halves_LI[rank:]
     dm_O, moved_TO = None, G_TO
-    if m_O is None:
-        dB_OR = (raw_OL[:, :rank] + raw_OL[:, rank:]).mul_(how.scaling)
+    if not of_m:
+        dB_OR = raw_OR if how.scaling == 1 else raw_OR.mul_(how.scaling)
     else:
+        bias_O, A_RI, B_OR, m_O, norm_O, g_O, sg_O, kept_TO = of_m
         of_base = how.second or kept_TO is None  # the model has written into the output: x W0^T once more
         value_TO = x_TI @ weight_OI.t() if kept_TO is None else kept_TO.reshape(G_TO.shape)
-        bias = None if of_base else bias_O
-        moved_TO, sums_PO = run.back(G_TO, value_TO, bias, m_O, norm_O, int(how.second))
-        dB_OR, dm_O = run.rows(sums_PO, raw_OL, B_OR, m_O, norm_O, how.scaling, of_base, G_TO, x_TI, weight_OI)
+        run = kernels(x) or narrow_eager
+        moved_TO, sums_PO = run.back(G_TO, value_TO, None if of_base else bias_O, g_O - 1 if how.second else g_O)
+        sum_O = sums_PO[0] if len(sums_PO) == 1 else sums_PO.sum(0)
+        if of_base:
+            dm_O = living(torch.add(sum_O, (raw_OR * B_OR).sum(1), alpha=how.scaling) / norm_O, norm_O, how.alive)
+        elif how.steady:  # an m of 0 was written where nothing shows it: it is seen in some steps
+            dm_O = (sum_O / m_O).nan_to_num_(0.0, torch.inf, -torch.inf)
+        else:
+            dm_O = _of_output(sum_O, raw_OR, G_TO, x_TI, weight_OI, B_OR, m_O, norm_O, how)
+        dB_OR = raw_OR * sg_O[:, None]
         if how.through_norm:
-            c_O = torch.where(norm_O == 0, 0.0, -m_O * dm_O / norm_O.square())
-            _by_way_of_the_norm(weight_OI, A_RI, B_OR, c_O, how.scaling, dA_RI, dB_OR)
+            c_O = living(-m_O * dm_O / norm_O.square(), norm_O, how.alive)
+            _by_way_of_the_norm(weight_OI, A_KI, A_RI, B_OR, c_O, how.scaling, dA_RI, dB_OR)
     dx = None
     if ctx.needs_input_grad[0]:
         dx = _to_input(G_TO, moved_TO, weight_OI, dh_TK, A_KI, rest_TI, how).view_as(x)
     dbias_O = G_TO.sum(0) if ctx.needs_input_grad[2] else None
-    return dx, None, dbias_O, dA_RI, dB_OR, dm_O, None, None
+    return dx, None, dbias_O, dA_RI, dB_OR, dm_O, None, None, None
+
+
+def _of_output(
+    sum_O: Tensor, raw_OR: Tensor, G_TO: Tensor, x_TI: Tensor, W_OI: Tensor, B_OR: Tensor, m_O: Tensor, norm_O: Tensor,
+    how: How,
+) -> Tensor:  # fmt: skip
+    """dm from sums of g z, which say nothing where m = 0: of x and W0 there. It asks the device where that is."""
+    dm_O = sum_O / m_O
+    if len(lost := (m_O == 0).nonzero()[:, 0]):
+        base_TO = x_TI.float() @ W_OI[lost].float().t()
+        along_O = (raw_OR[lost] * B_OR[lost]).sum(1) * how.scaling  # sum_t dy s h B^T
+        dm_O[lost] = ((G_TO[:, lost] * base_TO).sum(0) + along_O) / norm_O[lost]
+    return living(dm_O, norm_O, how.alive)
+
+
+def _plainly(x: Tensor) -> Any:
+    """Without autocast, whose context costs as much as some operations: only where there is one."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _to_input(
@@ -142,14 +187,13 @@ def _lift(dtype: torch.dtype) -> float:
 
 
 def _by_way_of_the_norm(
-    weight_OI: Tensor, A_RI: Tensor, B_OR: Tensor, c_O: Tensor, s: float, dA_RI: Tensor, dB_OR: Tensor
+    W_OI: Tensor, A_KI: Tensor, A_RI: Tensor, B_OR: Tensor, c_O: Tensor, s: float, dA_RI: Tensor, dB_OR: Tensor
 ) -> None:
     """Add what flows through the norm (equation 6) to the gradients of A and B: dL/dV = c V, row by row."""
-    run, lift, rank = kernels(A_RI) or narrow_eager, _lift(weight_OI.dtype), len(A_RI)
+    lift, rank = _lift(W_OI.dtype), len(A_RI)
     cB_OR = B_OR * c_O[:, None]
-    WA_OL = product(weight_OI, run.factor(A_RI, weight_OI.dtype)[rank:].t())
-    along_OR = torch.addmm(WA_OL[:, :rank] + WA_OL[:, rank:], B_OR, A_RI @ A_RI.t(), alpha=s)
+    along_OR = torch.addmm(on_factor(W_OI, A_KI), B_OR, A_RI @ A_RI.t(), alpha=s)
     dB_OR.addcmul_(along_OR, c_O[:, None], value=s)
-    halves_LI = product(run.gained(cB_OR, weight_OI.dtype, lift, None, None)[:, rank:].t(), weight_OI)
+    halves_LI = product(gained(cB_OR, W_OI.dtype, lift)[:, rank:].t(), W_OI)
     dA_RI.add_(halves_LI[:rank] + halves_LI[rank:], alpha=s / lift)
     dA_RI.addmm_(cB_OR.t() @ B_OR, A_RI, alpha=s * s)

@@ -165,7 +165,7 @@ def _steps(model: Any, inputs: Inputs, decoder: bool) -> tuple[Callable[[], list
 
 def run_profile(visit: Visit) -> None:
     """Where the device's time goes in a step of the linear layers: the longest kernels, and waits for the device."""
-    for name in ("ours/dora", "ours/lora", "ours/dora-published"):
+    for name in ("ours/dora", "ours/dora-eager", "ours/lora", "ours/dora-published"):
         visit.cell("profile", name, 4, lambda name=name: _profile(visit, name))
 
 

@@ -72,7 +72,7 @@ def kept_llama(visit: Visit, dtype: torch.dtype) -> Any:
     if visit.base is None or visit.base_of != dtype:
         visit.free(base=True)
         visit.base, visit.base_of = llama(visit, dtype), dtype
-    return visit.base
+    return visit.base.train()  # merging leaves it in evaluation, where nothing is dropped or checkpointed
 
 
 class Linears(nn.Module):
@@ -149,9 +149,8 @@ def put_on(
     else:
         off = _authors(base, targets, rank, alpha / rank, dropout, form == "graph")
     stir(model)
-    try:
-        with switched(name):
-            yield model
+    try:  # kernels are not switched here: contenders that take turns are there together, see `switched`
+        yield model
     finally:
         off()
         base.requires_grad_(False)

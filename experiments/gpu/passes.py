@@ -17,40 +17,38 @@ from experiments.gpu import lab
 from experiments.gpu.visit import Visit
 
 TILES = {
-    "ONTO": ((64, 64, 4), (64, 128, 4), (128, 64, 4)),
-    "BACK": ((64, 64, 4, 4), (32, 128, 1, 4)),
-    "NORM": ((32, 128, 8), (32, 256, 8), (32, 64, 4)),
+    "ONTO": ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)),
+    "BACK": ((64, 64, 4, 4), (32, 128, 1, 4), (32, 128, 4, 4), (64, 128, 2, 8)),
 }
 
 
 def run(visit: Visit) -> None:
     """All parts; seconds, bytes and their share of the copy ceiling."""
     tokens, (out, width), rank = 32 if visit.cpu else 4096, visit.size.shapes()["up_proj"], visit.size.rank
-    run, product, make = lab.narrow.kernels(_random(visit, 1)) or narrow_eager, narrow_eager.product, _random
+    kernels, product, make = lab.narrow.kernels(_random(visit, 1)), narrow_eager.product, _random
     x_TI, G_TO, y_TO, W_OI = (
         make(visit, *shape) for shape in ((tokens, width), (tokens, out), (tokens, out), (out, width))
     )
     A_RI, B_OR = make(visit, rank, width).float(), make(visit, out, rank).float() * 1e-3
-    m_O, norm_O = (1 + 1e-3 * torch.randn(out, device=visit.device) for _ in range(2))
+    g_O = 1 + 1e-3 * torch.randn(out, device=visit.device)
     dtype, both_TL = x_TI.dtype, make(visit, tokens, 2 * rank).float()
     A_KI, B_OK, h_TK = (
-        run.factor(A_RI, dtype),
-        run.gained(B_OR, dtype, 1.0, None, None),
-        run.activation(both_TL, dtype, 1.0),
+        narrow_eager.factor(A_RI, dtype),
+        narrow_eager.gained(B_OR, dtype, 1.0),
+        narrow_eager.activation(both_TL, dtype, 1.0),
     )
-    raw_OL, output, entry = product(G_TO.t(), h_TK[:, : 2 * rank]), y_TO.nbytes, x_TI.nbytes
+    output, entry = y_TO.nbytes, x_TI.nbytes
 
     def part(name: str, moved: float, step: Callable[[], Any]) -> None:
         visit.cell("passes", name, 0.3, lambda: _timed(visit, moved, step))
 
     def tiled(name: str, what: str, moved: float, step: Callable[[], Any]) -> None:
-        kept = getattr(run, what, None)
-        for tile in TILES[what] if kept else ((),):
-            if kept:
-                setattr(run, what, tile)
+        kept = getattr(kernels, what, ())
+        for tile in TILES[what] if kernels else ():
+            setattr(kernels, what, tile)
             part(f"{name} {tile}", moved, step)
-        if kept:
-            setattr(run, what, kept)
+        if kernels:
+            setattr(kernels, what, kept)
 
     part("dense x W^T", output + entry + W_OI.nbytes, lambda: x_TI @ W_OI.t())
     part("dense G W", output + entry + W_OI.nbytes, lambda: G_TO @ W_OI)
@@ -61,17 +59,20 @@ def run(visit: Visit) -> None:
     part("W A^T", W_OI.nbytes, lambda: product(W_OI, A_KI[rank:].t()))
     part("dx += dh A", 2 * entry, lambda: x_TI.addmm_(h_TK, A_KI, alpha=1e-6))
     part("y += h B, LoRA", 2 * output, lambda: y_TO.addmm_(h_TK, B_OK.t(), alpha=1e-6))
-    part("parts of A", A_RI.nbytes + A_KI.nbytes, lambda: run.factor(A_RI, dtype))
-    part("parts of B", B_OR.nbytes + B_OK.nbytes, lambda: run.gained(B_OR, dtype, 1.0, m_O, norm_O))
-    part("parts of h", both_TL.nbytes + h_TK.nbytes, lambda: run.activation(both_TL, dtype, 1.0))
-    tiled("onto", "ONTO", 2 * output, lambda: run.onto(y_TO, None, h_TK, B_OK, m_O, norm_O, None, 1e-3))
-    part("onto, second", 3 * output, lambda: run.onto(y_TO, G_TO, h_TK, B_OK, m_O, norm_O, None, 1e-3))
-    tiled("back", "BACK", 3 * output, lambda: run.back(G_TO, y_TO, None, m_O, norm_O, 0))
-    _, sums_PO = run.back(G_TO, y_TO, None, m_O, norm_O, 0)
-    last = (sums_PO, raw_OL, B_OR, m_O, norm_O, 1.0, False, G_TO, x_TI, W_OI)
-    part("rows", sums_PO.nbytes + raw_OL.nbytes + 2 * B_OR.nbytes, lambda: run.rows(*last))
-    if hasattr(run, "norm"):
-        tiled("norm", "NORM", W_OI.nbytes, lambda: run.norm(W_OI, A_RI, B_OR, 1.0))
+    part("parts of A", A_RI.nbytes + A_KI.nbytes, lambda: narrow_eager.factor(A_RI, dtype))
+    part("parts of B", B_OR.nbytes + B_OK.nbytes, lambda: narrow_eager.gained(B_OR, dtype, g_O))
+    part("parts of h", both_TL.nbytes + h_TK.nbytes, lambda: narrow_eager.activation(both_TL, dtype, 1.0))
+    part("onto", 2 * output, lambda: narrow_eager.onto(y_TO, None, h_TK, B_OK, g_O, None, 1.0))
+    part("onto, second", 3 * output, lambda: narrow_eager.onto(y_TO, G_TO, h_TK, B_OK, g_O, None, 1.0))
+    part("back", 3 * output, lambda: narrow_eager.back(G_TO, y_TO, None, g_O))
+    part("G g", 2 * output, lambda: torch.mul(G_TO, g_O, out=y_TO))
+    part("sum G y", 2 * output, lambda: narrow_eager.along(G_TO, y_TO))
+    part("A A^T", A_RI.nbytes, lambda: A_RI @ A_RI.t())
+    if kernels is None:
+        return
+    tiled("onto, kernel", "ONTO", 2 * output, lambda: kernels.onto(y_TO, None, h_TK, B_OK, g_O, None, 1e-3))
+    part("onto, second, kernel", 3 * output, lambda: kernels.onto(y_TO, G_TO, h_TK, B_OK, g_O, None, 1e-3))
+    tiled("back, kernel", "BACK", 3 * output, lambda: kernels.back(G_TO, y_TO, None, g_O))
 
 
 def _timed(visit: Visit, moved: float, step: Callable[[], Any]) -> dict[str, Any]:
