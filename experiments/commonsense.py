@@ -5,7 +5,7 @@
     dora-lab run commonsense --tier paper       # paper: 36 runs, 10 to 20 hours each on one 80 GB GPU
 
 mini: the embedded base and world (source `mini2`); no network, no GPU. Every cell (method and rank) has a sweep of its
-own, of equal size; at the rates that it chooses, 20 seeds, which are 141 runs more. Until `RATES` holds them, the 13
+own, of equal size; at the rates that it chooses, 40 seeds, which are 281 runs more. Until `RATES` holds them, the 13
 earlier runs on source `mini` stand in their place. What will be claimed is registered before: registered/<name>.md.
 
 paper: the models and hyperparameters of table 8 and, for LoRA, those of the LLM-Adapters baselines that the paper uses
@@ -82,14 +82,14 @@ def sweep() -> list[Spec]:
     ]
 
 
-def confirmation(seeds: Sequence[int] = range(20)) -> list[Spec]:
-    """The base, and every cell at its rate with 20 seeds; nothing before the rates are chosen."""
+def confirmation(seeds: Sequence[int] = range(40)) -> list[Spec]:
+    """The base, and every cell at its rate with 40 seeds; nothing before the rates are chosen."""
     found = [trained(method, rank, rate, seed) for seed in seeds for (method, rank), rate in RATES.items()]
     return [replace(found[0], method=Method(name="base"), optim=None, probe=None, seed=0), *found] if found else []
 
 
 def reproduced() -> list[Spec]:
-    """What `dora-lab reproduce` runs: table 1's rows with three seeds of the twenty; before these are, the earlier."""
+    """What `dora-lab reproduce` runs: table 1's rows with three seeds of the forty; before these are, the earlier."""
     rows = (("ft", None), ("lora", 8), ("dora", 8), ("dora", 4))
     return [spec for spec in confirmation(range(3)) if spec.optim is None or _cell(spec) in rows] or earlier()
 

@@ -75,13 +75,14 @@ def test_without_runs_no_cell_has_a_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scores", "verdict"),
     [
-        ((77.0, 78.0, 79.0), "consistent"),
-        ((60.0, 60.2, 60.1), "differs"),
-        ((77.5, 77.5, 77.5), "consistent"),
-        ((77.54, 77.54, 77.54), "consistent"),  # printed as 77.5
-        ((77.6, 77.6, 77.6), "differs"),
-        ((77.5, 77.5), "too few runs"),
-        ((10.0,), "too few runs"),
+        ((77.0, 78.0, 79.0), "undecided"),  # 0.45 ± 2.92 · 1.15 points
+        ((77.4, 77.6, 77.5), "equivalent"),
+        ((60.0, 60.2, 60.1), "does not hold"),
+        ((77.5, 77.5, 77.5), "equivalent"),
+        ((78.54, 78.54, 78.54), "equivalent"),  # 77.5 may stand for 77.55
+        ((78.6, 78.6, 78.6), "does not hold"),
+        ((77.5, 77.5), "2 of 3"),
+        ((10.0,), "1 of 3"),
     ],
 )
 def test_verdicts(scores: tuple[float, ...], verdict: str, tmp_path: Path, run_writer: Writer) -> None:
@@ -190,7 +191,7 @@ def test_the_table_with_runs(tmp_path: Path, run_writer: Writer) -> None:
     for seed, score in enumerate((77.0, 78.0, 79.0)):
         write(tmp_path, run_writer, published(seed=seed), score)
     text = table.build(tmp_path)[0].read_text(encoding="utf-8")
-    assert "| 78.0 ± 1.0 (n = 3) | [73.0, 83.0] | consistent |" in text
+    assert "| 78.0 ± 1.0 (n = 3) | [73.0, 83.0] | undecided |" in text
 
 
 def test_every_model_of_the_paper_tier_has_a_shape() -> None:

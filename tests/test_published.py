@@ -140,11 +140,11 @@ def run_with(tmp_path: Path, changed: dict[str, dict[str, Any]]) -> Path:
 @pytest.mark.parametrize(
     ("changed", "verdict", "words"),
     [
-        ({}, "equal", "give the paper's numbers to within 0.0 points"),
-        ({"boolq": {"value": 0.704}}, "close", "to within 0.4 points"),
-        ({"boolq": {"value": 0.60}}, "differs", "Differs from the paper: BoolQ"),
-        ({"boolq": {"value": 0.66, "n": 100}}, "within item noise", "not all released items were asked"),
-        ({"boolq": {"value": 0.40, "n": 100}}, "differs", "Differs from the paper: BoolQ"),
+        ({}, "equivalent", "give the paper's numbers to within 0.0 points"),
+        ({"boolq": {"value": 0.704}}, "equivalent", "to within 0.4 points"),
+        ({"boolq": {"value": 0.60}}, "does not hold", "Differs from the paper: BoolQ"),
+        ({"boolq": {"value": 0.66, "n": 100}}, "undecided", "not all released items were asked"),
+        ({"boolq": {"value": 0.40, "n": 100}}, "does not hold", "Differs from the paper: BoolQ"),
     ],
 )
 def test_verdicts(changed: dict[str, Any], verdict: str, words: str, tmp_path: Path) -> None:

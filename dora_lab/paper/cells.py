@@ -1,9 +1,8 @@
 """Every number that the paper prints against runs of the same protocol, and against re-runs by others.
 
-The paper's number is one more draw: with n >= 3 runs that differ in the seed alone, it is "consistent" if it lies in
-their 95 % prediction interval, mean +- t(n-1) s sqrt(1 + 1/n), widened by half a unit of its last printed digit, and
-"differs" otherwise. With one or two runs there are "too few runs", with none the cell is "not run". Only complete runs
-of tier paper, on that model and by its protocol, count.
+The paper's number is one more draw: with n >= 3 runs that differ in the seed alone, the difference has the standard
+error s sqrt(1 + 1/n), and `verdict` says whether the two are equivalent. With one or two runs it is "1 of 3", "2 of 3",
+with none the cell is "not run". Only complete runs of tier paper, on that model and by its protocol, count.
 
 A score below chance is no knowledge: an answer that cannot be parsed counts as wrong. Such cells are flagged (more than
 two binomial standard errors below the chance level), the paper's own and those of others included, and so is a share
@@ -27,14 +26,15 @@ import pandas as pd
 
 from dora_lab.methods.catalog import catalog
 from dora_lab.models import shapes
+from dora_lab.paper.verdict import EQUIVALENT, MARGINS, NOT, UNDECIDED, decide, from_printed
 from dora_lab.report import statistics
 from dora_lab.runs.streams import read_rows
 from dora_lab.runs.survey import iter_runs
 from dora_lab.spec import Spec, from_dict
 from dora_lab.tasks import all_tasks, table_1
 
-CELL_VERDICTS = ("consistent", "differs", "too few runs", "not run")
 ENOUGH = 3  # runs
+CELL_VERDICTS = (EQUIVALENT, NOT, UNDECIDED, *(f"{n} of {ENOUGH}" for n in range(1, ENOUGH)), "not run")
 UNPARSED = 1.0  # percent
 RELEASED = "released checkpoint, evaluated again"
 _IN_GRAPH, _BARE = "norm in graph", "m: QKVOGUD, V: QKV"
@@ -156,7 +156,7 @@ def _of_ours(row: dict[str, Any], runs: Sequence[_Run]) -> tuple[dict[str, Any],
             by_seed.setdefault(run.seed, found)
     scored = list(by_seed.values())
     values = [value for value, _, _ in scored]
-    mine |= {"n": len(values), "verdict": "too few runs" if values else "not run"}
+    mine |= {"n": len(values), "verdict": f"{len(values)} of {ENOUGH}" if values else "not run"}
     if values:
         mean, sd = statistics.mean_sd(values)
         unparsed = 100 * sum(lost for _, _, lost in scored) / sum(asked for _, asked, _ in scored)
@@ -165,8 +165,8 @@ def _of_ours(row: dict[str, Any], runs: Sequence[_Run]) -> tuple[dict[str, Any],
     if len(values) >= ENOUGH:
         low, high = statistics.prediction_interval(values)
         rounding = 0.05 if round(row["value"], 1) == row["value"] else 0.005
-        inside = low - rounding <= row["value"] <= high + rounding
-        mine |= {"low": low, "high": high, "verdict": "consistent" if inside else "differs"}
+        found = from_printed(values, row["value"], rounding=rounding)
+        mine |= {"low": low, "high": high, "verdict": decide(found, EQUIVALENT, MARGINS["accuracy"], found.p())}
     return mine, flags
 
 

@@ -1,7 +1,8 @@
-"""A released adapter's evaluation beside the paper's own cell: what is equal, what is close, what differs."""
+"""A released adapter's evaluation beside the paper's own cell."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,21 +10,22 @@ from typing import Any
 import pandas as pd
 
 from dora_lab.paper.claims import claims as read_claims
+from dora_lab.paper.verdict import EQUIVALENT, MARGINS, NOT, UNDECIDED, decide, from_printed
 from dora_lab.runs.streams import read_stream
 from dora_lab.tasks import load_task
 from dora_lab.tasks.commonsense.released_files import KNOWN
 
-CLOSE = 0.5  # percentage points that rounding (another processor, library or batch) may move a task
+UNKNOWN = "no number in the paper"
 
 
 def compare(run: Path, method: str, rank: int, model: str | None) -> pd.DataFrame:
     """One row per task and their average: accuracies in percent, ours and the paper's, and a verdict.
 
     method, rank: of the adapter ("LoRA" or "DoRA"), as the paper writes them.
-    model: the paper's name of the base ("LLaMA-7B", ...); None: no number to compare with. Verdicts: "equal" (to the
-    printed digit), "close" (within `CLOSE` points), "differs"; "within item noise" or "differs" (95 % binomial
-    interval) where not all of the released items were asked; "no number in the paper". elsewhere: the same cell as
-    printed in another place by its authors. flags: unparsed above 1 %, below chance.
+    model: the paper's name of the base ("LLaMA-7B", ...); None: no number to compare with. Verdicts: `verdict`'s, that
+    the two are equivalent; where not all of the released items were asked, with the noise of so many; else
+    "no number in the paper". elsewhere: the same cell as printed in another place by its authors. flags: unparsed above
+    1 %, below chance.
     """
     rows = [row for row in read_stream(run, "eval") if row["protocol"] == "generate"]
     claims = read_claims("commonsense")
@@ -51,7 +53,7 @@ def compare(run: Path, method: str, rank: int, model: str | None) -> pd.DataFram
             "accuracy": average,
             "paper": overall,
             "elsewhere": reprints.get("average"),
-            "verdict": _verdict(average, overall) if whole else None,
+            "verdict": _verdict(average, overall, None) if whole else None,
             "unparsed": 100 * sum(row["n_unparsed"] for row in rows) / sum(row["n"] for row in rows),
             "flags": "",
         }
@@ -72,27 +74,19 @@ def _row(row: Mapping[str, Any], printed: Mapping[str, float], reprints: Mapping
         "accuracy": accuracy,
         "paper": paper,
         "elsewhere": reprints.get(task.column),
-        "verdict": _verdict(accuracy, paper) if whole else _verdict_of_some(accuracy, paper, row["n"]),
+        "verdict": _verdict(accuracy, paper, None if whole else row["n"]),
         "unparsed": 100 * row["n_unparsed"] / row["n"],
         "flags": ", ".join(flags),
     }
 
 
-def _verdict(accuracy: float, paper: float | None) -> str:
+def _verdict(accuracy: float, paper: float | None, items: int | None) -> str:
+    """items: how many were asked, None for all of them: then nothing is left to chance."""
     if paper is None:
-        return "no number in the paper"
-    distance = abs(accuracy - paper)
-    # the paper prints one digit, and 0.05 itself may have been rounded either way
-    return "equal" if distance < 0.0501 else "close" if distance <= CLOSE else "differs"
-
-
-def _verdict_of_some(accuracy: float, paper: float | None, n: int) -> str:
-    if paper is None:
-        return "no number in the paper"
-    from scipy.stats import binomtest
-
-    interval = binomtest(round(accuracy / 100 * n), n).proportion_ci(method="wilson")
-    return "within item noise" if 100 * interval.low <= paper <= 100 * interval.high else "differs"
+        return UNKNOWN
+    noise = 0.0 if items is None else 100 * math.sqrt(accuracy / 100 * (1 - accuracy / 100) / items)
+    found = from_printed([accuracy], paper, noise)
+    return decide(found, EQUIVALENT, MARGINS["accuracy"], found.p())
 
 
 def table(rows: pd.DataFrame) -> str:
@@ -115,12 +109,12 @@ def table(rows: pd.DataFrame) -> str:
 def summary(rows: pd.DataFrame) -> str:
     """One sentence on what the comparison means."""
     verdicts = rows.loc[rows["task"] != "average", "verdict"]
-    if (verdicts == "no number in the paper").any():
+    if (verdicts == UNKNOWN).any():
         return "The paper has no number for some of this; nothing is verified there."
-    if (verdicts == "differs").any():
-        names = ", ".join(rows.loc[rows["verdict"] == "differs", "task"])
+    if (verdicts == NOT).any():
+        names = ", ".join(rows.loc[rows["verdict"] == NOT, "task"])
         return f"Differs from the paper: {names}. Look at base, data (record.json, inputs) and flags before training."
-    if (verdicts == "within item noise").any():
+    if (verdicts == UNDECIDED).any():
         return "Nothing speaks against the paper's numbers, but not all released items were asked."
     worst = (rows["accuracy"] - rows["paper"]).abs().max()
     return f"Model, data and evaluation give the paper's numbers to within {worst:.1f} points."

@@ -109,6 +109,24 @@ def contrast(
     )  # fmt: skip
 
 
+def from_printed(
+    values: Sequence[float], printed: float, noise: float | None = None, rounding: float = 0.05
+) -> Contrast:
+    """Our runs, which differ in the seed alone, less a printed number: of a run that differs in the seed as well.
+
+    Args: values, printed: points; rounding: half a unit of the last printed digit, which the difference is brought
+        nearer to 0 by; noise: the standard error of a single value that no seed moves (0: of the same items), where
+        there is no spread over seeds to be had.
+    """
+    off = float(np.mean(values)) - printed
+    off = float(np.sign(off)) * max(0.0, abs(off) - rounding - 1e-6)  # a printed 0.05 may have been rounded either way
+    sd, df = noise, None if noise is None else np.inf
+    if noise is None and len(values) > 1:
+        sd, df = float(np.std(values, ddof=1) * np.sqrt(1 + 1 / len(values))), float(len(values) - 1)
+    per_seed = tuple(value - printed for value in values)
+    return Contrast(value=off, sd=sd, df=df, per_seed=per_seed, facts=0, items=0)
+
+
 def p_value(found: Contrast, hypothesis: str, margin: float) -> float | None:
     """What is adjusted for a family: two-sided against 0, or of inferiority by the margin (one-sided)."""
     return found.p(-margin, sides=1) if hypothesis == NOT_INFERIOR else found.p()
