@@ -15,8 +15,8 @@ from experiments import commonsense, commonsense_ablations
 NOTES = (
     "The paper's number is one more draw beside three or more runs that differ in the seed alone (standard error "
     "s sqrt(1 + 1/n); the interval is that of one more draw). equivalent: the 90 % interval of the difference lies "
-    "within 1 point; does not hold: it differs (p < .05, two-sided, unadjusted); else undecided; not run: none of tier paper, "
-    "on that model and by the published protocol.",
+    "within 1 point; does not hold: it differs (p < .05, two-sided, unadjusted); else undecided; not run: none of tier "
+    "paper, on that model and by the published protocol.",
     "below chance: more than two binomial standard errors below guessing; an answer that cannot be parsed counts as "
     "wrong, so such a score is no knowledge. Ours are flagged too where more than 1 % of the answers are unparsed; the "
     "paper and others do not say how many are.",
