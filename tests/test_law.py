@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -92,3 +95,18 @@ def test_norms_of_a_base_are_those_of_its_weights_and_the_command_prints_a_kind_
 def test_a_curve_of_two_layers_is_refused():
     with pytest.raises(ValueError, match="at least three layers"):
         law.curve([1.0, 2.0], 0.003, 0.1, [1.0])
+
+
+def test_the_papers_axes_give_one_norm_and_the_scripts_decay(tmp_path: Path) -> None:
+    from analysis.tables import law as table
+
+    table.build(tmp_path)
+    rows = pd.read_csv(tmp_path / "tables" / "law.csv")
+    query = rows[rows["kind"] == "q_proj"].set_index(["method", "end"])
+    assert query.loc["lora", "norm"].tolist() == pytest.approx([0.25 * 0.9 / 0.1, 0.45 * 0.84 / 0.16])
+    n = (2.25 + 2.3625) / 2
+    assert query.loc["ft", "needed_decay"].tolist() == pytest.approx([0.014 + 0.09 / n, 0.022 + 0.05 / n])
+    products = [np.prod([1 - 1e-4 * t / 1000 * 0.01 for t in range(1000, 0, -1)] * 1) ** (20 * 4380 / 1000)]
+    assert query.loc["ft", "script_decay"].tolist() == pytest.approx([1 - products[0]] * 2, rel=2e-3)
+    assert query.loc["dora", "script_decay"].tolist() == pytest.approx([1 - np.exp(-0.73)] * 2)
+    assert rows[rows["kind"] == "v_proj"]["needed_decay"].isna().all(), "no slope is printed for value"

@@ -30,6 +30,8 @@ class Provenance:
         if self.commits and not self.tiers:
             where = ", ".join(name if "/" in name else f"experiments/{name}.py" for name in self.experiments)
             return f"Measured by {where}, code {commits}{changed}."
+        if not self.experiments:
+            return "From what is printed; no run is in it."
         return (
             f"Experiment {', '.join(self.experiments) or MISSING}, tier {', '.join(self.tiers) or MISSING}, "
             f"{len(self.runs)} complete run{'' if len(self.runs) == 1 else 's'}, code {commits}{changed}."
