@@ -88,8 +88,8 @@ def test_commonsense_mini_confirms_on_seeds_of_its_own(monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "RATES", dict.fromkeys(module.CELLS, 0.01))
     specs = module.confirmation()
     runs = Counter((spec.method.name, spec.method.rank) for spec in specs)
-    assert runs == {("base", None): 1, **dict.fromkeys(module.CELLS, 20)}
-    assert {spec.seed for spec in specs} == set(range(20)) and not set(range(20)) & set(module.SWEEP_SEEDS)
+    assert runs == {("base", None): 1, **dict.fromkeys(module.CELLS, 40)}
+    assert {spec.seed for spec in specs} == set(range(40)) and not set(range(40)) & set(module.SWEEP_SEEDS)
     assert {(spec.evaluation.split, spec.evaluation.text, spec.data.name) for spec in specs} == {
         ("test", "pretraining", "mini2")
     }

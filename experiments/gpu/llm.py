@@ -12,6 +12,7 @@ import signal
 import tarfile
 import threading
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def _weights(bring: Path | None) -> dict[str, Any]:
 def _runs(visit: Visit, name: str, bring: Path | None, only: Sequence[str]) -> dict[str, Any]:
     data = None if bring is None else bring / "llm_adapters"
     results = Path(os.environ.get("DORA_LAB_VISIT_RESULTS", visit.out / "results"))
+    if missing := [package for package in ("lm_eval", "datasets") if find_spec(package) is None]:
+        return {"skipped": f"not installed here: {', '.join(missing)}; they come as wheels"}
     module = load_experiment(name)
     if not module.specs("small"):
         return {"skipped": "its rates are not chosen yet"}
