@@ -1,6 +1,6 @@
 """Table 1: accuracy per method and task, mean ± sd over seeds, and the paper's own table as a block of its own.
 
-Reads every experiment named `commonsense` or `commonsense_…`, test split only (a sweep on the validation split is not
+Reads every experiment named `commonsense`, `commonsense_…` or `small`, test split only (a sweep on the validation split is not
 a result). Experiments, tiers, models, data and protocols never share a block.
 """
 
@@ -55,7 +55,7 @@ def readme(results: Path) -> str:
 def load(results: Path) -> tuple[pd.DataFrame, dict[str, int]]:
     """Evaluation rows of the complete runs, and how many runs were left out, by status."""
     evals = frame(results, stream="eval")
-    of_table = evals["experiment"].astype(str).str.fullmatch(r"commonsense(_\w+)?") & (evals["split"] == "test")
+    of_table = evals["experiment"].astype(str).str.fullmatch(r"commonsense(_\w+)?|small") & (evals["split"] == "test")
     return evals[of_table], evals.attrs["statuses"]
 
 
@@ -157,8 +157,8 @@ def _notes(part: pd.DataFrame, evals: pd.DataFrame) -> tuple[str, ...]:
     ]
     if evals["choice_nll"].notna().any():
         notes.append(
-            "Choice NLL: -log of what the right option has of the likelihood of all that the item offers, in nats, a mean "
-            "over tasks; lower is better. Rate: peak learning rate."
+            "Choice NLL: -log of what the right option has of the likelihood of all that the item offers, in nats, a "
+            "mean over tasks; lower is better. Rate: peak learning rate."
         )
     if part["label"].str.endswith(report.HALF_RANK).any():
         notes.append(f"{report.HALF_RANK}: half the rank.")
