@@ -1,7 +1,7 @@
 """Table 1: accuracy per method and task, mean ± sd over seeds, and the paper's own table as a block of its own.
 
-Reads every experiment named `commonsense`, `commonsense_…` or `small`, test split only (a sweep on the validation split is not
-a result). Experiments, tiers, models, data and protocols never share a block.
+Reads every experiment named `commonsense`, `commonsense_…` or `small`, test split only (a sweep on the validation split
+is not a result). Experiments, tiers, models, data and protocols never share a block.
 """
 
 from __future__ import annotations
