@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from dora_lab.commands import inspect, models, results, run  # noqa: F401  (each adds its commands)
+from dora_lab.commands import inspect, models, plot, results, run  # noqa: F401  (each adds its commands)
 from dora_lab.commands.app import app
 from dora_lab.io.text import shown
 
