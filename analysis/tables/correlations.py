@@ -73,7 +73,7 @@ def _numbers(found: Estimate) -> dict[str, Any]:
         "layers_high": high,
         "p": found.p,
         "n": found.n,
-        "seeds": " ".join(f"{r:.3f}" for r in found.per_seed),
+        "seeds": str([round(r, 3) for r in found.per_seed]),
     }
 
 

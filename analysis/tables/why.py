@@ -98,7 +98,7 @@ def measured(settings: list[Setting]) -> pd.DataFrame:
 def _numbers(found: Estimate) -> dict[str, Any]:
     low, high = found.resampled or (None, None)
     named = {"r": found.value, "fisher_low": found.low, "fisher_high": found.high}
-    return named | {"layers_low": low, "layers_high": high, "seeds": " ".join(f"{r:.3f}" for r in found.per_seed)}
+    return named | {"layers_low": low, "layers_high": high, "seeds": str([round(r, 3) for r in found.per_seed])}
 
 
 def _moved(rows: pd.DataFrame) -> dict[str, float]:
