@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import frame, script
+from analysis import frame, isnt, script
 from analysis.tables.correlations import interval
 from dora_lab import report
 from dora_lab.report import Block, correlations, number, statistics
@@ -55,6 +55,7 @@ def build(results: Path) -> list[Path]:
                 blocks(found),
                 found,
                 report.provenance(rows, probes.attrs["statuses"]),
+                isnt(rows["tier"]),
             )
     return paths
 

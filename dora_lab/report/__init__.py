@@ -4,6 +4,7 @@ The reading side: imports no torch and no transformers, so everything a reader s
 
 - `frame` reads one stream of all complete runs, one row per stream row, with the spec flattened into columns.
 - `scores` turns evaluation rows into means and standard deviations over seeds.
+- `beside` says what can stand with every score: alpha, learning rate, time, memory.
 - `save_table` (md, csv, and tex that fits a page of two columns) and `save_figure` (pdf, png) write byte-stable files:
   no dates, no hosts.
 - `readme_block` puts generated text between `<!-- table:begin -->` and `<!-- table:end -->` of a README.
@@ -13,7 +14,7 @@ A missing value is None in a frame, `–` in a table and an empty field in a csv
 
 from __future__ import annotations
 
-from dora_lab.report.apart import sets_apart
+from dora_lab.report.apart import beside, sets_apart
 from dora_lab.report.block import Block, number
 from dora_lab.report.figures import new_figure, save_figure
 from dora_lab.report.frames import GROUP, REFUSED, frame, groups, scores
@@ -44,6 +45,7 @@ __all__ = [
     "Block",
     "Provenance",
     "Style",
+    "beside",
     "csv_text",
     "frame",
     "groups",

@@ -56,7 +56,7 @@ def _code(letter: str) -> str:
 def width(text: str) -> float:
     """How wide a text is set on one line, in units of the size of its letters."""
     before, *rest = _SPREAD.split(text)
-    index = sum(width(f"±{spread}") for spread in rest[::2]) * 0.85  # letters of 6 pt beside 8, and a little more
+    index = sum(0.85 * width(f"±{spread}") + 0.07 for spread in rest[::2])  # 6 pt beside 8, and half a point behind
     letters = CONTROLS.sub(" ", "".join([before, *rest[1::2]])).replace("`", "")
     return index + sum(_WIDTHS[one] if one in _WIDTHS else 0.75 * len(_code(one)) for one in letters)
 
@@ -154,15 +154,18 @@ class _Layout:
 
 
 def _widths(whole: Sequence[float], least: Sequence[float], room: float) -> list[float]:
-    """The width of each column in pt: the widest give way first, all down to one width."""
+    """The width of each column in pt: what is widest gives way most, by the root of its width."""
+
+    def given(share: float) -> list[float]:
+        return [max(few, min(full, share * math.sqrt(full))) for few, full in zip(least, whole, strict=True)]
+
     if sum(whole) <= room:
         return list(whole)
-    low, high = 0.0, max(whole)
+    low, high = 0.0, math.sqrt(max(whole))
     for _ in range(40):
         middle = (low + high) / 2
-        fits = sum(max(few, min(full, middle)) for few, full in zip(least, whole, strict=True)) <= room
-        low, high = (middle, high) if fits else (low, middle)
-    return [max(few, min(full, low)) for few, full in zip(least, whole, strict=True)]
+        low, high = (middle, high) if sum(given(middle)) <= room else (low, middle)
+    return given(low)
 
 
 def _table(layout: _Layout, head: str, notes: Sequence[str], height: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,23 @@ WIDTH = 100  # columns of a terminal in which Markdown is read
 
 
 def save_table(
-    folder: Path, name: str, title: str, blocks: Sequence[Block], data: pd.DataFrame, source: Provenance
+    folder: Path,
+    name: str,
+    title: str,
+    blocks: Sequence[Block],
+    data: pd.DataFrame,
+    source: Provenance,
+    isnt: str = "",
 ) -> list[Path]:
     """Write `<name>.md`, `<name>.tex`, `<name>.csv` (`data`, a row per number) and, if it has one, `<name>_narrow.tex`.
 
+    isnt: what those blocks are not that do not say so themselves.
     Raises: ValueError if a block has no columns, or two have one title. Returns the paths written.
     """
     titles = [block.title for block in blocks]
     if twice := next((one for one in titles if titles.count(one) > 1), None):
         raise ValueError(f"table {name}: two blocks with the title {twice!r}; a label has to tell them apart")
+    blocks = [replace(block, isnt=block.isnt or isnt) for block in blocks]
     folder.mkdir(parents=True, exist_ok=True)
     left_out = [text for text in (source.incomplete(),) if text]
     runs = " ".join(re.sub(r"[^A-Za-z0-9.]+", "-", run) for run in source.runs)
@@ -59,11 +68,16 @@ def _harmless(value: Any) -> Any:
 
 
 def markdown(block: Block, level: int = 2) -> str:
-    """A block as Markdown: heading, pipe table (two, where there is a narrow form: it and the rest), notes."""
+    """A block as Markdown: heading, pipe table, notes.
+
+    Where there is a narrow form, the table is two: the columns between its own stand in one of their own.
+    """
     columns = block.columns()
-    rest = tuple(name for name in columns if name not in block.narrow)
-    forms = [block.narrow, (columns[0], *rest)] if block.narrow and rest else [columns]
-    tables = [_pipes(block, columns) for columns in forms]
+    between = [name for name in columns if name not in block.narrow]
+    while between and block.narrow and columns.index(between[-1]) > columns.index(block.narrow[-1]):
+        between.pop()
+    forms = [tuple(name for name in columns if name not in between), (columns[0], *between)]
+    tables = [_pipes(block, form) for form in (forms if block.narrow and between else [columns])]
     return "\n\n".join([f"{'#' * level} {_plain(block.title)}", *tables, *map(_prose, block.said())])
 
 
