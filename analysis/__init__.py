@@ -20,7 +20,7 @@ from dora_lab.spec import Spec
 
 # what a table of each tier could be taken for
 ISNT = {
-    "mini": "a language model of any use. A million parameters and a closed world, made up for them.",
+    "mini": "a measurement of a useful language model. A million parameters, a closed world made up for them.",
     "small": "the paper's setting. A small model, less training, fewer items.",
     "paper": "the paper's own runs. Ours, at its settings.",
 }

@@ -31,7 +31,8 @@ def complaints(folder: Path, tex: str) -> list[str]:
     """What LaTeX says of tables on a page of two columns: errors, and what does not fit."""
     (folder / "paper.tex").write_text(PAPER % tex, encoding="utf-8")
     command = ["pdflatex", "-interaction=nonstopmode", "-no-shell-escape", "paper.tex"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False, timeout=120)
+    for _ in range(3):  # a longtable finds its columns' widths from run to run
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=120)
     log = done.stdout
     wrong = re.findall(r"^!.*|^Overfull .hbox.*|.*Float too large.*|.*multiply defined.*|.*Too many.*", log, re.M)
     return wrong + ([] if done.returncode == 0 and (folder / "paper.pdf").exists() else [log[-2000:]])

@@ -119,7 +119,7 @@ def our_blocks(
                 cells=pd.DataFrame(rows),
                 apart=3,
                 narrow=NARROW,
-                wide=("Method", "Rate", "#Params %", *heads, "Unparsed %", "Seeds"),
+                wide=("Method", "Rate", *heads, "Unparsed %", "Seeds"),
                 isnt=isnt([tier]),
                 notes=(*_notes(part), *known.get(key[:-1], ()), *_apart(evals, everything, group)),
             )

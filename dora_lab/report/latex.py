@@ -26,7 +26,7 @@ _TEX = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$", "±": r"$\pm$",
     "†": r"$^\dagger$", "Δ": r"$\Delta$", "α": r"$\alpha$", "δ": r"$\delta$", "η": r"$\eta$", "λ": r"$\lambda$",
     "–": "--", "−": "$-$", "×": r"$\times$", "→": r"$\to$", "≤": r"$\le$", "≥": r"$\ge$", "‖": r"$\|$", "₀": "$_0$",
-    "`": "", "…": r"\dots{}", "é": r"\'e", "\u200b": r"\allowbreak{}",
+    "`": "", "…": r"\dots{}", "é": r"\'e", "\u00a0": "~", "\u200b": r"\allowbreak{}",
 }  # fmt: skip
 # letters of cmr8 by their width, in thousandths of the size
 _LETTERS = (
@@ -38,9 +38,10 @@ _LETTERS = (
 _WIDTHS = {letter: width / 1000 for width, letters in _LETTERS for letter in letters} | {
     " ": 0.355, "±": 0.9, "−": 0.83, "×": 0.83, "→": 1.07, "≤": 0.83, "≥": 0.83, "<": 0.83, ">": 0.83, "–": 0.54,
     "†": 0.4, "Δ": 0.89, "α": 0.69, "δ": 0.5, "η": 0.55, "λ": 0.65, "‖": 0.54, "|": 0.3, "₀": 0.47, "…": 1.3, "é": 0.48,
-    "\u200b": 0.0,
+    "\u00a0": 0.355, "\u200b": 0.0,
 }  # fmt: skip
 _SPREAD = re.compile(r"(?<=\d) ?± ?([\d.]+)")  # set as an index
+_JOINED = re.compile(r"(?<=\d,) (?=[−\d.]+\])|(?<=\bp) (?=[<\d])|(?<=<) (?=\d)")  # inside an interval, a p
 _BREAK = "\u200b"  # where a line may end, though no space is there
 
 
@@ -90,7 +91,8 @@ def _lines(block: Block, columns: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 def _words(text: str) -> list[list[str]]:
     """The words of a text, each as the pieces between which a line may end."""
-    words = _SPREAD.sub(r"±\1", CONTROLS.sub(" ", text).replace(_BREAK, "")).split()
+    text = _SPREAD.sub(r"±\1", CONTROLS.sub(" ", text).replace(_BREAK, ""))
+    words = re.split(r"[ \t]+", _JOINED.sub("\u00a0", text).strip())
     return [re.findall(rf"[^/]{{1,{LONGEST}}}/?|/", word) for word in words]
 
 
@@ -154,14 +156,14 @@ class _Layout:
 
 
 def _widths(whole: Sequence[float], least: Sequence[float], room: float) -> list[float]:
-    """The width of each column in pt: what is widest gives way most, by the root of its width."""
+    """The width of each column in pt: what is widest gives way most, by the third root of its width."""
 
     def given(share: float) -> list[float]:
-        return [max(few, min(full, share * math.sqrt(full))) for few, full in zip(least, whole, strict=True)]
+        return [max(few, min(full, share * math.cbrt(full))) for few, full in zip(least, whole, strict=True)]
 
     if sum(whole) <= room:
         return list(whole)
-    low, high = 0.0, math.sqrt(max(whole))
+    low, high = 0.0, max(whole) ** (2 / 3)
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(given(middle)) <= room else (low, middle)
