@@ -42,6 +42,7 @@ _WIDTHS = {letter: width / 1000 for width, letters in _LETTERS for letter in let
 }  # fmt: skip
 _SPREAD = re.compile(r"(?<=\d) ?± ?([\d.]+)")  # set as an index
 _JOINED = re.compile(r"(?<=\d,) (?=[−\d.]+\])|(?<=\bp) (?=[<\d])|(?<=<) (?=\d)")  # inside an interval, a p
+_PIECES = re.compile(rf"[{re.escape(''.join(_WIDTHS.keys() - {' ', '/'}))}]{{1,{LONGEST}}}/?|.")
 _BREAK = "\u200b"  # where a line may end, though no space is there
 
 
@@ -93,7 +94,7 @@ def _words(text: str) -> list[list[str]]:
     """The words of a text, each as the pieces between which a line may end."""
     text = _SPREAD.sub(r"±\1", CONTROLS.sub(" ", text).replace(_BREAK, ""))
     words = re.split(r"[ \t]+", _JOINED.sub("\u00a0", text).strip())
-    return [re.findall(rf"[^/]{{1,{LONGEST}}}/?|/", word) for word in words]
+    return [_PIECES.findall(word) for word in words]
 
 
 def _least(block: Block, columns: tuple[str, ...], size: float) -> list[float]:

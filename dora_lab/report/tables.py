@@ -63,8 +63,10 @@ def csv_text(data: pd.DataFrame, digits: str | None = None) -> str:
 
 
 def _harmless(value: Any) -> Any:
-    """Not every reader and writer of CSV takes a NUL: the sign for what cannot be shown stands for it."""
-    return no_formula(value.replace("\0", "\ufffd")) if isinstance(value, str) else value
+    """Not every reader and writer of CSV takes a NUL; a lone CR would not be quoted and begins a row to many."""
+    if not isinstance(value, str):
+        return value
+    return no_formula(value.replace("\0", "\ufffd").replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def markdown(block: Block, level: int = 2) -> str:
