@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dora_lab.commands.app import LOCAL, ResultsOption, app, examples, progress_bar, say
+from dora_lab.commands.show import Format, FormatOption, show
 from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.launch.select import load_experiment, pair
 from dora_lab.models.base import hash_adapter, hash_model
 from dora_lab.spec import derive
 from dora_lab.tasks import sources
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @app.command(epilog=examples("probe BASE TUNED --out rows.csv --plot scatter.png", "probe BASE --predict"))
@@ -133,11 +137,13 @@ def verify_published(
     with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
     allow_pickle: Annotated[bool, typer.Option(help="Read adapter_model.bin if there is no safetensors file.")] = False,
     results: ResultsOption = LOCAL,
+    form: FormatOption = Format.text,
 ) -> None:
     """Evaluate a released adapter (PEFT's or the authors' format) by the paper's protocol, beside its numbers."""
     from dora_lab.launch import released_adapter
     from dora_lab.models import shapes
     from dora_lab.paper import released_adapter as comparison
+    from dora_lab.paper.verdict import NOT
 
     experiment = load_experiment("commonsense")
     base_dir, adapter_dir = (Path(text) if Path(text).is_dir() else None for text in (base, adapter))
@@ -155,5 +161,29 @@ def verify_published(
     paths, runtime = Paths(results, data_dir, base_dir, adapter_dir), Runtime(allow_pickle=allow_pickle)
     found, run = released_adapter.evaluate(spec, paths, runtime)
     rows = comparison.compare(run, found.method, found.rank, paper_model or shapes.printed_name(base))
-    say(f"{found.method}, rank {found.rank}, on {base}\n{comparison.table(rows)}\n{comparison.summary(rows)}\n{run}")
-    raise typer.Exit(1 if "differs" in list(rows["verdict"]) else 0)
+    title = f"{found.method}, rank {found.rank}, on {base}"
+    show({"published": rows}, [(title, _beside(rows))], form, (comparison.summary(rows), str(run)))
+    raise typer.Exit(1 if NOT in list(rows["verdict"]) else 0)
+
+
+def _beside(rows: pd.DataFrame) -> pd.DataFrame:
+    """Ours, the paper's and others' accuracies, in percent."""
+    import pandas as pd
+
+    from dora_lab.report.tables import number
+
+    told = [
+        {
+            "task": row["task"],
+            "items": row["n"],
+            **{f"{name} %": number(row[key]) for name, key in (("ours", "accuracy"), ("paper", "paper"))},
+            "elsewhere %": ", ".join(
+                str(number(one)) for one in (row["elsewhere"] if isinstance(row["elsewhere"], list) else ())
+            )
+            or None,
+            "unparsed %": number(row["unparsed"]),
+            "verdict": "; ".join(str(part) for part in (row["verdict"], row["flags"]) if part),
+        }
+        for row in rows.to_dict("records")
+    ]
+    return pd.DataFrame(told)
