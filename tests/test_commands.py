@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ from dora_lab.commands import results as room
 from dora_lab.commands.app import HOUSE, find_run
 from dora_lab.commands.ending import ASKED, MACHINE, OURS, told
 from dora_lab.launch.select import experiment_names, load_experiment
-from dora_lab.spec import SpecError
+from dora_lab.runs.streams import read_stream
+from dora_lab.spec import SpecError, spec_id
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,24 @@ def test_one_answer_in_four_forms(two: tuple[Path, Path]) -> None:
     assert "| dora rank 8 | generate | 1/2 |" in page
 
 
+def test_mine_stand_beside_theirs_task_by_task(two: tuple[Path, Path], tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path, make_spec("lora", 4, seed))  # no committed run is like these
+    shutil.copytree(two[0], tmp_path, dirs_exist_ok=True)
+    rows = json.loads(compared((tmp_path, two[1]), "--tasks", "--format", "json").stdout)
+    lines = {(row["method"], row["whose"]): row for row in rows if row.get("protocol") == "generate" and "whose" in row}
+    counts = {key: row["runs"] for key, row in lines.items()}
+    assert counts == {("dora rank 8", "yours"): 1, ("dora rank 8", "committed"): 2, ("lora rank 4", "yours"): 2}
+    scores = [
+        [row["value"] for row in read_stream(find_run(run_id, two[1]), "eval")
+         if row["protocol"] == "generate" and row["task"] == "boolq"]
+        for run_id in (spec_id(make_spec("dora", 8, seed)) for seed in (0, 1))
+    ]  # fmt: skip
+    assert lines["dora rank 8", "committed"]["BoolQ"] == pytest.approx(sum(map(sum, scores)) / 2)
+    text = compared((tmp_path, two[1]), "--tasks").stdout
+    assert "dora rank 8 yours" in " ".join(text.split()) and "dora rank 8 committed" in " ".join(text.split())
+
+
 def test_colour_on_a_terminal_and_never_in_a_pipe(two: tuple[Path, Path]) -> None:
     asked = ["compare", "--results", two[1], "--committed", two[1]]
     assert "\x1b[32msame bytes" in on_a_terminal(*asked)
@@ -107,6 +127,7 @@ def test_a_narrow_encoding_is_written_in_words(two: tuple[Path, Path]) -> None:
         (["run", "commonsense", "--dry-run", "--only", "method=dora", "--with", "method.target_modules=q_prj"],
          "'q_prj' is no linear layer here; did you mean 'q_proj'?"),
         (["run", "commonsense", "--dry-run", "--with", "data.tasks=bolq"], "did you mean 'boolq'?"),
+        (["doctor", "thre"], "did you mean 'there'?"),
         (["card", "zz"], "none is that; there are"),
     ],
 )  # fmt: skip

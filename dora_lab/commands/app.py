@@ -74,7 +74,8 @@ def results_folder(path: Path) -> Path:
     if "runs" in whole.parts:
         near = f"did you mean {Path(*whole.parts[: whole.parts.index('runs')])}?"
     else:
-        near = did_you_mean(path.name, [one.parent.name for one in whole.parent.glob("*/runs") if one.is_dir()])
+        beside = [one.parent.name for one in whole.parent.glob("*/runs") if one.is_dir()]
+        near = did_you_mean(path.name, beside) if beside else f"the committed one is {RESULTS}"
     raise SpecError(f"{path} is no results folder: neither runs/ nor bench/ is there; {near}")
 
 

@@ -24,7 +24,7 @@ from dora_lab.launch.select import experiment_name, published_specs
 from dora_lab.runs import packs
 from dora_lab.runs.record import read_record
 from dora_lab.runs.survey import survey, verified
-from dora_lab.spec import SpecError, from_dict
+from dora_lab.spec import SpecError, did_you_mean, from_dict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,6 +76,8 @@ def doctor(
     from dora_lab.paper.claims import examine as examine_claims
     from dora_lab.runs import doctor as examining
 
+    if not path.exists():
+        raise SpecError(f"{path} is not there; {did_you_mean(path.name, [one.name for one in path.parent.glob('*/')])}")
     findings: list[examining.Finding] = []
     with progress_bar("looking", unit=" findings") as bar:
         for finding in (*examining.examine(path), *(examine_claims() if (path / "runs").is_dir() else ())):

@@ -1,6 +1,7 @@
 """Runs against what the paper says, and against the committed ones: verify, compare."""
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false
 # pandas ships no stubs: read from its source, a row of itertuples is a plain tuple, a group's key any hashable
 
 from __future__ import annotations
@@ -86,20 +87,23 @@ def _cells(ran: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns | {"verdict": ran["verdict"], "flags": ran["flags"]})
 
 
-@app.command(epilog=examples("compare", "compare commonsense --results results/local --format md"))
+@app.command(epilog=examples("compare", "compare commonsense --tasks --format md"))
 def compare(
     experiment: Annotated[
         str | None, typer.Argument(help=NO_EXPERIMENT, autocompletion=experiment_names, show_default=False)
     ] = None,
     results: ReadOption = LOCAL,
     committed: Annotated[Path, typer.Option(help="Results folder to compare with.", callback=results_folder)] = RESULTS,
+    tasks: Annotated[bool, typer.Option("--tasks", help="Accuracies by task, yours beside the committed.")] = False,
     form: FormatOption = Format.text,
 ) -> None:
     """Say whether your runs agree with the committed ones; exit code 1 if they do not."""
-    raise typer.Exit(0 if told_apart(results, committed, experiment, form) else 1)
+    raise typer.Exit(0 if told_apart(results, committed, experiment, form, tasks) else 1)
 
 
-def told_apart(results: Path, committed: Path, experiment: str | None, form: Format = Format.text) -> bool:
+def told_apart(
+    results: Path, committed: Path, experiment: str | None, form: Format = Format.text, tasks: bool = False
+) -> bool:
     """Print how a user's runs and the committed ones agree, one table per setting; returns whether they do."""
     import pandas as pd
 
@@ -111,9 +115,13 @@ def told_apart(results: Path, committed: Path, experiment: str | None, form: For
     found = verifying.compare(results, committed, experiment)
     for why in found.left_out:
         say(f"left out: {why}", err=True)
-    rows = pd.DataFrame(found.rows)
+    rows, beside = pd.DataFrame(found.rows), pd.DataFrame(found.beside)
     groups = rows.groupby("setting", sort=False) if len(rows) else ()
-    show({"compare": rows}, [(str(setting), _compared(group)) for setting, group in groups], form, found.notes)
+    views = [(str(setting), _compared(group)) for setting, group in groups]
+    if tasks and len(beside):
+        groups = beside.groupby(["setting", "protocol"], sort=False)
+        views += [(f"{setting}, protocol {protocol}", _percent(rows)) for (setting, protocol), rows in groups]
+    show({"compare": rows} | ({"tasks": beside} if tasks else {}), views, form, found.notes)
     return found.agrees
 
 
@@ -134,6 +142,16 @@ def _compared(rows: pd.DataFrame) -> pd.DataFrame:
             "agreement": [_agreement(row) for row in rows.to_dict("records")],
         }
     )
+
+
+def _percent(rows: pd.DataFrame) -> pd.DataFrame:
+    """The lines of one setting and protocol, accuracies in percent."""
+    from dora_lab.report.tables import number
+
+    names = [name for name in rows if name not in ("setting", "protocol", "method", "whose", "runs")]
+    scores = {name: [number(100 * value) for value in rows[name]] for name in names if rows[name].notna().any()}
+    scores["average"] = scores.pop("average")  # last, whichever tasks the first line had
+    return rows[["method", "whose", "runs"]].assign(**scores)
 
 
 def _agreement(row: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ _STYLES = {
     "red": "does differs failed below inferior",
     "yellow": "missing undecided within interrupted",
     "dim": "no not",
+    "bold": "yours",
 }
 _STYLE_OF = {word: style for style, words in _STYLES.items() for word in words.split()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from dora_lab.paper.agreement import LEVELS, STREAMS, Agreement, Rows, agreement
 from dora_lab.runs.streams import read_rows
 from dora_lab.runs.survey import Survey, survey
 from dora_lab.spec import SpecError, did_you_mean
+from dora_lab.tasks import load_task
 
 MISSING = "missing"
 _Cell = tuple[str, str, str]  # setting (experiment, tier, model and data), method, protocol
@@ -44,11 +45,14 @@ class Comparison:
     rows: setting, method, protocol, runs (of both), of (committed), local and committed (average accuracies, fractions,
     over tasks and the runs that both have), tolerance (two binomial standard errors of the difference), flipped (items
     answered otherwise), agreement (a level, or "missing" where runs of yours are) and others (the level of those that
-    are there, where some are missing), why (what keeps runs apart). notes: sentences for a person, the verdict last.
+    are there, where some are missing), why (what keeps runs apart). beside: setting, protocol, method, whose (yours or
+    committed), runs, the mean accuracy over those runs by task and over tasks; yours with those that no committed run
+    is like. notes: sentences for a person, the verdict last.
     agrees: every committed method has all its runs and none differs.
     """
 
     rows: tuple[dict[str, Any], ...] = ()
+    beside: tuple[dict[str, Any], ...] = ()
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     agrees: bool = False
@@ -76,7 +80,7 @@ def compare(local_root: Path, committed_root: Path, experiment: str | None = Non
         if not runs:
             there = ", ".join(sorted({run.setting for run in others.values()})) or "none"
             note = f"No complete runs in {root}: there is nothing to compare. In the other folder: {there}."
-            return Comparison((), said, (note,))
+            return Comparison(left_out=said, notes=(note,))
     asked = {run.setting for run in local.values()}
     cells: dict[_Cell, list[_Run]] = defaultdict(list)
     for run in committed.values():
@@ -85,7 +89,7 @@ def compare(local_root: Path, committed_root: Path, experiment: str | None = Non
     if not cells:
         there = "; ".join(sorted({run.setting for run in committed.values()}))
         note = f"No complete committed run in {committed_root} is about {', '.join(sorted(asked))}. There: {there}."
-        return Comparison((), said, (note,))
+        return Comparison(left_out=said, notes=(note,))
     agreements = {key: agreement(local[key].rows, run.rows) for key, run in committed.items() if key in local}
     rows = tuple(_row(cell, runs, local, agreements) for cell, runs in sorted(cells.items()))
     counts = Counter(row["agreement"] for row in rows)
@@ -94,7 +98,8 @@ def compare(local_root: Path, committed_root: Path, experiment: str | None = Non
     notes += [NOTE, _verdict(counts)]
     if counts[LEVELS[3]]:
         notes += _package_differences(*found)
-    return Comparison(rows, said, tuple(notes), not counts[LEVELS[3]] and not counts[MISSING])
+    beside = tuple(_beside({"yours": local.values(), "committed": committed.values()}, asked))
+    return Comparison(rows, beside, said, tuple(notes), not counts[LEVELS[3]] and not counts[MISSING])
 
 
 NOTE = (
@@ -115,6 +120,24 @@ def _row(cell: _Cell, runs: Sequence[_Run], local: dict[str, _Run], agreements: 
         "flipped": sum(map(int, filter(None, flips))) if flips and None not in flips else None,
         "agreement": MISSING if part else level, "others": level if part and pairs else None, "why": why,
     }  # fmt: skip
+
+
+def _beside(sides: Mapping[str, Iterable[_Run]], asked: Container[str]) -> Iterator[dict[str, Any]]:
+    """A line per setting, protocol, method and side: its mean accuracy on each task."""
+    groups: dict[tuple[str, ...], list[_Run]] = defaultdict(list)
+    for whose, runs in sides.items():
+        for run in runs:
+            for protocol in run.scores if run.setting in asked else ():
+                groups[run.setting, protocol, run.method, whose].append(run)
+    for key, runs in sorted(groups.items(), key=lambda group: (*group[0][:3], group[0][3] != "yours")):
+        means = {
+            load_task(task).column: sum(run.scores[key[1]][task][0] for run in runs) / len(runs)
+            for task in runs[0].scores[key[1]]
+            if all(task in run.scores[key[1]] for run in runs)
+        }
+        average = sum(run.average(key[1]) for run in runs) / len(runs)
+        named = dict(zip(("setting", "protocol", "method", "whose"), key, strict=True))
+        yield named | {"runs": len(runs)} | means | {"average": average}
 
 
 def _agreement(
