@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from dora_lab.commands.app import LOCAL, RESULTS, ResultsOption, app, find_run, say
+from dora_lab.commands.app import LOCAL, RESULTS, ResultsOption, app, examples, find_run, say
 from dora_lab.launch.select import all_specs, experiment_names
 from dora_lab.runs.survey import verified
 from dora_lab.spec import SpecError, did_you_mean
 
 
-@app.command()
+@app.command(epilog=examples("plot commonsense --results results --kinds q_proj", "plot rows.csv --form training"))
 def plot(
     what: Annotated[
         list[str],
