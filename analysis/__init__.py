@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,19 @@ import pandas as pd
 
 from dora_lab import report
 from dora_lab.spec import Spec
+
+# what a table of each tier could be taken for
+ISNT = {
+    "mini": "a measurement of a useful language model. A million parameters, a closed world made up for them.",
+    "small": "the paper's setting. A small model, less training, fewer items.",
+    "paper": "the paper's own runs. Ours, at its settings.",
+}
+PRINTED = "measured here. Single runs, as the paper prints them; its baselines on LLaMA-7B and 13B it quotes itself."
+
+
+def isnt(tiers: Iterable[object]) -> str:
+    """What a table of runs of some tiers is not."""
+    return " ".join(text for tier, text in ISNT.items() if tier in set(tiers)) or "a result. No runs were found."
 
 
 def modules() -> list[str]:

@@ -138,7 +138,7 @@ def test_what_sets_rows_apart_is_printed(tmp_path: Path) -> None:
         for label, key in {"FT": ("ft", None), "LoRA": ("lora", 8), "DoRA": ("dora", 8), "DoRA†": ("dora", 4)}.items()
     )
     for name in ("commonsense", "verdicts"):
-        text = (results / "tables" / f"{name}.md").read_text(encoding="utf-8")
+        text = " ".join((results / "tables" / f"{name}.md").read_text(encoding="utf-8").split())
         assert f"peak learning rate: {said} (the highest of the 5 tried)." in text
         assert "alpha: LoRA 16, DoRA 16, DoRA† 8" in text
 

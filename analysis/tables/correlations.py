@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import frame, script
+from analysis import frame, isnt, script
 from dora_lab import report
 from dora_lab.paper import claims
 from dora_lab.report import Block, correlations, number, statistics
@@ -46,7 +46,7 @@ def build(results: Path) -> list[Path]:
     columns = [*report.GROUP, "label", "kind", "axis", "view", "r", "fisher_low", "fisher_high"]
     data = pd.DataFrame(rows, columns=[*columns, "layers_low", "layers_high", "p", "n", "seeds"])
     source = report.provenance(pd.concat(used) if used else frame(results, "commonsense", "probe"), statuses)
-    return report.save_table(results / "tables", "correlations", TITLE, blocks, data, source)
+    return report.save_table(results / "tables", "correlations", TITLE, blocks, data, source, isnt(data["tier"]))
 
 
 def _rows(probes: pd.DataFrame, axis: str) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ def _numbers(found: Estimate) -> dict[str, Any]:
         "layers_high": high,
         "p": found.p,
         "n": found.n,
-        "seeds": " ".join(f"{r:.3f}" for r in found.per_seed),
+        "seeds": str([round(r, 3) for r in found.per_seed]),
     }
 
 
@@ -135,6 +135,7 @@ def _printed_block(printed: pd.DataFrame) -> Block:
     """What the paper and others print, with where."""
     return Block(
         title="Printed by the paper and by others (not measured here)",
+        isnt="measured here. The paper's single runs, and what others printed of theirs.",
         cells=pd.DataFrame(
             {
                 "Source": printed["source"],

@@ -12,6 +12,7 @@ from analysis import script
 from dora_lab.report import Block, Provenance, save_table
 
 TITLE = "Faults injected, and what the user sees"
+ISNT = "a proof. Harm that was thought of, done on one machine."
 NOTES = (
     "Every fault is a function of tests/faults that does the harm in an empty folder, with another random choice each "
     "time, and asserts that nothing is lost or wrong in silence: a clear message, or a named recovery. Numbers are "
@@ -45,7 +46,7 @@ def build(results: Path) -> list[Path]:
     commits = tuple(sorted({row["code"]["commit"] or "" for row in rows} - {""}))
     source = Provenance(("tests/faults",), (), (), commits, any(row["code"]["diff"] for row in rows), {})
     keys = ["kind", "number", "name", "times", "survived", "sees", "messages", "error", "skipped", "seconds"]
-    return save_table(results / "tables", "faults", TITLE, blocks, pd.DataFrame(rows)[keys], source)
+    return save_table(results / "tables", "faults", TITLE, blocks, pd.DataFrame(rows)[keys], source, ISNT)
 
 
 def _block(title: str, head: str, rows: list[dict[str, Any]], keys: tuple[str, ...], notes: tuple[str, ...]) -> Block:

@@ -13,6 +13,7 @@ from dora_lab.report import Block, Provenance, number, save_table
 from experiments.gpu.table import LOST, TARGETS, ratio
 
 MISSING = "not run"
+ISNT = "a training. Some steps of random weights, on one visit to a card."
 NOTES = (
     "A time is the median of the steps of one contender by device events, forward, backward and AdamW; contenders come "
     "one after the other in one process; those of the linear layers and of the decoder layer take turns, and what is "
@@ -33,7 +34,7 @@ def build(results: Path) -> list[Path]:
     timed = [row for row in rows if row.get("contender")]
     blocks = [_targets(timed), _contenders(timed), _right(rows), _rest(rows)]
     blocks = [block for block in blocks if len(block.cells)]
-    return save_table(results / "tables", "gpu", "DoRA on a GPU", blocks, data(rows), source(rows))
+    return save_table(results / "tables", "gpu", "DoRA on a GPU", blocks, data(rows), source(rows), ISNT)
 
 
 def read(results: Path) -> list[dict[str, Any]]:

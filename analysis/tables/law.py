@@ -30,9 +30,9 @@ NOTES = {
     "passes 0 where d = δ. The script: δ = 1 - exp(-η λ steps / 2), peak rate 1e-4, decay 0.01, 20 epochs.",
     "dora": "m itself decays: ΔM / n of the order of δ_m = 1 - exp(-η λ steps / 2), peak rate 1e-3.",
 }
-WHOLE = (
-    "From tick labels (ranges, not points; layers differ in n), and from data sizes from memory: an order of magnitude "
-    "that no parameter was fitted to, and no run of ours."
+ISNT = (
+    "a fit, nor a run of ours. From tick labels (ranges, not points; layers differ in n), and from data sizes from "
+    "memory: an order of magnitude."
 )
 
 
@@ -49,13 +49,13 @@ def build(results: Path) -> list[Path]:
             .dropna(axis=1, how="all")
             .fillna("–"),
             text=("Matrix", "End"),
-            notes=(NOTES[method], WHOLE),
+            notes=(NOTES[method],),
         )
         for method in ("lora", "ft", "dora")
     ]
     source = Provenance((), (), (), (), False, {})
     title = "The law against the axes of figures 2 and 7"
-    return report.save_table(results / "tables", "law", title, blocks, pd.DataFrame(rows), source)
+    return report.save_table(results / "tables", "law", title, blocks, pd.DataFrame(rows), source, ISNT)
 
 
 def _ends(panel: Panel) -> list[tuple[str, float, float]]:

@@ -12,6 +12,7 @@ from dora_lab import paper, report
 from dora_lab.report import Block, number
 from experiments import commonsense, commonsense_ablations
 
+ISNT = "a set of equal measurements. Single runs of the paper, baselines that it quotes, re-runs that others report."
 NOTES = (
     "The paper's number is one more draw beside three or more runs that differ in the seed alone (standard error "
     "s sqrt(1 + 1/n); the interval is that of one more draw). equivalent: the 90 % interval of the difference lies "
@@ -56,6 +57,7 @@ def build(results: Path) -> list[Path]:
         blocks,
         cells,
         report.provenance(records, frame(results).attrs["statuses"]),
+        ISNT,
     )
 
 

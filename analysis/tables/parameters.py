@@ -11,6 +11,7 @@ import pandas as pd
 from analysis import script
 from dora_lab.report import Block, Provenance, number, save_table
 
+ISNT = "a measurement of quality. Parameters alone are counted; the percentages beside them are printed ones."
 NOTES = (
     "Percent of base and adapter together. equal: the printed percentage is ours, rounded; cut off: ours without its "
     "further digits; of the base: ours over the base's parameters alone, rounded; differs: none of these. Nothing is "
@@ -41,7 +42,7 @@ def build(results: Path) -> list[Path]:
     source = Provenance(("parameters",), (), (), commits, any(row["code"]["diff"] for row in rows), {})
     data = pd.DataFrame(rows).drop(columns=["code", "packages"]).astype({"rank": "Int64"})
     data["percent"] = [_percent(row) for row in rows]
-    return save_table(results / "tables", "parameters", "Trainable parameters", blocks, data, source)
+    return save_table(results / "tables", "parameters", "Trainable parameters", blocks, data, source, ISNT)
 
 
 def _percent(row: dict[str, Any]) -> float:

@@ -20,6 +20,7 @@ from dora_lab.report.statistics import mean_sd
 METRICS = {"accuracy": ("accuracy, %", "points", 1), "choice_nll": ("choice NLL, nats", "% of the choice NLL", 3)}
 RATIO = ("choice_nll",)  # compared by the logarithm of a ratio, the others by a difference
 SPREAD = "sd / margin"
+ISNT = "a result. Validation items of a small world, to choose a metric and a number of seeds by."
 NOTE = (
     "Mean ± standard deviation over seeds. Differences are taken within a seed; of the choice NLL, 100 times the "
     "logarithm of the ratio. sd / margin: the standard deviation of these differences over the margin of a verdict "
@@ -43,7 +44,7 @@ def build(results: Path) -> list[Path]:
         data += [{"data": first["data"]} | row for row in rows]
     source = report.provenance(evals, evals.attrs["statuses"])
     title = "Spread over seeds on validation items"
-    return report.save_table(results / "tables", "pilot", title, blocks, pd.DataFrame(data), source)
+    return report.save_table(results / "tables", "pilot", title, blocks, pd.DataFrame(data), source, ISNT)
 
 
 def _rows(evals: pd.DataFrame) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ TARGETS = (
     ("many", "ours/dora-x4", "ours/dora", 2.5),
     ("many", "ours/full-x4", "ours/full", 2.5),
 )
+ISNT = "the time of a whole model. One block on one core, files in memory; the model is extrapolated."
 MEMORY, SHARE = 4.0, 0.02  # of the largest tensor in float32; of the time of a training
 NOTES = (
     "A ratio is the median over rounds of the ratio of two calls made side by side, with its quartiles in brackets; "
@@ -56,7 +57,7 @@ def build(results: Path) -> list[Path]:
         for turn, value in enumerate(values)
     ]
     title = "What the probe of saved models costs"
-    return save_table(results / "tables", "probe_speed", title, blocks, pd.DataFrame(data), source)
+    return save_table(results / "tables", "probe_speed", title, blocks, pd.DataFrame(data), source, ISNT)
 
 
 def _targets(rows: dict[str, Any]) -> Block:

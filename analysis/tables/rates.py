@@ -13,6 +13,7 @@ from dora_lab import report
 from dora_lab.report import Block, number
 from dora_lab.report.rates import choose
 
+ISNT = "a comparison of methods. Losses on validation items, to choose each cell's rate by."
 GRID = ("experiment", "tier", "data", "method", "rank")
 NOTES = (
     "Columns of rates: logarithm of the choice NLL (mean over tasks) on validation items, mean over seeds. "
@@ -40,7 +41,7 @@ def build(results: Path) -> list[Path]:
         blocks.append(Block(title=f"{experiment}, tier {tier}, data {name}", cells=_shown(cells), notes=NOTES))
     source = report.provenance(swept, evals.attrs["statuses"])
     table = pd.DataFrame(data)
-    return report.save_table(results / "tables", "rates", "Learning rates", blocks, table, source)
+    return report.save_table(results / "tables", "rates", "Learning rates", blocks, table, source, ISNT)
 
 
 def _cell(key: tuple[Any, ...], rows: pd.DataFrame) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pandas as pd
 from analysis import script
 from dora_lab.report import Block, Provenance, number, save_table
 
+ISNT = "what a GPU takes (tables/gpu). One core, small layers with random weights."
 NOTES = (
     "A ratio is the median over rounds of the ratio of two steps made side by side, with its quartiles in brackets; of "
     "memory, one measurement each. Tokens are those of one forward; one core; a step is forward, backward and AdamW.",
@@ -71,7 +72,7 @@ def build(results: Path) -> list[Path]:
         )
     commits = tuple(sorted({row["code"]["commit"] or "" for row in rows} - {""}))
     source = Provenance(("speed",), (), (), commits, any(row["code"]["diff"] for row in rows), {})
-    return save_table(results / "tables", "speed", "What a step of DoRA costs", blocks, _data(rows), source)
+    return save_table(results / "tables", "speed", "What a step of DoRA costs", blocks, _data(rows), source, ISNT)
 
 
 def _read(file: Path) -> list[dict[str, Any]]:

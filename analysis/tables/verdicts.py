@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import frame, script
+from analysis import frame, isnt, script
 from dora_lab import paper, report
 from dora_lab.report import Block, number
 from dora_lab.runs.provenance import REGISTERED as REGISTERED_FILES
@@ -45,6 +45,7 @@ def build(results: Path) -> list[Path]:
         blocks.append(
             Block(
                 title=title,
+                isnt=isnt([key[0]]),
                 cells=pd.DataFrame([_cells(row) for row in part.to_dict("records")]),
                 text=("Claim", "Verdict", "Protocol", "n", "Test", "Source"),
                 notes=(*NOTES, *filter(None, [_apart(evals, everything, key)])),
@@ -69,7 +70,8 @@ def _registered(results: Path) -> tuple[list[Block], pd.DataFrame]:
         rows = paper.judge(plan, frame(results, file.stem))
         title = f"registered: {plan.experiment}, tier {plan.tier}, data {plan.data}"
         cells = pd.DataFrame([_judged(row) for row in rows.to_dict("records")])
-        blocks.append(Block(title=title, cells=cells, text=("Claim", "Verdict", "Family", "Metric"), notes=REGISTERED))
+        text = ("Claim", "Verdict", "Family", "Metric")
+        blocks.append(Block(title=title, cells=cells, text=text, notes=REGISTERED, isnt=isnt([plan.tier])))
         found.append(rows.assign(experiment=plan.experiment, tier=plan.tier, data=plan.data))
     return blocks, pd.concat(found) if found else pd.DataFrame()
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import frame, script
+from analysis import frame, isnt, script
 from analysis.tables.correlations import interval
 from dora_lab import report
 from dora_lab.report import Block, correlations, number, statistics
@@ -55,6 +55,7 @@ def build(results: Path) -> list[Path]:
                 blocks(found),
                 found,
                 report.provenance(rows, probes.attrs["statuses"]),
+                isnt(rows["tier"]),
             )
     return paths
 
@@ -98,7 +99,7 @@ def measured(settings: list[Setting]) -> pd.DataFrame:
 def _numbers(found: Estimate) -> dict[str, Any]:
     low, high = found.resampled or (None, None)
     named = {"r": found.value, "fisher_low": found.low, "fisher_high": found.high}
-    return named | {"layers_low": low, "layers_high": high, "seeds": " ".join(f"{r:.3f}" for r in found.per_seed)}
+    return named | {"layers_low": low, "layers_high": high, "seeds": str([round(r, 3) for r in found.per_seed])}
 
 
 def _moved(rows: pd.DataFrame) -> dict[str, float]:

@@ -7,7 +7,8 @@ from typing import TypeVar
 
 Value = TypeVar("Value")
 
-_NUMBERS = re.compile(r"[-+]?[\d.]+([eE][-+]?\d+)?( [-+]?[\d.]+([eE][-+]?\d+)?)*")
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_FORMULA = re.compile(r"[\t\r\n]|\s*[-=+@\uff0d\uff1d\uff0b\uff20]")  # of full width, too: some spreadsheets take them
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -20,7 +21,10 @@ def shown(text: object) -> str:
 
 
 def no_formula(value: Value) -> Value | str:
-    """A text that a spreadsheet would run as a formula, with an apostrophe before it; any other value as it is."""
-    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+    """A text that a spreadsheet would run as a formula, with an apostrophe before it; any other value as it is.
+
+    One number is no formula; several, or a number with anything behind it, may be one ("-1-2").
+    """
+    if not isinstance(value, str) or not _FORMULA.match(value) or _NUMBER.fullmatch(value):
         return value
-    return value if _NUMBERS.fullmatch(value) else f"'{value}"
+    return f"'{value}"

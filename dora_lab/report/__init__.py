@@ -4,7 +4,9 @@ The reading side: imports no torch and no transformers, so everything a reader s
 
 - `frame` reads one stream of all complete runs, one row per stream row, with the spec flattened into columns.
 - `scores` turns evaluation rows into means and standard deviations over seeds.
-- `save_table` (md, csv, tex with booktabs) and `save_figure` (pdf, png) write byte-stable files: no dates, no hosts.
+- `beside` says what can stand with every score: alpha, learning rate, time, memory.
+- `save_table` (md, csv, and tex that fits a page of two columns) and `save_figure` (pdf, png) write byte-stable files:
+  no dates, no hosts.
 - `scatter` and `lines` are the charts, each with its numbers; `plot` draws the rows of a callback, a probe or runs.
 - `readme_block` puts generated text between `<!-- table:begin -->` and `<!-- table:end -->` of a README.
 
@@ -13,7 +15,8 @@ A missing value is None in a frame, `–` in a table and an empty field in a csv
 
 from __future__ import annotations
 
-from dora_lab.report.apart import sets_apart
+from dora_lab.report.apart import beside, sets_apart
+from dora_lab.report.block import Block, number
 from dora_lab.report.charts import lines, scatter
 from dora_lab.report.figures import new_figure, save_figure
 from dora_lab.report.frames import GROUP, REFUSED, frame, groups, scores
@@ -29,9 +32,10 @@ from dora_lab.report.labels import (
     style,
     styles,
 )
+from dora_lab.report.latex import latex_escape
 from dora_lab.report.plots import over_layers, over_training, plot
 from dora_lab.report.provenance import Provenance, provenance
-from dora_lab.report.tables import Block, latex_escape, markdown, number, readme_block, save_table
+from dora_lab.report.tables import csv_text, markdown, readme_block, save_table
 
 __all__ = [
     "GROUP",
@@ -44,6 +48,8 @@ __all__ = [
     "Block",
     "Provenance",
     "Style",
+    "beside",
+    "csv_text",
     "frame",
     "groups",
     "latex_escape",

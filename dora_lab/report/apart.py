@@ -11,12 +11,15 @@ from typing import Any
 import pandas as pd
 
 from dora_lab.report.labels import ordered_labels
+from dora_lab.report.naming import GROUP
 from dora_lab.spec import words
 
 _NAMED = ("method.name", "method.rank", "method.target_modules")  # what a row's name says, or goes without saying
 RATE = "optim.learning_rate"
 _SETTING = ["tier", "model", "data", "method", "rank"]
 ENOUGH = 3  # rates that make a grid
+BESIDE = {"alpha": "method.alpha", "learning_rate": RATE}
+COSTS = {"seconds_train": "seconds.train", "peak_memory_bytes": "peak_memory_bytes"}
 
 
 def sets_apart(runs: pd.DataFrame, everything: pd.DataFrame) -> str | None:
@@ -41,6 +44,22 @@ def sets_apart(runs: pd.DataFrame, everything: pd.DataFrame) -> str | None:
             told = ", ".join(f"{label} {value}{ends[label]}" for label, value in values.items())
             said.append(f"{name if isinstance(name, str) else field}: {told}")
     return f"What sets rows apart besides method and rank: {'; '.join(said)}." if said else None
+
+
+def beside(records: pd.DataFrame) -> pd.DataFrame:
+    """What can stand beside every score, a row per `GROUP` and label: alpha, learning rate, time and memory.
+
+    Args: records: a frame of the stream "record".
+    Returns `alpha` and `learning_rate` as text ("8/16" where a label's runs differ), `seconds_train` (of training
+        alone) and `peak_memory_bytes` as means over its runs; None where a record does not say, or nothing is trained.
+    """
+    rows = [
+        dict(zip([*GROUP, "label"], key, strict=True))
+        | {name: _of(runs, field) if field in runs else None for name, field in BESIDE.items()}
+        | {name: runs[field].mean() if field in runs else None for name, field in COSTS.items()}
+        for key, runs in records.groupby([*GROUP, "label"], dropna=False)
+    ]
+    return pd.DataFrame(rows, columns=[*GROUP, "label", *BESIDE, *COSTS])
 
 
 def _of(runs: pd.DataFrame, field: str) -> str | None:

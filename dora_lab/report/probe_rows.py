@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 
 from dora_lab.io.atomic import replacing, write_text
-from dora_lab.io.text import no_formula
 from dora_lab.report import plots, points
 from dora_lab.report.statistics import correlation
+from dora_lab.report.tables import csv_text
 
 ENDINGS = {"out": points.ENDINGS, "plot": plots.ENDINGS}
 
@@ -66,7 +66,7 @@ def save(rows: list[dict[str, Any]], path: Path) -> Path:
     """Write the rows in the format of the file's ending; returns the path."""
     frame = pd.DataFrame(rows)
     if path.suffix == ".csv":
-        write_text(path, frame.map(no_formula).to_csv(index=False))
+        write_text(path, csv_text(frame))
     elif path.suffix == ".jsonl":
         rows_text = frame.to_json(orient="records", lines=True, force_ascii=False, double_precision=15)
         write_text(path, str(rows_text))

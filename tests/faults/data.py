@@ -287,13 +287,15 @@ def assert_harmless(markdown: str, latex: str, columns: int) -> None:
     bars = [len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) for row in rows]
     assert bars == [columns + 1] * 3, bars
     assert latex.isascii() and "\0" not in latex
-    first, _, rest = latex.partition("\n")
-    assert first.startswith("% runs: ") and not [line for line in rest.splitlines() if line.startswith("%")]
+    head, _, rest = latex.partition("\n\n")
+    assert head.startswith("% runs: ") and [line[:2] for line in head.split("\n")] == ["% "] * 3
+    assert not [line for line in rest.splitlines() if line.startswith("%")]
     known = set(re.findall(r"\\([A-Za-z]+)", rest))
     assert known <= {
         "begin", "end", "centering", "footnotesize", "setlength", "tabcolsep", "caption", "toprule", "midrule",
         "bottomrule", "textbackslash", "textasciitilde", "textasciicircum", "dagger", "pm", "Delta", "dots", "le", "ge",
-        "times", "to",
+        "times", "to", "label", "scriptsize", "raggedright", "raggedleft", "arraybackslash", "allowbreak", "par",
+        "smallskip", "parbox", "linewidth",
     }, known  # fmt: skip
     assert rest.count("\\begin{") == rest.count("\\end{") == 2
     plain = re.sub(r"\\[{}%#&$_]", "", rest)
