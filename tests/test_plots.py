@@ -109,7 +109,8 @@ def test_lines_differ_in_colour_or_dash_and_marker_and_begin_at_zero() -> None:
     figure = report.plot([row for name in ("LoRA", "DoRA", "DoRA r=2") for row in rows(label=name)], form="training")
     drawn = [line for line in figure.axes[0].lines if not line.get_label().startswith("_")]
     assert [line.get_label() for line in drawn] == ["LoRA", "DoRA", "DoRA r=2"]
-    assert len({(line.get_marker(), line.get_linestyle()) for line in drawn}) == 3
+    assert [line.get_linestyle() for line in drawn[:2]] == [report.style(name).line for name in ("LoRA", "DoRA")]
+    assert len({line.get_marker() for line in drawn}) == 3
     assert all(line.get_xdata()[0] == line.get_ydata()[0] == 0 for line in drawn)
 
 
