@@ -118,13 +118,15 @@ def our_blocks(
         ]
         heads = tuple(_head(task) for task in [*tasks, "average"])
         data = trained if trained == evaluated else f"trained on {trained}, evaluated on {evaluated}"
+        cells = pd.DataFrame(rows).dropna(axis=1, how="all")
+        wide = ("Method", "Rate", *heads, "Choice NLL", "Unparsed %", "Seeds")
         blocks.append(
             Block(
                 title=f"{experiment}, tier {tier}, model {model}, data {data}, protocol {protocol}",
-                cells=pd.DataFrame(rows).dropna(axis=1, how="all"),
+                cells=cells,
                 apart=3,
-                narrow=NARROW,
-                wide=("Method", "Rate", *heads, "Choice NLL", "Unparsed %", "Seeds"),
+                narrow=tuple(name for name in NARROW if name in cells),
+                wide=tuple(name for name in wide if name in cells),
                 isnt=isnt([tier]),
                 notes=(*_notes(part, mine), *known.get(key[:-1], ()), *_apart(evals, everything, group)),
             )

@@ -142,11 +142,12 @@ class _Looks:
     """Colours of layers and markers of checkpoints of a scatter; more checkpoints than markers share them in groups."""
 
     def __init__(self, found: pd.DataFrame) -> None:
-        from matplotlib import colormaps
+        import seaborn as sns
 
         self.layers = sorted(found["layer"].dropna().unique())
         last = max(len(self.layers) - 1, 1)
-        self.colours = {layer: colormaps["viridis"](0.95 * i / last) for i, layer in enumerate(self.layers)}
+        viridis = sns.color_palette("viridis", as_cmap=True)
+        self.colours = {layer: viridis(0.95 * i / last) for i, layer in enumerate(self.layers)}
         texts = found.sort_values("at").drop_duplicates("at").set_index("at")["checkpoint"]
         self.groups = [part for part in np.array_split(texts.index.to_numpy(), len(MARKERS)) if len(part)]
         self.markers = {at: MARKERS[k] for k, group in enumerate(self.groups) for at in group}
