@@ -133,7 +133,7 @@ def test_an_experiment_on_a_task_of_ones_own_with_a_table_and_a_figure(house: Pa
         (tmp_path / "data" / name).mkdir(parents=True)
         (tmp_path / "data" / name / "test.json").write_text(json.dumps(items))
     data, results = ("--data-dir", str(tmp_path / "data")), ("--results", str(tmp_path / "results"))
-    assert "commonsense_own        What the base knows of colours.  [mini: 1 runs]" in lab(house, "list")
+    assert "commonsense_own,What the base knows of colours.,1," in lab(house, "list", "--format", "csv")
     planned = lab(house, "run", "commonsense_own", *data, "--dry-run")
     assert "1 of them have no estimate" in planned  # nobody has published how many items there are
     assert "estimate, not a measurement" in lab(
