@@ -209,6 +209,7 @@ def paper_block(paper: pd.DataFrame) -> Block:
             {
                 "Model": model,
                 "Method": method,
+                "r": None if pd.isna(part["rank"].iloc[0]) else f"{part['rank'].iloc[0]:.0f}",
                 "#Params %": number(part["trainable_percent"].iloc[0], digits=2),
                 **{_head(task): number(value) for task, value in values.items()},
             }

@@ -20,6 +20,8 @@ from dora_lab.report.statistics import mean_sd
 METRICS = {"accuracy": ("accuracy, %", "points", 1), "choice_nll": ("choice NLL, nats", "% of the choice NLL", 3)}
 RATIO = ("choice_nll",)  # compared by the logarithm of a ratio, the others by a difference
 SPREAD = "sd / margin"
+SETTING = {"rank": "rank", "alpha": "method.alpha", "rate": "optim.learning_rate"}
+HEADS = {"r": "rank", "α": "alpha", "Rate": "rate"}
 ISNT = "a result. Validation items of a small world, to choose a metric and a number of seeds by."
 NOTE = (
     "Mean ± standard deviation over seeds. Differences are taken within a seed; of the choice NLL, 100 times the "
@@ -60,11 +62,11 @@ def _rows(evals: pd.DataFrame) -> list[dict[str, Any]]:
             # a run that lacks a task has no average
             of_label[label] = table.assign(average=table.mean(axis=1, skipna=False))
             scale = 1 if metric in RATIO else 100
-            rate = mine["optim.learning_rate"].iloc[0]
-            rows += _summary({"label": label, "rate": rate, "metric": metric}, of_label[label] * scale, None)
+            named = {"label": label, "metric": metric} | {name: mine[field].iloc[0] for name, field in SETTING.items()}
+            rows += _summary(named, of_label[label] * scale, None)
         for one, other in combinations(labels, 2):
             tables = [np.log(of_label[name]) if metric in RATIO else of_label[name] for name in (one, other)]
-            named = {"label": f"{one} − {other}", "rate": None, "metric": metric}
+            named = {"label": f"{one} − {other}", "metric": metric} | dict.fromkeys(SETTING)
             rows += _summary(named, 100 * (tables[0] - tables[1]), MARGINS[metric])
     return rows
 
@@ -83,18 +85,21 @@ def _block(title: str, rows: Sequence[dict[str, Any]]) -> Block:
     by = pd.DataFrame(rows)
     lines, spreads = [], []
     for (label, metric), part in by.groupby(["label", "metric"], sort=False):
-        rate, seeds = part["rate"].iloc[0], str(part["seeds"].max())
+        setting, seeds = part.iloc[0], str(part["seeds"].max())
+        set_to = {head: None if pd.isna(setting[name]) else f"{setting[name]:g}" for head, name in HEADS.items()}
         level, unit, digits = METRICS[metric]
-        if pd.notna(rate):
+        if pd.notna(setting["rate"]):
             shown = {_head(row["task"]): number(row["mean"], row["sd"], digits) for _, row in part.iterrows()}
-            lines.append({"": f"{label}, {level}", "Rate": f"{rate:g}"} | shown | {"Seeds": seeds})
+            lines.append({"": f"{label}, {level}"} | set_to | shown | {"Seeds": seeds})
             continue
         shown = {_head(row["task"]): number(row["mean"], row["sd"]) for _, row in part.iterrows()}
-        lines.append({"": f"{label}, {unit}", "Rate": None} | shown | {"Seeds": seeds})
+        lines.append({"": f"{label}, {unit}"} | set_to | shown | {"Seeds": seeds})
         shown = {_head(row["task"]): number(row[SPREAD], digits=2) for _, row in part.iterrows()}
-        spreads.append({"": f"{SPREAD}, {label}, {unit}", "Rate": None} | shown | {"Seeds": seeds})
+        spreads.append({"": f"{SPREAD}, {label}, {unit}"} | set_to | shown | {"Seeds": seeds})
     notes = (NOTE, *filter(None, [_smaller(by)]))
-    return Block(title=title, cells=pd.DataFrame([*lines, *spreads]), apart=len(spreads), notes=notes)
+    cells, narrow = pd.DataFrame([*lines, *spreads]), ("", *HEADS, "Average", "Seeds")
+    wide = tuple(name for name in cells if name not in ("r", "α"))
+    return Block(title=title, cells=cells, apart=len(spreads), notes=notes, narrow=narrow, wide=wide)
 
 
 def _smaller(rows: pd.DataFrame) -> str | None:

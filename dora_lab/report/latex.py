@@ -139,8 +139,8 @@ class _Layout:
         widths = _widths(whole, least, inside)
         broken = [given < full for given, full in zip(widths, whole, strict=True)]
         form, rows, height = "", [], 0.0
-        for name_of, cut, given in zip(columns, broken, widths, strict=True):
-            left = block.left(name_of)
+        for column, cut, given in zip(columns, broken, widths, strict=True):
+            left = block.left(column)
             ragged = rf">{{\ragged{'right' if left else 'left'}\arraybackslash}}p{{{math.floor(10 * given) / 10:g}pt}}"
             form += ragged if cut else "l" if left else "r"
         for row in zip(*lines, strict=True):
@@ -160,7 +160,7 @@ def _widths(whole: Sequence[float], least: Sequence[float], room: float) -> list
     """The width of each column in pt: what is widest gives way most, by the third root of its width."""
 
     def given(share: float) -> list[float]:
-        return [max(few, min(full, share * math.cbrt(full))) for few, full in zip(least, whole, strict=True)]
+        return [max(few, min(full, share * full ** (1 / 3))) for few, full in zip(least, whole, strict=True)]
 
     if sum(whole) <= room:
         return list(whole)
