@@ -84,6 +84,8 @@ class Narrow(torch.autograd.Function):
             dropped_TI, rest_TI = torch.native_dropout(x_TI, how.dropout, True) if how.dropout else (x_TI, None)
             y = F.linear(x, weight_OI, bias_O)
             y_TO = y.view(-1, y.shape[-1])
+            if y._is_view():  # it is with a bias: a model may not write into what a function gives as a view
+                y = torch.ops.aten._unsafe_view(y_TO, y.shape)
             parts = run.factors(A_RI, B_OR, how.dtype, lift, s, m_O, norm_O, how.alive) if made is None else made
             h_TK = run.activation(product(dropped_TI, parts.A_KI[len(A_RI) :].t()), how.dtype, 1.0)
             if parts.g_O is None:
@@ -169,6 +171,9 @@ def _by_way_of_the_norm(
     cB_OR = B_OR * c_O[:, None]
     along_OR = torch.addmm(on_factor(W_OI, A_KI), B_OR, A_RI @ A_RI.t(), alpha=s)
     dB_OR.addcmul_(along_OR, c_O[:, None], value=s)
-    halves_LI = product(gained(cB_OR, W_OI.dtype, lift)[:, rank:].t(), W_OI)
-    dA_RI.add_(halves_LI[:rank] + halves_LI[rank:], alpha=s / lift)
+    # where V is small c is beyond float16's numbers
+    top = cB_OR.abs().amax().clamp_min(1e-30) if W_OI.dtype == torch.float16 else None
+    halves_LI = product(gained(cB_OR if top is None else cB_OR / top, W_OI.dtype, lift)[:, rank:].t(), W_OI)
+    along_RI = halves_LI[:rank] + halves_LI[rank:]
+    dA_RI.add_(along_RI if top is None else along_RI * top, alpha=s / lift)
     dA_RI.addmm_(cB_OR.t() @ B_OR, A_RI, alpha=s * s)

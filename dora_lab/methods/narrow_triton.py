@@ -1,4 +1,4 @@
-"""What a `narrow.Narrow` layer computes beside matrix products, in few kernels of Triton; `narrow_eager` says what it is.
+"""What a `narrow.Narrow` layer computes beside matrix products, in few kernels of Triton: each as in `narrow_eager`.
 
 Starting a kernel takes the processor longer than many a kernel takes the device, and one of Triton's about as long as
 two or three of torch's: so a kernel here does all that can be done at its time, for A and for B. A pass over outputs
