@@ -802,6 +802,24 @@ def test_a_steady_layer_is_not_asked_and_what_is_written_is_seen(monkeypatch: py
     assert torch.isfinite(layer(x)).all() and not layer._steady
 
 
+def test_a_small_row_in_float16_with_its_norm_in_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its part of the gradient of A is beyond float16's numbers before it is made small; the output may be written."""
+    monkeypatch.setattr(narrow, "ON", ("cpu",))
+    monkeypatch.setattr(narrow, "FUSED", False)
+    layer, _ = narrow_twins(torch.float16, detach_norm=False)
+    with torch.no_grad():
+        layer.weight[3] = (-layer.scaling * 0.95 * layer.lora_B[3] @ layer.lora_A).to(layer.weight.dtype)
+    truth = copy.deepcopy(layer).double()
+    x, upstream = torch.randn(2, 20, 96).half(), torch.randn(2, 20, 80).half()
+    y = layer(x)
+    y.mul_(1.0)
+    (seen,) = torch.autograd.grad(y, [layer.lora_A], upstream)
+    (expected,) = torch.autograd.grad(truth(x.double()), [truth.lora_A], upstream.double())
+    top = layer.magnitude[3] / layer._norm()[3] ** 2 * layer.lora_B[3].abs().max() * 256
+    assert top > torch.finfo(torch.float16).max, "nothing is large"
+    assert apart(seen.double(), expected) <= 0.05  # x W0^T is rounded, and little of it is left
+
+
 def test_triton_kernels_are_the_eager_form(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float16: the interpreter multiplies no bfloat16. Rows of zeros, that cancel, and of an m of zero are there."""
     pytest.importorskip("triton", reason="triton comes with CUDA builds of torch alone")
@@ -812,11 +830,14 @@ def test_triton_kernels_are_the_eager_form(monkeypatch: pytest.MonkeyPatch) -> N
         assert done.returncode == 0, done.stdout
         return
     monkeypatch.setattr(narrow, "ON", (device,))
-    for kind, bias, form, zero in (
-        (LoraLinear, True, "branch", False), (DoraLinear, True, "branch", False), (DoraLinear, False, "branch", True),
-        (DoraLinear, True, "published", True),
+    for kind, bias, form, zero, rank in (
+        (LoraLinear, True, "branch", False, 8), (DoraLinear, True, "branch", False, 3),
+        (DoraLinear, False, "branch", True, 40), (DoraLinear, True, "published", True, 8),
+        (DoraLinear, True, "graph", True, 17),
     ):  # fmt: skip
-        layer, _ = narrow_twins(torch.float16, kind, dropout=0.3, dropout_form=form)
+        graph = form == "graph"
+        fields = {"detach_norm": False} if graph else {"dropout": 0.3, "dropout_form": form}
+        layer, _ = narrow_twins(torch.float16, kind, rank, **fields)
         layer = layer.to(device)
         layer.bias = layer.bias if bias else None
         if zero:
@@ -832,6 +853,13 @@ def test_triton_kernels_are_the_eager_form(monkeypatch: pytest.MonkeyPatch) -> N
                 y = layer(x)
                 y = y.add_(1.0) if written else y
                 found.append([y, *torch.autograd.grad(y, [x, *trained], upstream)])
-            layer._forget() if isinstance(layer, DoraLinear) else None
+            if isinstance(layer, DoraLinear):
+                norm_O = layer._norm()  # made with the parts, then alone
+                layer._forget()
+                assert torch.equal(norm_O, layer._norm())
+                layer._forget()
+                wide = copy.deepcopy(layer).double()
+                expected_O = magnitude(wide.weight + wide.scaling * wide.lora_B @ wide.lora_A)
+                torch.testing.assert_close(norm_O.double(), expected_O, rtol=1e-5, atol=0)
         for eager, other in zip(found[0] + found[1], found[2] + found[3], strict=True):
             assert apart(other.float(), eager.float()) <= 2 * torch.finfo(torch.float16).eps

@@ -31,7 +31,8 @@ from dora_lab.methods.dora_autograd import SPARSE, Blocked, Decomposed, Publishe
 from dora_lab.methods.inject import adapted, wrap
 from dora_lab.methods.layers import Opaque
 from dora_lab.methods.lora import LoraLinear
-from dora_lab.methods.narrow import How, Narrow, factor, narrow_type, on_factor
+from dora_lab.methods.narrow import How, Narrow, narrow_type, on_factor
+from dora_lab.methods.narrow_eager import Parts, factor, factors
 from dora_lab.methods.steady import Rows
 from dora_lab.spec import Method
 
@@ -91,13 +92,10 @@ class DoraLinear(LoraLinear):
             return self._onto_base(x, scale(self.magnitude, norm_O, False), second)
         layer = (x, self.matrix, self.bias, self.lora_A, self.lora_B)
         if dtype := narrow_type(x, self.lora_A):
-            A_KI = factor(self.lora_A.detach(), dtype)
-            if (norm_O := self._kept()) is None:
-                plain = dtype == self.weight.dtype and not torch.is_autocast_enabled(x.device.type)
-                norm_O = self._norm(on_factor(self.matrix, A_KI) if plain else None)
+            norm_O, made = self._norm_and_parts(x, dtype)
             steady = self._steady and self.magnitude._version == self._m_version
             how = How(dtype, self.scaling, dropout, second, not self.detach_norm, self._alive, steady)
-            return Narrow.apply(*layer, self.magnitude, norm_O, how, A_KI)
+            return Narrow.apply(*layer, self.magnitude, norm_O, how, made)
         if not self._one_type(x) or (second and not self._sparse(x)):
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -139,6 +137,22 @@ class DoraLinear(LoraLinear):
         both = F.linear(torch.cat([x.reshape(tokens, self.in_features), self.lora_A]), self.matrix)
         return self._norm(both[tokens:].t()), both[:tokens]
 
+    @torch.no_grad()
+    def _norm_and_parts(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Parts | None]:
+        """||V|| of each row, and what its making has made for the layer's products in that type as well."""
+        kept_O, plain = self._kept(), dtype == self.weight.dtype
+        if narrow.kernels(x) is not None:
+            if kept_O is not None or not plain or self._kernels() is None:
+                return self._norm() if kept_O is None else kept_O, None
+            with narrow.plainly(x), torch.inference_mode(False), torch.no_grad():
+                return self._norm_by_kernels(self.magnitude)
+        A_KI = factor(self.lora_A.detach(), dtype)
+        if kept_O is None:
+            plain = plain and not torch.is_autocast_enabled(x.device.type)
+            kept_O = self._norm(on_factor(self.matrix, A_KI) if plain else None)
+        given = (dtype, narrow.lift_of(dtype), self.scaling, self.magnitude.detach(), kept_O, self._alive)
+        return kept_O, factors(self.lora_A.detach(), self.lora_B.detach(), *given, A_KI)
+
     def _sparse(self, x: Tensor) -> bool:
         """Does the authors' dropout have the form with one dense product here?"""
         return self.detach_norm and self.dropout <= SPARSE and x.device.type == "cpu"
@@ -177,9 +191,29 @@ class DoraLinear(LoraLinear):
         with torch.inference_mode(False), torch.no_grad():  # what is kept may be needed for gradients later
             return self._computed_norm(WA_OR)
 
-    def _computed_norm(self, WA_OR: Tensor | None) -> Tensor:
+    def _kernels(self) -> Any:
+        """The kernels that make the norm, if they do: on any way to it, so that it is one to the bit."""
+        if isinstance(self.kind, Opaque) or self.lora_A.dtype != torch.float32:
+            return None
+        return narrow.kernels(self.lora_A) if self.weight.dtype in (torch.bfloat16, torch.float16) else None
+
+    def _norm_by_kernels(self, m_O: Tensor | None) -> tuple[Tensor, Parts | None]:
+        """The norm, computed; with m the parts for the layer's products. Which rows are zero it does not know."""
         self._square_O = self._squares() if self._square_O is None else self._square_O
-        norm_O = self._factored_norm(self._square_O, WA_OR)
+        self._alive = self._steady = False
+        W_OI, s = self.kind.matrix(self.weight), self.scaling
+        given = (W_OI, self.lora_A.detach(), self.lora_B.detach(), self._square_O, s, narrow.lift_of(W_OI.dtype))
+        norm_O, made = self._kernels().normed(*given, None if m_O is None else m_O.detach())
+        return self._keep(norm_O), made
+
+    def _computed_norm(self, WA_OR: Tensor | None) -> Tensor:
+        if self._kernels() is not None:
+            with narrow.plainly(self.lora_A):
+                return self._norm_by_kernels(None)[0]
+        self._square_O = self._squares() if self._square_O is None else self._square_O
+        return self._keep(self._factored_norm(self._square_O, WA_OR))
+
+    def _keep(self, norm_O: Tensor) -> Tensor:
         self._norm_O = norm_O
         self._norm_stamp = self._stamps()
         if self.lora_A.device.type == "cpu":

@@ -8,8 +8,8 @@ z = x W0^T + s h B^T:
 - DoRA with a second product, the authors' dropout: y = x W0^T + (g - 1) drop(x) W0^T + g s h B^T + bias.
 At g = 1 and B = 0 all are the base's own output, bit for bit. Of the size of the output, DoRA keeps its output for the
 gradient of m, dm = sum_t dy (y - bias) / m, and with a second product that; LoRA keeps nothing. A layer that is
-``steady`` (see `steady`) never waits for the device. What is not a matrix product is in `narrow_eager`, and two passes
-over outputs in `narrow_triton` as well.
+``steady`` (see `steady`) never waits for the device. What is not a matrix product is in `narrow_eager`, and in kernels,
+which never ask at all, in `narrow_triton`: where Triton is, those are used.
 Shape suffixes: O = out features, I = in features, R = rank, T = tokens, K = 3 R (three narrow parts), L = 2 R (high and
 low), P = pieces of a sum over tokens.
 """
@@ -25,11 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_lab.methods import narrow_eager
-from dora_lab.methods.dora_autograd import living, saved, scale
-from dora_lab.methods.narrow_eager import activation, factor, gained, product
+from dora_lab.methods.dora_autograd import living, saved
+from dora_lab.methods.narrow_eager import Parts, gained, product
 
 ON = ("cuda",)  # devices that it is for
-FUSED = find_spec("triton") is not None  # what CUDA builds of torch come with
+THERE = find_spec("triton") is not None  # CUDA builds of torch come with it
+FUSED = (
+    False  # the kernels were right in Triton's interpreter alone: off until a visit to a GPU finds them so there, too
+)
 
 
 class How(NamedTuple):
@@ -70,73 +73,63 @@ def on_factor(W_OI: Tensor, A_KI: Tensor) -> Tensor:
 
 
 class Narrow(torch.autograd.Function):
-    """See the module's docstring; `m_O` and `norm_O` are None for LoRA. `A_KI`: the parts of A, if they are at hand."""
+    """See the module's docstring; `m_O` and `norm_O` are None for LoRA. `made`: parts that are at hand."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor,
                 m_O: Tensor | None, norm_O: Tensor | None, how: How,
-                A_KI: Tensor | None = None) -> Tensor:  # fmt: skip
-        lift, s = _lift(how.dtype), how.scaling
-        with _plainly(x):
+                made: Parts | None = None) -> Tensor:  # fmt: skip
+        run, lift, s = kernels(x) or narrow_eager, lift_of(how.dtype), how.scaling
+        with plainly(x):
             x, weight_OI = x.to(how.dtype), W_OI.to(how.dtype)
             bias_O = None if bias_O is None else bias_O.to(how.dtype)
             x_TI = x.reshape(-1, x.shape[-1])
             dropped_TI, rest_TI = torch.native_dropout(x_TI, how.dropout, True) if how.dropout else (x_TI, None)
             y = F.linear(x, weight_OI, bias_O)
             y_TO = y.view(-1, y.shape[-1])
-            A_KI = factor(A_RI, how.dtype) if A_KI is None else A_KI
-            h_TK = activation(product(dropped_TI, A_KI[len(A_RI) :].t()), how.dtype, 1.0)
-            if m_O is None or norm_O is None:
-                B_OK = gained(B_OR, how.dtype, s * lift)
-                y_TO.addmm_(h_TK, B_OK.t(), alpha=1 / lift)
-                ctx.save_for_backward(x, W_OI, A_KI, h_TK, B_OK, rest_TI)
+            if y._is_view():  # it is with a bias: a model may not write into what a function gives as a view
+                y = torch.ops.aten._unsafe_view(y_TO, y.shape)
+            parts = run.factors(A_RI, B_OR, how.dtype, lift, s, m_O, norm_O, how.alive) if made is None else made
+            h_TK = run.activation(product(dropped_TI, parts.A_KI[len(A_RI) :].t()), how.dtype, 1.0)
+            if parts.g_O is None:
+                y_TO.addmm_(h_TK, parts.B_OK.t(), alpha=1 / lift)
+                kept = ()
             else:
                 z_TO = dropped_TI @ weight_OI.t() if how.second else None
-                g_O = scale(m_O, norm_O, how.alive)
-                sg_O = g_O * s
-                B_OK = gained(B_OR, how.dtype, sg_O if lift == 1 else sg_O * lift)
-                (kernels(x) or narrow_eager).onto(y_TO, z_TO, h_TK, B_OK, g_O, bias_O, 1 / lift)
+                run.onto(y_TO, z_TO, h_TK, parts.B_OK, parts.g_O, bias_O, 1 / lift)
                 of_norm, of_m = A_RI if how.through_norm else None, z_TO if how.second else y
-                kept = (bias_O, of_norm, B_OR, m_O, norm_O, g_O, sg_O, of_m)
-                ctx.save_for_backward(x, W_OI, A_KI, h_TK, B_OK, rest_TI, *kept)
+                kept = (bias_O, of_norm, B_OR, m_O, norm_O, parts.g_O, parts.sg_O, of_m)
+        ctx.save_for_backward(x, W_OI, parts.A_KI, h_TK, parts.B_OK, rest_TI, *kept)
         ctx.how = how
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        with _plainly(grad):
+        with plainly(grad):
             return _backward(ctx, grad)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, W_OI, A_KI, h_TK, B_OK, rest_TI, *of_m = saved(ctx)
-    how, rank, dtype = ctx.how, len(A_KI) // 3, x.dtype
-    weight_OI, x_TI = W_OI.to(dtype), x.reshape(-1, x.shape[-1])
+    how, rank, run = ctx.how, len(A_KI) // 3, kernels(x) or narrow_eager
+    weight_OI, x_TI, dtype = W_OI.to(x.dtype), x.reshape(-1, x.shape[-1]), x.dtype
     G_TO = grad.reshape(-1, grad.shape[-1]).contiguous()
     raw_OL = product(G_TO.t(), h_TK[:, : 2 * rank])  # the two halves of dy^T h
-    raw_OR = raw_OL[:, :rank] + raw_OL[:, rank:]
-    dh_TK = activation(product(G_TO, B_OK[:, rank:]), dtype, 1 / _lift(dtype))
+    dh_TK = run.activation(product(G_TO, B_OK[:, rank:]), dtype, 1 / lift_of(dtype))
     dropped_TI = x_TI if rest_TI is None else _masked(x_TI, rest_TI, how.dropout)
     halves_LI = product(dh_TK[:, : 2 * rank].t(), dropped_TI)
-    dA_RI = halves_LI[:rank] + halves_LI[rank:]
     dm_O, moved_TO = None, G_TO
     if not of_m:
-        dB_OR = raw_OR if how.scaling == 1 else raw_OR.mul_(how.scaling)
+        dA_RI, dB_OR = run.sums(raw_OL, halves_LI, how.scaling)
     else:
         bias_O, A_RI, B_OR, m_O, norm_O, g_O, sg_O, kept_TO = of_m
         of_base = how.second or kept_TO is None  # the model has written into the output: x W0^T once more
         value_TO = x_TI @ weight_OI.t() if kept_TO is None else kept_TO.reshape(G_TO.shape)
-        run = kernels(x) or narrow_eager
-        moved_TO, sums_PO = run.back(G_TO, value_TO, None if of_base else bias_O, g_O - 1 if how.second else g_O)
-        sum_O = sums_PO[0] if len(sums_PO) == 1 else sums_PO.sum(0)
-        if of_base:
-            dm_O = living(torch.add(sum_O, (raw_OR * B_OR).sum(1), alpha=how.scaling) / norm_O, norm_O, how.alive)
-        elif how.steady:  # an m of 0 was written where nothing shows it: it is seen in some steps
-            dm_O = (sum_O / m_O).nan_to_num_(0.0, torch.inf, -torch.inf)
-        else:
-            dm_O = _of_output(sum_O, raw_OR, G_TO, x_TI, weight_OI, B_OR, m_O, norm_O, how)
-        dB_OR = raw_OR * sg_O[:, None]
+        moved_TO, sums_PO = run.back(G_TO, value_TO, None if of_base else bias_O, g_O, int(how.second))
+        parts, asked = Parts(A_KI, B_OK, g_O, sg_O), (how.scaling, how.alive, how.steady)
+        where = (of_base, G_TO, x_TI, weight_OI)
+        dA_RI, dB_OR, dm_O = run.rows(sums_PO, raw_OL, halves_LI, B_OR, m_O, norm_O, parts, *where, *asked)
         if how.through_norm:
             c_O = living(-m_O * dm_O / norm_O.square(), norm_O, how.alive)
             _by_way_of_the_norm(weight_OI, A_KI, A_RI, B_OR, c_O, how.scaling, dA_RI, dB_OR)
@@ -147,20 +140,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return dx, None, dbias_O, dA_RI, dB_OR, dm_O, None, None, None
 
 
-def _of_output(
-    sum_O: Tensor, raw_OR: Tensor, G_TO: Tensor, x_TI: Tensor, W_OI: Tensor, B_OR: Tensor, m_O: Tensor, norm_O: Tensor,
-    how: How,
-) -> Tensor:  # fmt: skip
-    """dm from sums of g z, which say nothing where m = 0: of x and W0 there. It asks the device where that is."""
-    dm_O = sum_O / m_O
-    if len(lost := (m_O == 0).nonzero()[:, 0]):
-        base_TO = x_TI.float() @ W_OI[lost].float().t()
-        along_O = (raw_OR[lost] * B_OR[lost]).sum(1) * how.scaling  # sum_t dy s h B^T
-        dm_O[lost] = ((G_TO[:, lost] * base_TO).sum(0) + along_O) / norm_O[lost]
-    return living(dm_O, norm_O, how.alive)
-
-
-def _plainly(x: Tensor) -> Any:
+def plainly(x: Tensor) -> Any:
     """Without autocast, whose context costs as much as some operations: only where there is one."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
@@ -181,7 +161,7 @@ def _masked(t_TI: Tensor, rest_TI: Tensor, dropout: float) -> Tensor:
     return torch.ops.aten.native_dropout_backward(t_TI, rest_TI, 1 / (1 - dropout))
 
 
-def _lift(dtype: torch.dtype) -> float:
+def lift_of(dtype: torch.dtype) -> float:
     """What B is multiplied by before it is parted: a power of two that keeps low parts out of subnormal numbers."""
     return 256.0 if dtype == torch.float16 else 1.0
 
@@ -190,10 +170,13 @@ def _by_way_of_the_norm(
     W_OI: Tensor, A_KI: Tensor, A_RI: Tensor, B_OR: Tensor, c_O: Tensor, s: float, dA_RI: Tensor, dB_OR: Tensor
 ) -> None:
     """Add what flows through the norm (equation 6) to the gradients of A and B: dL/dV = c V, row by row."""
-    lift, rank = _lift(W_OI.dtype), len(A_RI)
+    lift, rank = lift_of(W_OI.dtype), len(A_RI)
     cB_OR = B_OR * c_O[:, None]
     along_OR = torch.addmm(on_factor(W_OI, A_KI), B_OR, A_RI @ A_RI.t(), alpha=s)
     dB_OR.addcmul_(along_OR, c_O[:, None], value=s)
-    halves_LI = product(gained(cB_OR, W_OI.dtype, lift)[:, rank:].t(), W_OI)
-    dA_RI.add_(halves_LI[:rank] + halves_LI[rank:], alpha=s / lift)
+    # where V is small c is beyond float16's numbers
+    top = cB_OR.abs().amax().clamp_min(1e-30) if W_OI.dtype == torch.float16 else None
+    halves_LI = product(gained(cB_OR if top is None else cB_OR / top, W_OI.dtype, lift)[:, rank:].t(), W_OI)
+    along_RI = halves_LI[:rank] + halves_LI[rank:]
+    dA_RI.add_(along_RI if top is None else along_RI * top, alpha=s / lift)
     dA_RI.addmm_(cB_OR.t() @ B_OR, A_RI, alpha=s * s)

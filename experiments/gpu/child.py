@@ -34,6 +34,7 @@ CELLS = {
             "dora, published dropout: bfloat16",
             "dora, published dropout: float16",
             "dora, norm in the graph: bfloat16",
+            "dora, norm in the graph: float16",
         )
     ),
     "resume": ("resume: dora", "resume: ft"),

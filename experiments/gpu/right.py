@@ -84,7 +84,7 @@ def against_float64(visit: Visit, fields: dict[str, Any], precision: str, fused:
     plain = copy.deepcopy(model)
     for one in (model, truth):
         lab.inject(one, method(fields), seed=0)
-    lab.narrow.FUSED = fused and lab.narrow.FUSED
+    lab.narrow.FUSED = fused and lab.narrow.THERE
     starts = _start(visit, model, plain, precision)
     stir(model, 0.02)
     if fused and fields["name"] == "dora":
@@ -135,8 +135,10 @@ def _layer_errors(visit: Visit, layer: Any, truth: Any, fields: dict[str, Any], 
         torch.manual_seed(state)
         kept = _kept(x, fields["name"], torch.bfloat16 if precision == "autocast" else narrow).cpu().double()
         expected = _by_hand(truth, wide_x, kept / (1 - fields["dropout"]), fields)
-    else:
+    elif fields.get("detach_norm", True):
         expected = truth(wide_x)
+    else:
+        expected = _of_rounded_product(truth, wide_x, y.dtype)
     found = _gradients(layer, x, y, upstream)
     wanted = _gradients(truth, wide_x, expected, upstream.cpu().double())
     return {name: apart(found[name], wanted[name]) for name in wanted} | _merged(visit, layer, truth, x, precision)
@@ -180,6 +182,23 @@ def _by_hand(truth: Any, x: Tensor, mask: Tensor, fields: dict[str, Any]) -> Ten
     if fields.get("dropout_form") == "branch":
         return g_O * (base + low) + bias
     return base + (g_O - 1) * F.linear(dropped, truth.weight) + g_O * low + bias
+
+
+def _of_rounded_product(truth: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The layer's equations with the norm in the graph, of a base product that is rounded as the base's own is.
+
+    Where V is small beside W0, x W0^T and s B A x cancel, and its rounding is a large part of what is left. Through the
+    norm the gradient of m goes into those of A and B, where such a row outweighs the others: 4 of 20 draws in bfloat16
+    were above the tolerance for that alone.
+    """
+    bias = 0.0 if truth.bias is None else truth.bias
+    base = F.linear(x, truth.weight, truth.bias)
+    base = base + (base.to(dtype).double() - base).detach() - bias
+    V_OI = truth.weight + truth.scaling * truth.lora_B @ truth.lora_A
+    zero_O = V_OI.detach().square().sum(1) == 0
+    g_O = truth.magnitude / V_OI.square().sum(1).masked_fill(zero_O, 1.0).sqrt()
+    low = truth.scaling * F.linear(F.linear(x, truth.lora_A), truth.lora_B)
+    return g_O.masked_fill(zero_O, 1.0) * (base + low) + bias
 
 
 def _gradients(layer: Any, x: Tensor, y: Tensor, upstream: Tensor) -> dict[str, Tensor]:
