@@ -183,4 +183,4 @@ def test_a_run_that_is_nowhere_says_so(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="does not exist; is this a run directory"):
         read_record(tmp_path / "runs" / "x" / "0123456789ab")
     told = CliRunner().invoke(app, ["pack", "commonsens", "--results", str(tmp_path)])
-    assert "has no runs" in str(told.exception)
+    assert "is no results folder" in str(told.exception)
