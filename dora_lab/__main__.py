@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-
-import typer
-
-from dora_lab.commands import inspect, models, results, run  # noqa: F401  (each adds its commands)
+from dora_lab.commands import inspect, judge, models, plot, results, run  # noqa: F401  (each adds its commands)
 from dora_lab.commands.app import app
-from dora_lab.io.text import shown
+from dora_lab.commands.ending import run_to_end
 
 
 def main() -> None:
     """Entry point of `dora-lab`: an error that explains itself is printed without a traceback."""
-    try:
-        app()
-    except ValueError as error:  # all our errors about input are; their text says what to do
-        typer.echo(shown(f"error: {error}"), err=True)
-        sys.exit(2)
+    run_to_end(app)
 
 
 if __name__ == "__main__":

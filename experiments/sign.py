@@ -1,57 +1,112 @@
-"""What decides the sign in figure 2: weight decay and the base's norms, on a real language model.
+"""What decides the sign in figure 2: weight decay, the checkpoints and the base's norms.
 
-    dora-lab run sign --data-dir DIR
+    dora-lab run sign                             # mini: the embedded base, source mini2
+    dora-lab run sign --tier small --data-dir DIR # SmolLM2's thirty layers
 
-Full fine-tuning whose weight decay takes δ = 0 to 5 times the mean ΔD off every weight, LoRA and DoRA under as much
-decay, and full fine-tuning on one and the same function with its layers' norms set with and against the step's length
-(`model.rescale`). Training as in `small`. What is predicted stands in registered/sign.md, written before.
+Full fine-tuning whose decoupled decay takes δ off every weight in all, LoRA and DoRA under as much Σ η λ (and, on the
+mini tier, under as large a λ), and controls: decay on DoRA's m alone, on A and B alone, full fine-tuning of the
+matrices alone, a constant rate. Small: also full fine-tuning on one and the same function with its layers' norms set
+with and against the step's length (`model.rescale`). Training as in `commonsense` and `small`; scored on few items, to
+see that the loss is one. What is predicted stands in registered/sign.md, written before.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 
-from dora_lab.spec import Probe, Spec
-from experiments import small
+from dora_lab.spec import Method, Optim, Probe, Spec
+from experiments import commonsense, small
 from experiments._sign import DELTA_D, RATES, RESCALED
 
-TIERS = ("small",)
-TRAINED = ("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa")  # scored to see that the loss is the same
-SEEDS = (0, 1, 2)
-RATIOS = (0.0, 0.5, 1.0, 2.5, 5.0)  # δ / ΔD
+TIERS = ("mini", "small")
 FRACTIONS = (0.25, 0.5, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+DECAYS = (0.0, 0.005, 0.01, 0.025, 0.05)  # mini: δ of full fine-tuning
+MINI_SEEDS = range(8)
+MINI_CELLS = (("ft", None), ("lora", 8), ("dora", 8))
+
+RATIOS = (0.0, 0.5, 1.0, 2.5, 5.0)  # small: δ / ΔD
+TRAINED = ("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa")
+SEEDS = (0, 1, 2)
 
 
 def specs(tier: str) -> list[Spec]:
     """All runs, seed by seed."""
-    if not RATES:
-        return []
-    decayed = [_decayed("ft", None, ratio, seed) for seed in SEEDS for ratio in RATIOS] + [
-        _decayed("lora", 16, RATIOS[-1], seed) for seed in SEEDS
-    ]
+    return [spec for seed in MINI_SEEDS for spec in _mini(seed)] if tier == "mini" else _small()
+
+
+def _mini(seed: int) -> Iterator[Spec]:
+    for method, rank in MINI_CELLS:
+        for decay in DECAYS:
+            spec, weight_decay = _of_mini(method, rank, seed, decay)
+            yield _decayed(spec, weight_decay)
+            if method != "ft" and decay:  # the same λ: at an adapter's rate it takes more
+                yield _decayed(spec, _of_mini("ft", None, seed, decay)[1])
+    for decay in (0.0, 0.025):
+        spec, weight_decay = _of_mini("dora", 8, seed, decay)
+        if decay:
+            for pattern in ("magnitude", "lora_"):
+                yield _with(spec, groups=(f"{pattern}=1:{weight_decay:g}",))
+        spec, weight_decay = _of_mini("ft", None, seed, decay)
+        yield _decayed(replace(spec, method=Method(name="ft_modules", target_modules=KINDS)), weight_decay)
+        # a constant rate adds up to twice as much, but for its warm-up
+        yield _decayed(_with(spec, schedule="constant"), weight_decay / 2)
+
+
+def _of_mini(method: str, rank: int | None, seed: int, decay: float) -> tuple[Spec, float]:
+    """The run of `commonsense` with that seed, and the λ that makes Σ η λ = -log(1 - δ)."""
+    rate = commonsense.RATES[method, rank]
+    spec = commonsense.trained(method, rank, rate, seed)
+    spec = replace(
+        spec,
+        experiment="sign",
+        data=replace(spec.data, test_items=10),
+        probe=Probe(fractions=FRACTIONS),
+        evaluation=replace(spec.evaluation, text="none"),
+    )
+    return spec, _weight_decay(_optim(spec), commonsense.MINI["train_items"], -math.log(1 - decay) or 0.0)
+
+
+def _small() -> list[Spec]:
+    decayed = [_of_small("ft", None, ratio, seed) for seed in SEEDS for ratio in RATIOS]
+    decayed += [_of_small("lora", 16, RATIOS[-1], seed) for seed in SEEDS]
     normed = [
         replace(spec, model=replace(spec.model, rescale=entries))
         for seed in SEEDS[:2]
         for entries in RESCALED.values()
-        for spec in [_decayed("ft", None, 2.5, seed)]
+        for spec in [_of_small("ft", None, 2.5, seed)]
     ]
-    return [*decayed, *normed, *(_decayed("dora", 16, ratio, 0) for ratio in (0.0, 2.5))]
+    return [*decayed, *normed, *(_of_small("dora", 16, ratio, 0) for ratio in (0.0, 2.5))]
 
 
-def _decayed(method: str, rank: int | None, ratio: float, seed: int) -> Spec:
-    """A run whose Σ η λ is that of full fine-tuning at δ = ratio · ΔD; adapters get the same, on what they train."""
+def _of_small(method: str, rank: int | None, ratio: float, seed: int) -> Spec:
+    """A run whose Σ η λ is ratio · ΔD of full fine-tuning; adapters get as much, on what they train."""
     spec = small.trained(method, rank, RATES[method], seed)
-    assert spec.optim is not None
-    return replace(
+    spec = replace(
         spec,
         experiment="sign",
         data=replace(spec.data, tasks=TRAINED, test_items=50),
-        optim=replace(spec.optim, weight_decay=float(f"{weight_decay(RATES[method], ratio):.3g}")),
         probe=Probe(fractions=FRACTIONS),
     )
+    return _decayed(spec, _weight_decay(_optim(spec), small.SMALL["train_items"], ratio * DELTA_D))
 
 
-def weight_decay(rate: float, ratio: float) -> float:
-    """The λ whose δ = 1 − Π(1 − η_t λ) is ratio · ΔD, to first order; η rises and falls in straight lines."""
-    steps = -(-small.SMALL["train_items"] // small.SMALL["batch_size"])
-    return ratio * DELTA_D / (rate * steps / 2)
+def _weight_decay(optim: Optim, items: int, amount: float) -> float:
+    """The λ of Σ η_t λ = amount, where η rises to its peak and falls to zero in straight lines."""
+    return amount / (optim.learning_rate * optim.steps(items) / 2)
+
+
+def _decayed(spec: Spec, weight_decay: float) -> Spec:
+    return _with(spec, weight_decay=float(f"{weight_decay:.3g}"))
+
+
+def _with(spec: Spec, **changes: object) -> Spec:
+    return replace(spec, optim=replace(_optim(spec), **changes))  # type: ignore[arg-type]
+
+
+def _optim(spec: Spec) -> Optim:
+    assert spec.optim is not None
+    return spec.optim

@@ -113,11 +113,11 @@ def test_a_run_beside_the_published_protocol(tmp_path: Path, run_writer: Writer)
 def test_the_commands(tmp_path: Path) -> None:
     folder = a_run(method__name="dora", method__rank=8, seed=1, data__name="mini")
     out = tmp_path / "card.md"
-    done = CliRunner().invoke(command.app, ["card", folder.name[:8], "--out", str(out), "--results", str(tmp_path)])
+    done = CliRunner().invoke(command.app, ["card", folder.name[:8], "--out", str(out)])
     assert done.exit_code == 0 and out.read_text(encoding="utf-8") == card.card(folder)
     done = CliRunner().invoke(command.app, ["diff", str(folder), "published"])
     assert done.exit_code == 0 and "beams: 1 in A, 4 in B" in done.output
-    with pytest.raises(specs.SpecError, match=r"run 'nothing'.*none in"):
+    with pytest.raises(specs.SpecError, match=r"run 'nothing'.*none is that"):
         find_run("nothing", tmp_path)
     with pytest.raises(specs.SpecError, match="give more digits"):
         find_run("6", COMMITTED)

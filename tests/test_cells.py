@@ -92,8 +92,9 @@ def test_verdicts(scores: tuple[float, ...], verdict: str, tmp_path: Path, run_w
     assert (cell["verdict"], cell["n"]) == (verdict, len(scores))
     assert cell["mean"] == pytest.approx(sum(scores) / len(scores))
     assert average(tmp_path, "DoRA")["verdict"] == "not run", "rank 32 has no runs"
-    told = paper.summary(found(tmp_path), "commonsense")
-    assert verdict in told and "Table 2" not in told
+    counts, ran = paper.summary(found(tmp_path), "commonsense")
+    assert verdict in set(ran["verdict"]) and "Table 2" not in set(counts["source"])
+    assert not len(paper.summary(found(tmp_path), "nonsense")[0])
 
 
 def test_what_is_no_run_of_the_cell_does_not_count(tmp_path: Path, run_writer: Writer) -> None:

@@ -33,6 +33,11 @@ def changed(run: Path, stream: str, change: Callable[[list[Row]], Any]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def of_dora(found: paper.Comparison) -> Row:
+    (row,) = [row for row in found.rows if row["method"].startswith("dora") and row["protocol"] == "generate"]
+    return row
+
+
 def times(factor: float, *fields: str) -> Callable[[list[Row]], Any]:
     return lambda rows: [row.update({field: row[field] * factor}) for row in rows for field in fields]
 
@@ -72,7 +77,11 @@ CASES: dict[str, tuple[str, Callable[[list[Row]], Any], str]] = {
     "another module": ("probe", lambda rows: rows[0].update(module="elsewhere"), "differs"),
     "other prompts": ("eval", lambda rows: rows[0].update(prompt_sha256="0" * 64), "differs"),
     "an item a task": ("eval", flip(1), "within the interval"),
-    "one more unparsed": ("eval", lambda rows: rows[0].update(n_unparsed=rows[0]["n_unparsed"] + 1), "within"),
+    "one more unparsed": (
+        "eval",
+        lambda rows: rows[0].update(n_unparsed=rows[0]["n_unparsed"] + 1),
+        "within the interval",
+    ),
     "answers reversed": ("eval", reverse, "differs"),
     "a third of the items": ("eval", flip(40), "differs"),
 }
@@ -83,38 +92,38 @@ def test_levels(name: str, two: tuple[Path, Path]) -> None:
     stream, change, level = CASES[name]
     mine, theirs = two
     changed(mine, stream, change)
-    text, ok = paper.compare(mine.parents[2], theirs)
-    (line,) = [one for one in text.splitlines() if one.startswith("dora") and "generate" in one]
-    assert line.split("  ")[-1].startswith(level), text
-    assert ok is (level != "differs")
-    assert ok or "    " in text.partition(line)[2].splitlines()[1]  # and what keeps them apart
+    found = paper.compare(mine.parents[2], theirs)
+    row = of_dora(found)
+    assert row["agreement"] == level
+    assert found.agrees is (level != "differs")
+    assert found.agrees or row["why"]  # what keeps them apart
 
 
 def test_flipped_items_are_counted(two: tuple[Path, Path]) -> None:
     mine, theirs = two
     changed(mine, "eval", lambda rows: flip(2)(rows[:3]))
-    text, _ = paper.compare(mine.parents[2], theirs)
-    (line,) = [one for one in text.splitlines() if one.startswith("dora") and "generate" in one]
-    assert line.split()[-4] == "6"  # two items of three rows
+    assert of_dora(paper.compare(mine.parents[2], theirs))["flipped"] == 6  # two items of three rows
 
 
 def test_flips_do_not_excuse_another_magnitude(two: tuple[Path, Path]) -> None:
     mine, theirs = two
     changed(mine, "eval", flip(1))
     changed(mine, "probe", times(1 + 9 * TOLERANCES["delta_m"], "delta_m"))
-    assert paper.compare(mine.parents[2], theirs)[1]
+    assert paper.compare(mine.parents[2], theirs).agrees
     changed(mine, "probe", times(1.05, "delta_m"))
-    text, ok = paper.compare(mine.parents[2], theirs)
-    assert not ok and "delta_m is off by" in text
+    found = paper.compare(mine.parents[2], theirs)
+    assert not found.agrees and "delta_m is off by" in of_dora(found)["why"][0]
 
 
 def test_a_part_of_the_runs_agrees_and_is_said_to_be_a_part(tmp_path: Path) -> None:
     for root, seeds in (("mine", (0,)), ("theirs", (0, 1, 2))):
         for seed in seeds:
             write_run(tmp_path / root, make_spec("lora", 8, seed))
-    text, ok = paper.compare(tmp_path / "mine", tmp_path / "theirs")
-    assert not ok and "missing (2 of 3; the others: same bytes)" in text
-    assert "What is there agrees with the committed records, but runs are missing" in text
+    found = paper.compare(tmp_path / "mine", tmp_path / "theirs")
+    assert not found.agrees
+    for row in found.rows:
+        assert [row[name] for name in ("agreement", "runs", "of", "others")] == ["missing", 1, 3, "same bytes"]
+    assert found.notes[-1].startswith("What is there agrees with the committed records, but runs are missing")
 
 
 def test_what_is_no_results_folder_or_experiment_is_said(two: tuple[Path, Path], tmp_path: Path) -> None:
@@ -124,18 +133,20 @@ def test_what_is_no_results_folder_or_experiment_is_said(two: tuple[Path, Path],
     with pytest.raises(SpecError, match="has a run of an experiment 'nonsense'"):
         paper.compare(mine.parents[2], theirs, "nonsense")
     (tmp_path / "empty" / "runs").mkdir(parents=True)
-    text, ok = paper.compare(tmp_path / "empty", theirs)
-    assert not ok and f"No complete runs in {tmp_path / 'empty'}" in text
+    found = paper.compare(tmp_path / "empty", theirs)
+    assert not found.agrees and f"No complete runs in {tmp_path / 'empty'}" in found.notes[0]
+    assert "In the other folder: commonsense" in found.notes[0]
 
 
 def test_the_committed_records_agree_with_themselves() -> None:
     committed = Path(__file__).resolve().parents[1] / "results"
-    text, ok = paper.compare(committed, committed)
-    assert ok and "differs" not in text and "missing" not in text
+    found = paper.compare(committed, committed)
+    assert found.agrees and {row["agreement"] for row in found.rows} == {"same bytes"}
 
 
 def test_a_copy_of_a_run_is_left_out(two: tuple[Path, Path]) -> None:
     mine, theirs = two
     shutil.copytree(mine, mine.with_name(mine.name + ".bak"))
-    text, ok = paper.compare(mine.parents[2], theirs)
-    assert ok and f"left out: {mine}.bak is no run" in text and " 1/1 " in text
+    found = paper.compare(mine.parents[2], theirs)
+    assert found.agrees and found.left_out[0].startswith(f"{mine}.bak is no run")
+    assert {(row["runs"], row["of"]) for row in found.rows} == {(1, 1)}

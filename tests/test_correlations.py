@@ -207,7 +207,7 @@ def test_a_trend_is_the_slope_per_doubling(grid: Path) -> None:
 
 def test_figures_are_drawn_from_the_grid_and_not_without_one(grid: Path, tmp_path: Path) -> None:
     names = {path.name for path in [*figure.build(grid), *why_figure.build(grid)]}
-    assert names == {"axes.pdf", "axes.png", "why.pdf", "why.png"}
+    assert names == {f"{name}.{ending}" for name in ("axes", "why") for ending in ("pdf", "png", "data.csv")}
     assert figure.build(tmp_path) == why_figure.build(tmp_path) == why.build(tmp_path) == []
 
 

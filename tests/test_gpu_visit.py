@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ importlib.machinery.PathFinder.find_spec = staticmethod(_without)
 """
 
 
-def visit(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def visit(folder: Path, *options: str, hide: str = HIDE, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run it in a process that finds none of the packages that are not there."""
     hidden = folder / "site"
     hidden.mkdir(parents=True, exist_ok=True)
-    (hidden / "sitecustomize.py").write_text(HIDE)
+    (hidden / "sitecustomize.py").write_text(hide)
     there = os.environ | {"PYTHONPATH": f"{hidden}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, "-m", "experiments.gpu_visit", *options, "--out", str(folder)]
     return subprocess.run(command, cwd=ROOT, env=there, capture_output=True, text=True, timeout=300, check=False)
@@ -165,3 +166,15 @@ def test_the_tables_read_what_a_card_gave(dry: tuple[Path, str], tmp_path: Path)
 
 def test_the_visit_is_no_experiment() -> None:
     assert not {"gpu_visit", "gpu"} & set(experiment_names())
+
+
+def test_the_runs_of_a_real_model_come_back_as_records(tmp_path: Path) -> None:
+    done = visit(tmp_path, "--cpu", "--seconds", "250", "--only", "llm", hide="")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {row["cell"]: row for row in rows(tmp_path)}
+    assert "skipped" in found["weights"], "a dry run has the embedded base"
+    for name in ("sign", "small"):
+        assert (found[name].get("complete"), found[name].get("left")) == (1, 0), found[name]
+        with tarfile.open(tmp_path / f"{name}-records.tar.gz") as archive:
+            kept = {Path(entry).name for entry in archive.getnames()}
+        assert kept == {"record.json", "metrics.jsonl", "probe.jsonl", "timing.jsonl", "eval.jsonl"}

@@ -88,7 +88,7 @@ def test_methods_that_cannot_be_counted_are_refused() -> None:
     lora = {"name": "lora", "rank": 4, "alpha": 8.0}
     assert shape.trained(Method(name="base")) == 0 and shape.trained(Method(name="ft")) == shape.parameters()
     for method, message in (
-        (Method(**lora, target_modules=("q_proj", "wq")), "wq not among q_proj"),
+        (Method(**lora, target_modules=("q_proj", "wq")), "'wq' is no linear layer here; .*choices: down_proj"),
         (Method(**lora, target_modules=("q_proj",), rank_pattern=("q_proj=8",)), "rank_pattern"),
         (Method(name="newest"), "method 'newest'"),
     ):

@@ -152,7 +152,6 @@ def test_verdicts(changed: dict[str, Any], verdict: str, words: str, tmp_path: P
     assert list(rows["paper"][:8]) == [percent for percent, _ in PAPER.values()] and rows["paper"][8] == 77.5
     assert rows["verdict"][0] == verdict
     assert words in comparison.summary(rows)
-    assert "BoolQ" in comparison.table(rows)
 
 
 def test_flags_and_unknown_cells(tmp_path: Path) -> None:

@@ -132,8 +132,11 @@ def test_what_cannot_be_scored(run: Path, tmp_path: Path) -> None:
 
 
 def test_command_and_no_torch(run: Path) -> None:
+    mine = ["--results", str(run.parents[2])]
     done = CliRunner().invoke(command.app, ["rescore", str(run), "--pattern", "boolq=(?i)true|false"])
     assert done.exit_code == 0, done.output
-    assert "25.0 ->   50.0" in done.output and "2 -> 1" in done.output
+    assert "25.0 → 50.0" in done.output and "2 → 1" in done.output
+    rows = json.loads(CliRunner().invoke(command.app, ["rescore", run.name[:6], *mine, "--format", "json"]).stdout)
+    assert [(row["task"], row["value"] - row["old_value"]) for row in rows] == [("boolq", 0), ("ARC-Easy", 0)]
     code = "import sys, dora_lab.evaluation.rescore; sys.exit(bool({'torch', 'lm_eval'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

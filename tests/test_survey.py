@@ -55,8 +55,8 @@ def test_copies_of_runs_count_nowhere(tmp_path: Path) -> None:
             for root in (clean, copied)
         )
         pd.testing.assert_frame_equal(one, other)
-    text, agrees = paper.compare(copied, clean)
-    assert agrees and text.count("left out:") == len(found.left_out)
+    compared = paper.compare(copied, clean)
+    assert compared.agrees and len(compared.left_out) == len(found.left_out)
     counts = [paper.cells(root, paper.claims(), published_specs())["n"].tolist() for root in (clean, copied)]
     assert counts[0] == counts[1]
     assert report.frame(copied).attrs["statuses"] == {report.REFUSED: len(found.left_out)}
@@ -66,7 +66,7 @@ def test_a_run_is_found_by_its_id_beside_its_copy(tmp_path: Path) -> None:
     run = write_run(tmp_path, make_spec("lora", 8, 0))
     shutil.copytree(run, run.with_name(f"{run.name}.bak"))
     assert find_run(run.name[:6], tmp_path) == run
-    with pytest.raises(SpecError, match="none in"):
+    with pytest.raises(SpecError, match="none is that"):
         find_run(f"{run.name}.b", tmp_path)
 
 
@@ -139,7 +139,7 @@ def test_a_table_that_cannot_be_built_stops_no_other(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["report", "--results", "TYPO"], "neither runs/ nor bench/ is there"),
-        (["verify", "--results", "TYPO"], "no runs/ is there"),
+        (["verify", "--results", "TYPO"], "TYPO is no results folder: neither runs/ nor bench/"),
         (["verify", "nonsense"], "unknown experiment 'nonsense'"),
         (["compare", "--results", "TYPO"], "TYPO is no results folder"),
     ],

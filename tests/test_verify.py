@@ -178,8 +178,8 @@ def test_items_that_differ_are_not_paired(tmp_path: Path, run_writer: Callable[.
 
 
 def test_compare_agrees_exactly_with_itself(synthetic_results: Path) -> None:
-    text, ok = paper.compare(synthetic_results, synthetic_results)
-    assert ok and "10 same bytes" in text
+    found = paper.compare(synthetic_results, synthetic_results)
+    assert found.agrees and "10 same bytes" in found.notes[-1]
 
 
 def test_compare_tells_tolerance_difference_and_absence_apart(tmp_path: Path, run_writer: Callable[..., Path]) -> None:
@@ -193,12 +193,12 @@ def test_compare_tells_tolerance_difference_and_absence_apart(tmp_path: Path, ru
         elif name == "base":
             run_writer(mine, make_spec(name, rank, 0), skill=skill)
     run_writer(mine, make_spec("lora", 2, 0))
-    text, ok = paper.compare(mine, theirs)
-    assert not ok
-    lines = {line.split("  ")[0].strip(): line for line in text.splitlines() if "generate" in line}
-    assert lines["base"].endswith("same bytes") and lines["ft"].endswith("within the interval")
-    assert lines["lora rank 8"].endswith("differs") and lines["dora rank 8"].endswith("missing")
-    assert "1 of your runs have no committed record" in text
+    found = paper.compare(mine, theirs)
+    assert not found.agrees
+    levels = {row["method"]: row["agreement"] for row in found.rows if row["protocol"] == "generate"}
+    assert (levels["base"], levels["ft"]) == ("same bytes", "within the interval")
+    assert (levels["lora rank 8"], levels["dora rank 8"]) == ("differs", "missing")
+    assert "1 of your runs have no committed record" in found.notes[0]
     with pytest.raises(SpecError, match="nothing is no results folder"):
         paper.compare(mine, tmp_path / "nothing")
 
@@ -209,15 +209,16 @@ def test_compare_leaves_out_committed_runs_that_nobody_asked_for(
     for root in ("mine", "theirs"):
         run_writer(tmp_path / root, make_spec("lora", 8, 0))
     run_writer(tmp_path / "theirs", make_spec("lora", 8, 0, data__name="llm_adapters"))
-    text, ok = paper.compare(tmp_path / "mine", tmp_path / "theirs")
-    assert ok and "data mini:" in text and "llm_adapters" not in text
+    found = paper.compare(tmp_path / "mine", tmp_path / "theirs")
+    assert found.agrees and {row["setting"].partition("data ")[2] for row in found.rows} == {"mini"}
     run_writer(tmp_path / "mine", make_spec("dora", 8, 0, data__name="llm_adapters"))
-    text, ok = paper.compare(tmp_path / "mine", tmp_path / "theirs")
-    assert not ok and "data llm_adapters:" in text and "missing" in text
+    found = paper.compare(tmp_path / "mine", tmp_path / "theirs")
+    assert {row["agreement"] for row in found.rows if row["setting"].endswith("data llm_adapters")} == {"missing"}
+    assert not found.agrees
     (tmp_path / "other").mkdir()
     run_writer(tmp_path / "other", make_spec("lora", 8, 0, model__name="elsewhere"))
-    text, ok = paper.compare(tmp_path / "other", tmp_path / "theirs")
-    assert not ok and "is about commonsense, tier mini, model elsewhere, data mini" in text
+    found = paper.compare(tmp_path / "other", tmp_path / "theirs")
+    assert not found.agrees and "is about commonsense, tier mini, model elsewhere, data mini" in found.notes[0]
 
 
 def test_experiments_and_splits_do_not_mix(tmp_path: Path, run_writer: Callable[..., Path]) -> None:

@@ -1,7 +1,7 @@
 """Table 1: accuracy per method and task, mean ± sd over seeds, and the paper's own table as a block of its own.
 
-Reads every experiment named `commonsense` or `commonsense_…`, test split only (a sweep on the validation split is not
-a result). Experiments, tiers, models, data and protocols never share a block.
+Reads every experiment named `commonsense`, `commonsense_…` or `small`, test split only (a sweep on the validation split
+is not a result). Experiments, tiers, models, data and protocols never share a block.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pandas as pd
 from analysis import PRINTED, frame, isnt, script
 from dora_lab import paper, report
 from dora_lab.report import Block, number
+from dora_lab.report.statistics import mean_sd
 from dora_lab.runs.caveats import caveats
 
 TITLE = "Commonsense reasoning: accuracy in percent"
@@ -42,9 +43,9 @@ def build(results: Path) -> list[Path]:
 
 
 def readme(results: Path) -> str:
-    """The text of the README's table block: the embedded default by the paper's protocol, then the paper's LLaMA-7B."""
+    """The text of the README's table block: the embedded default, then the paper's LLaMA-7B."""
     evals, statuses = load(results)
-    evals = evals[(evals["tier"] == "mini") & (evals["eval_data"] == "mini") & (evals["protocol"] == "generate")]
+    evals = evals[(evals["tier"] == "mini") & (evals["eval_data"] == "mini2")]
     scores = report.scores(evals).merge(report.beside(frame(results, stream="record")), how="left")
     paper = table_1()
     blocks = [
@@ -60,7 +61,7 @@ def readme(results: Path) -> str:
 def load(results: Path) -> tuple[pd.DataFrame, dict[str, int]]:
     """Evaluation rows of the complete runs, and how many runs were left out, by status."""
     evals = frame(results, stream="eval")
-    of_table = evals["experiment"].astype(str).str.fullmatch(r"commonsense(_\w+)?") & (evals["split"] == "test")
+    of_table = evals["experiment"].astype(str).str.fullmatch(r"commonsense(_\w+)?|small") & (evals["split"] == "test")
     return evals[of_table], evals.attrs["statuses"]
 
 
@@ -101,7 +102,11 @@ def our_blocks(
         experiment, tier, model, trained, evaluated, _, protocol = key
         group = dict(zip(report.GROUP, key, strict=False))
         tasks = [task for task in part["task"].unique() if task != "average"]
-        rows = [_method_row(part[part["label"] == label], tasks) for label in part["label"].unique()]
+        mine = evals[(evals[[*group]] == pd.Series(group)).all(axis=1) & (evals["protocol"] == protocol)]
+        rows = [
+            _method_row(part[part["label"] == label], tasks, mine[mine["label"] == label])
+            for label in part["label"].unique()
+        ]
         rows += [
             {"Method": name}
             | {_head(task): _reference(part[part["task"] == task], field) for task in [*tasks, "average"]}
@@ -113,23 +118,27 @@ def our_blocks(
         ]
         heads = tuple(_head(task) for task in [*tasks, "average"])
         data = trained if trained == evaluated else f"trained on {trained}, evaluated on {evaluated}"
+        cells = pd.DataFrame(rows).dropna(axis=1, how="all")
+        wide = ("Method", "Rate", *heads, "Choice NLL", "Unparsed %", "Seeds")
         blocks.append(
             Block(
                 title=f"{experiment}, tier {tier}, model {model}, data {data}, protocol {protocol}",
-                cells=pd.DataFrame(rows),
+                cells=cells,
                 apart=3,
-                narrow=NARROW,
-                wide=("Method", "Rate", *heads, "Unparsed %", "Seeds"),
+                narrow=tuple(name for name in NARROW if name in cells),
+                wide=tuple(name for name in wide if name in cells),
                 isnt=isnt([tier]),
-                notes=(*_notes(part), *known.get(key[:-1], ()), *_apart(evals, everything, group)),
+                notes=(*_notes(part, mine), *known.get(key[:-1], ()), *_apart(evals, everything, group)),
             )
         )
     return blocks
 
 
-def _method_row(rows: pd.DataFrame, tasks: list[str]) -> dict[str, str | None]:
+def _method_row(rows: pd.DataFrame, tasks: list[str], evals: pd.DataFrame) -> dict[str, str | None]:
+    """evals: the single scores behind `rows`."""
     by_task = rows.set_index("task")
     average = by_task.loc["average"]
+    nll = evals.groupby("seed")["choice_nll"].mean().dropna()  # over tasks within a run first
     return {
         "Method": average["label"],
         "r": None if pd.isna(average["rank"]) else str(average["rank"]),
@@ -139,6 +148,7 @@ def _method_row(rows: pd.DataFrame, tasks: list[str]) -> dict[str, str | None]:
         "Train, s": number(average["seconds_train"]),
         "Peak, MB": number(average["peak_memory_bytes"] / 1e6, digits=0),
         **{_head(task): number(by_task.loc[task, "mean"], by_task.loc[task, "sd"]) for task in [*tasks, "average"]},
+        "Choice NLL": number(*mean_sd(nll.tolist()), digits=3) if len(nll) else None,
         "Unparsed %": number(average["unparsed_percent"]),
         "Seeds": str(by_task["n_seeds"].max()),
     }
@@ -155,12 +165,17 @@ def _reference(rows: pd.DataFrame, field: str) -> str | None:
     return "–".join(f"{v:.0f}" for v in values) if field == "n_items" else "–".join(f"{v:.1f}" for v in values)
 
 
-def _notes(part: pd.DataFrame) -> tuple[str, ...]:
+def _notes(part: pd.DataFrame, evals: pd.DataFrame) -> tuple[str, ...]:
     notes = [
         "Mean ± standard deviation over seeds; the average is taken over tasks within a run first. An answer that "
         "cannot be parsed counts as wrong and is counted under unparsed.",
         BESIDE,
     ]
+    if evals["choice_nll"].notna().any():
+        notes.append(
+            "Choice NLL: -log of what the right option has of the likelihood of all that the item offers, in nats, a "
+            "mean over tasks; lower is better."
+        )
     if part["label"].str.endswith(report.HALF_RANK).any():
         notes.append(f"{report.HALF_RANK}: half the rank.")
     averages = part[part["task"] == "average"].set_index("label")["n_seeds"]

@@ -1,4 +1,6 @@
-"""The command line, a room for each kind of work: run, results, inspect, models.
+"""The command line, a room for each kind of work: run, results, judge, inspect, models, plot; app is what they share.
+
+`ending` decides how a command ends, `show` how a table looks.
 
 A command reads its arguments, calls one wing and prints; what it says can be had from Python as well.
 """

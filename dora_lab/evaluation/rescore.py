@@ -57,19 +57,6 @@ def rescore(run: Path, patterns: Sequence[str] = ()) -> tuple[list[dict[str, Any
     return rows, file
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as text, accuracies in percent, with the mean over tasks."""
-    lines = [f"{'task':16} {'n':>6} {'accuracy %':>20} {'unparsed':>16}  pattern"]
-    for row in rows:
-        accuracy = f"{100 * row['old_value']:6.1f} -> {100 * row['value']:6.1f}"
-        unparsed = f"{row['old_n_unparsed']} -> {row['n_unparsed']}"
-        lines.append(f"{row['task']:16} {row['n']:6} {accuracy:>20} {unparsed:>16}  {row['pattern'] or 'own'}")
-    old, new = (100 * sum(row[name] for row in rows) / len(rows) for name in ("old_value", "value"))
-    unparsed = f"{sum(row['old_n_unparsed'] for row in rows)} -> {sum(row['n_unparsed'] for row in rows)}"
-    both = f"{old:6.1f} -> {new:6.1f}"
-    return "\n".join([*lines, f"{'average':16} {sum(row['n'] for row in rows):6} {both:>20} {unparsed:>16}"])
-
-
 def _patterns(given: Sequence[str], tasks: Sequence[str]) -> dict[str, str | None]:
     """The pattern of every task, None for its own."""
     found: dict[str | None, str] = {}  # None: of all the others

@@ -104,6 +104,7 @@ def estimate(
     Raises: ValueError where a method's parameters cannot be counted (`Shape.trained`).
     """
     length = tokens or spec.data.cutoff
+    memory = peak_memory(spec, shape, length)  # first: it refuses modules that are not there
     steps = spec.optim.steps(train_items) if spec.optim else 0
     batch = spec.optim.batch_size if spec.optim else 0
     forwards = steps // spec.optim.eval_steps if spec.optim and spec.optim.eval_steps else 0
@@ -119,7 +120,6 @@ def estimate(
         read = _generated(spec, test_items) * shape.parameters() * BYTES[spec.model.dtype]
         trained = (made["train_flops"] + made["validation_flops"]) / peak
         hours = (trained + max(asked / peak, read / (UTILISATION * card.bandwidth))) / 3600
-    memory = peak_memory(spec, shape, length)
     return Cost(steps=steps, tokens=steps * batch * length, memory_bytes=memory, hours=hours, **made)
 
 

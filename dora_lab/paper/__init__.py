@@ -4,8 +4,8 @@
 - `registered`, `judge`: what was written down before an experiment's runs, and what they say; `verdict` is the rule.
 - `verdicts`: each directional claim against the frames of `report.frame`; `layer_correlation` is what figure 2 shows.
 - `cells`: every number that the paper prints against runs of the same protocol, and against re-runs by others;
-  `summary` says it in a few lines.
-- `compare`: a user's runs against the committed ones.
+  `summary` counts them.
+- `compare`: a user's runs against the committed ones, a `Comparison`.
 
 Nothing here imports torch.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dora_lab.paper.cells import CELL_VERDICTS, cells, summary
 from dora_lab.paper.claims import CLAIMS, claims
-from dora_lab.paper.compare import compare
+from dora_lab.paper.compare import Comparison, compare
 from dora_lab.paper.directions import layer_correlation, protocols, verdicts
 from dora_lab.paper.judged import judge
 from dora_lab.paper.registered import registered
@@ -22,6 +22,7 @@ from dora_lab.paper.registered import registered
 __all__ = [
     "CELL_VERDICTS",
     "CLAIMS",
+    "Comparison",
     "cells",
     "claims",
     "compare",

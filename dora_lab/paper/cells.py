@@ -78,19 +78,16 @@ def cells(root: Path, rows: pd.DataFrame, protocol: Iterable[Spec]) -> pd.DataFr
     return pd.DataFrame(out)
 
 
-def summary(found: pd.DataFrame, experiment: str | None = None) -> str:
-    """What `cells` found, for a terminal: verdicts by table, and every cell that has runs of ours."""
+def summary(found: pd.DataFrame, experiment: str | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What `cells` found in short: (how many cells of each verdict per table of the paper, the cells with runs)."""
     if experiment is not None:
         found = found[found["experiment"] == experiment]
-    if not len(found):
-        return f"The paper prints no numbers that experiment '{experiment}' is about."
     counts = pd.crosstab(found["source"], found["verdict"]).reindex(columns=list(CELL_VERDICTS), fill_value=0)
     flagged = (found["flags"] != "").groupby(found["source"]).sum()
-    counts = counts.reindex(list(dict.fromkeys(found["source"]))).assign(flagged=flagged).rename_axis(None)
+    counts = counts.reindex(list(dict.fromkeys(found["source"]))).assign(flagged=flagged).rename_axis(None, axis=1)
     names = ["source", "model", "method", "rank", "subject", "paper"]
     ran = found.loc[found["n"] > 0, [*names, "mean", "sd", "n", "low", "high", "verdict", "flags"]]
-    parts = ["Numbers of the paper against runs of tier paper:", counts.to_string()]
-    return "\n".join([*parts, *([ran.to_string(index=False, na_rep="–")] if len(ran) else [])])
+    return counts.reset_index(), ran
 
 
 # -------------------------------------------------------------------------------------------------------------- ours

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from dora_lab.io.text import shown
 from dora_lab.paper.agreement import LEVELS, STREAMS, Agreement, Rows, agreement, worst
 from dora_lab.runs.streams import read_rows
 from dora_lab.runs.survey import Survey, survey
-from dora_lab.spec import SpecError
+from dora_lab.spec import SpecError, did_you_mean
+from dora_lab.tasks import load_task
 
 MISSING = "missing"
 _Cell = tuple[str, str, str]  # setting (experiment, tier, model and data), method, protocol
@@ -37,7 +38,27 @@ class _Run:
         return sum(v * (1 - v) / n for v, n in found.values() if n) / len(found) ** 2
 
 
-def compare(local_root: Path, committed_root: Path, experiment: str | None = None) -> tuple[str, bool]:
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    rows: setting, method, protocol, runs (of both), of (committed), local and committed (average accuracies, fractions,
+    over tasks and the runs that both have), tolerance (two binomial standard errors of the difference), flipped (items
+    answered otherwise), agreement (a level, or "missing" where runs of yours are) and others (the level of those that
+    are there, where some are missing), why (what keeps runs apart). beside: setting, protocol, method, whose (yours or
+    committed), runs, the mean accuracy over those runs by task and over tasks; yours with those that no committed run
+    is like. notes: sentences for a person, the verdict last.
+    agrees: every committed method has all its runs and none differs.
+    """
+
+    rows: tuple[dict[str, Any], ...] = ()
+    beside: tuple[dict[str, Any], ...] = ()
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    agrees: bool = False
+
+
+def compare(local_root: Path, committed_root: Path, experiment: str | None = None) -> Comparison:
     """A user's runs against the committed records, run by run of the same spec_id, summarised per method.
 
     Every stream is compared, at the levels that `agreement` names. A method is as good as the worst of its runs. Where
@@ -46,32 +67,39 @@ def compare(local_root: Path, committed_root: Path, experiment: str | None = Non
     Committed runs on data, a model or a tier that none of the user's runs is about are left out: nobody asked for them.
 
     Args: the roots are results folders (with `runs/` in them); experiment: one name, None = all of the committed ones.
-    Returns (text for a terminal, ok); ok means that every committed method has all its runs and none differs.
     Raises: SpecError for a results folder without runs/, and for an experiment that neither folder has runs of.
     """
     found = [_survey(Path(root), experiment) for root in (local_root, committed_root)]
     if experiment is not None and not any(one.runs or one.left_out for one in found):
-        raise SpecError(f"neither {local_root} nor {committed_root} has a run of an experiment '{experiment}'")
+        there = {path.name for root in (local_root, committed_root) for path in (Path(root) / "runs").iterdir()}
+        near = did_you_mean(experiment, there)
+        raise SpecError(f"neither {local_root} nor {committed_root} has a run of an experiment '{experiment}'; {near}")
     local, committed = ({run.spec_id: run for run in map(_run, _complete(one))} for one in found)
-    said = [f"left out: {shown(lost.why)}" for one in found for lost in one.left_out]
-    for root, runs in ((committed_root, committed), (local_root, local)):
+    said = tuple(shown(lost.why) for one in found for lost in one.left_out)
+    for root, runs, others in ((committed_root, committed, local), (local_root, local, committed)):
         if not runs:
-            return "\n".join([*said, f"No complete runs in {root}: there is nothing to compare."]), False
+            there = ", ".join(sorted({run.setting for run in others.values()})) or "none"
+            note = f"No complete runs in {root}: there is nothing to compare. In the other folder: {there}."
+            return Comparison(left_out=said, notes=(note,))
     asked = {run.setting for run in local.values()}
     cells: dict[_Cell, list[_Run]] = defaultdict(list)
     for run in committed.values():
         for protocol in run.scores if run.setting in asked else ():
             cells[run.setting, run.method, protocol].append(run)
     if not cells:
-        return f"No complete committed run in {committed_root} is about {', '.join(sorted(asked))}.", False
+        there = "; ".join(sorted({run.setting for run in committed.values()}))
+        note = f"No complete committed run in {committed_root} is about {', '.join(sorted(asked))}. There: {there}."
+        return Comparison(left_out=said, notes=(note,))
     agreements = {key: agreement(local[key].rows, run.rows) for key, run in committed.items() if key in local}
-    lines, counts = _table(cells, local, agreements)
+    rows = tuple(_row(cell, runs, local, agreements) for cell, runs in sorted(cells.items()))
+    counts = Counter(row["agreement"] for row in rows)
     extra = len(set(local) - set(committed))
-    lines += [f"{extra} of your runs have no committed record and are not compared."] if extra else []
-    lines += [NOTE, _verdict(counts)]
+    notes = [f"{extra} of your runs have no committed record and are not compared."] if extra else []
+    notes += [NOTE, _verdict(counts)]
     if counts[LEVELS[3]]:
-        lines += _package_differences(*found)
-    return "\n".join([*said, *lines]), not counts[LEVELS[3]] and not counts[MISSING]
+        notes += _package_differences(*found)
+    beside = tuple(_beside({"yours": local.values(), "committed": committed.values()}, asked))
+    return Comparison(rows, beside, said, tuple(notes), not counts[LEVELS[3]] and not counts[MISSING])
 
 
 NOTE = (
@@ -81,33 +109,35 @@ NOTE = (
 )
 
 
-def _table(
-    cells: dict[_Cell, list[_Run]], local: dict[str, _Run], agreements: dict[str, Agreement]
-) -> tuple[list[str], Counter[str]]:
-    """A line per method and protocol, what keeps a run apart below it, and how many lines there are of each level."""
-    lines = [
-        f"{'method':<18} {'protocol':<14} {'runs':>5} {'local':>7} {'committed':>10} {'tolerance':>10} "
-        f"{'flipped':>8}  agreement"
-    ]
-    counts: Counter[str] = Counter()
-    before = ""
-    for (setting, method, protocol), runs in sorted(cells.items()):
-        lines += [f"{setting}:"] if setting != before else []
-        before = setting
-        pairs = [(local[run.spec_id], run) for run in runs if run.spec_id in local]
-        level, numbers, why = _agreement(pairs, [agreements[run.spec_id] for _, run in pairs], protocol)
-        status = MISSING if len(pairs) < len(runs) and level != LEVELS[3] else level
-        counts[status] += 1
-        tail = f" ({len(runs) - len(pairs)} of {len(runs)}; the others: {level})" if pairs and status == MISSING else ""
-        values = [f"{100 * v:.2f}" if v is not None else "–" for v in numbers]
-        flips = [agreements[run.spec_id].flipped for _, run in pairs]
-        flipped = str(sum(map(int, filter(None, flips)))) if flips and None not in flips else "–"
-        lines.append(
-            f"{method:<18} {protocol:<14} {len(pairs)}/{len(runs):<3} {values[0]:>7} {values[1]:>10} "
-            f"{values[2]:>10} {flipped:>8}  {status}{tail}"
-        )
-        lines += [f"    {shown(text)}" for text in why[:3]]
-    return lines, counts
+def _row(cell: _Cell, runs: Sequence[_Run], local: dict[str, _Run], agreements: dict[str, Agreement]) -> dict[str, Any]:
+    """One line of the table: a method's runs by one protocol."""
+    pairs = [(local[run.spec_id], run) for run in runs if run.spec_id in local]
+    level, (ours, theirs, tolerance), why = _agreement(pairs, [agreements[run.spec_id] for _, run in pairs], cell[2])
+    part = len(pairs) < len(runs) and level != LEVELS[3]
+    flips = [agreements[run.spec_id].flipped for _, run in pairs]
+    return dict(zip(("setting", "method", "protocol"), cell, strict=True)) | {
+        "runs": len(pairs), "of": len(runs), "local": ours, "committed": theirs, "tolerance": tolerance,
+        "flipped": sum(map(int, filter(None, flips))) if flips and None not in flips else None,
+        "agreement": MISSING if part else level, "others": level if part and pairs else None, "why": why,
+    }  # fmt: skip
+
+
+def _beside(sides: Mapping[str, Iterable[_Run]], asked: Container[str]) -> Iterator[dict[str, Any]]:
+    """A line per setting, protocol, method and side: its mean accuracy on each task."""
+    groups: dict[tuple[str, ...], list[_Run]] = defaultdict(list)
+    for whose, runs in sides.items():
+        for run in runs:
+            for protocol in run.scores if run.setting in asked else ():
+                groups[run.setting, protocol, run.method, whose].append(run)
+    for key, runs in sorted(groups.items(), key=lambda group: (*group[0][:3], group[0][3] != "yours")):
+        means = {
+            load_task(task).column: sum(run.scores[key[1]][task][0] for run in runs) / len(runs)
+            for task in runs[0].scores[key[1]]
+            if all(task in run.scores[key[1]] for run in runs)
+        }
+        average = sum(run.average(key[1]) for run in runs) / len(runs)
+        named = dict(zip(("setting", "protocol", "method", "whose"), key, strict=True))
+        yield named | {"runs": len(runs)} | means | {"average": average}
 
 
 def _agreement(
@@ -139,7 +169,9 @@ def _verdict(counts: Counter[str]) -> str:
 
 def _survey(root: Path, experiment: str | None) -> Survey:
     if not (root / "runs").is_dir():
-        raise SpecError(f"{root} is no results folder: it has no runs/")
+        raise SpecError(
+            f"{root} is no results folder: it has no runs/; `dora-lab run EXPERIMENT --results {root}` makes some"
+        )
     return survey(root, experiment)
 
 

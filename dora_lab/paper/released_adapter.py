@@ -89,23 +89,6 @@ def _verdict(accuracy: float, paper: float | None, items: int | None) -> str:
     return decide(found, EQUIVALENT, MARGINS["accuracy"], found.p())
 
 
-def table(rows: pd.DataFrame) -> str:
-    """The rows as text; a dash where there is no value."""
-
-    def number(value: Any) -> str:
-        return "–" if value is None or pd.isna(value) else f"{value:.1f}"
-
-    lines = [f"{'task':12} {'items':>6} {'ours %':>7} {'paper %':>8} {'elsewhere %':>12} {'unparsed %':>11}  verdict"]
-    for row in rows.to_dict("records"):
-        elsewhere = ", ".join(map(number, row["elsewhere"])) if isinstance(row["elsewhere"], list) else "–"
-        verdict = "; ".join(str(part) for part in (row["verdict"], row["flags"]) if part)
-        lines.append(
-            f"{row['task']:12} {row['n']:6} {number(row['accuracy']):>7} {number(row['paper']):>8} {elsewhere:>12} "
-            f"{number(row['unparsed']):>11}  {verdict}"
-        )
-    return "\n".join(lines)
-
-
 def summary(rows: pd.DataFrame) -> str:
     """One sentence on what the comparison means."""
     verdicts = rows.loc[rows["task"] != "average", "verdict"]

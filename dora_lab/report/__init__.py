@@ -7,6 +7,7 @@ The reading side: imports no torch and no transformers, so everything a reader s
 - `beside` says what can stand with every score: alpha, learning rate, time, memory.
 - `save_table` (md, csv, and tex that fits a page of two columns) and `save_figure` (pdf, png) write byte-stable files:
   no dates, no hosts.
+- `scatter` and `lines` are the charts, each with its numbers; `plot` draws the rows of a callback, a probe or runs.
 - `readme_block` puts generated text between `<!-- table:begin -->` and `<!-- table:end -->` of a README.
 
 A missing value is None in a frame, `–` in a table and an empty field in a csv file. It is never 0.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from dora_lab.report.apart import beside, sets_apart
 from dora_lab.report.block import Block, number
+from dora_lab.report.charts import lines, scatter
 from dora_lab.report.figures import new_figure, save_figure
 from dora_lab.report.frames import GROUP, REFUSED, frame, groups, scores
 from dora_lab.report.labels import (
@@ -31,6 +33,7 @@ from dora_lab.report.labels import (
     styles,
 )
 from dora_lab.report.latex import latex_escape
+from dora_lab.report.plots import over_layers, over_training, plot
 from dora_lab.report.provenance import Provenance, provenance
 from dora_lab.report.tables import csv_text, markdown, readme_block, save_table
 
@@ -50,15 +53,20 @@ __all__ = [
     "frame",
     "groups",
     "latex_escape",
+    "lines",
     "markdown",
     "new_figure",
     "number",
     "ordered_labels",
     "ordered_tasks",
+    "over_layers",
+    "over_training",
+    "plot",
     "provenance",
     "readme_block",
     "save_figure",
     "save_table",
+    "scatter",
     "scores",
     "sets_apart",
     "style",

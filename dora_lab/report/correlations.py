@@ -56,6 +56,12 @@ def correlate(probes: pd.DataFrame, kind: str, axis: str = "out", view: str = "p
     return statistics.layer_correlation(points, view)
 
 
+def how(probes: pd.DataFrame) -> str:
+    """Where the intervals of `statistics.cautious` come from, in words, for the seeds of a frame."""
+    seeds = probes["seed"].nunique()
+    return f"t over {seeds} seeds of Fisher's z" if seeds > 1 else "layers resampled, one seed"
+
+
 def around_the_middle(probes: pd.DataFrame) -> Iterator[tuple[str, str, float, float, pd.DataFrame]]:
     """(method label, factor, level, level of the middle, rows) of a grid that changes one factor at a time.
 

@@ -1,12 +1,17 @@
-"""Figures without a display, saved byte-stable with their provenance."""
+"""Figures without a display, saved byte-stable with their provenance and, beside them, their numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from dora_lab.io.atomic import write_bytes
+import pandas as pd
+
+from dora_lab.io.atomic import write_bytes, write_text
+from dora_lab.io.text import no_formula
 from dora_lab.report.provenance import Provenance
 
 if TYPE_CHECKING:
@@ -35,22 +40,54 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Fi
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def save_figure(figure: Figure, folder: Path, name: str, source: Provenance) -> list[Path]:
-    """Write `<name>.pdf` and `<name>.png` (200 dpi) with their provenance as metadata; no dates. Returns the paths."""
+def legend_below(figure: Figure, handles: Sequence[Any], title: str) -> None:
+    """A legend under the panels, in as many columns as fit its longest entry; the figure grows by its height."""
+    width, height = figure.get_size_inches()
+    widths = [0.075 * len(str(handle.get_label())) + 0.55 for handle in handles] or [1.0]
+    columns = len(widths) if sum(widths) < width else max(1, int(width / max(widths)))
+    title = "\n".join(wrap(title, int(width * 14)))
+    figure.set_size_inches(width, height + 0.19 * (-(-len(handles) // columns) + title.count("\n") + 1) + 0.1)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, title=title, fontsize=8,
+        title_fontsize=8, handlelength=2.8,
+    )  # fmt: skip
+
+
+def save_figure(
+    figure: Figure, folder: Path, name: str, source: Provenance, data: pd.DataFrame | None = None
+) -> list[Path]:
+    """Write `<name>.pdf`, `<name>.png` (200 dpi) and what they show as `<name>.data.csv`, with their provenance as
+    metadata; no dates. Returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for ending in ("pdf", "png"):
+        write_figure(figure, folder / f"{name}.{ending}", source)
+    return [folder / f"{name}.{ending}" for ending in ("pdf", "png")] + (
+        [] if data is None else [write_data(data, folder / name)]
+    )
+
+
+def write_figure(figure: Figure, file: Path, source: Provenance | None = None) -> Path:
+    """Write one figure in the format of its file's ending, .pdf or .png; byte-stable. Returns the path."""
     from matplotlib.text import Text
 
-    folder.mkdir(parents=True, exist_ok=True)
     for text in figure.findobj(Text):  # a name with $ in it is no formula; what matplotlib writes on an axis may be
         if isinstance(text, Text) and "$" in text.get_text() and not text.get_text().startswith("$\\mathdefault{"):
             text.set_parse_math(False)
-    about = " ".join([text for text in (source.caption(), source.incomplete()) if text])
-    runs = "runs: " + " ".join(source.runs)
+    about = " ".join(text for text in (source.caption(), source.incomplete()) if text) if source else None
+    runs = "runs: " + " ".join(source.runs) if source else None
     told = {
-        "pdf": {"Subject": about, "Keywords": runs, "CreationDate": None, "Creator": "dora_lab", "Producer": None},
-        "png": {"Description": about, "Comment": runs, "Software": None},
+        ".pdf": {"Subject": about, "Keywords": runs, "CreationDate": None, "Creator": "dora_lab", "Producer": None},
+        ".png": {"Description": about, "Comment": runs, "Software": None},
     }
-    for ending, metadata in told.items():
-        drawn = BytesIO()  # its writer of PDF hides what a full disk says
-        figure.savefig(drawn, format=ending, dpi=200, metadata={"Title": name, **metadata})
-        write_bytes(folder / f"{name}.{ending}", drawn.getvalue())
-    return [folder / f"{name}.{ending}" for ending in told]
+    drawn = BytesIO()  # its writer of PDF hides what a full disk says
+    metadata = {"Title": file.stem, **told[file.suffix]}
+    figure.savefig(drawn, format=file.suffix[1:], dpi=200, metadata=metadata)
+    write_bytes(file, drawn.getvalue())
+    return file
+
+
+def write_data(data: pd.DataFrame, beside: Path) -> Path:
+    """Write the numbers of a figure as `<beside>.data.csv`; no text of it is a formula. Returns the path."""
+    file = beside.with_name(f"{beside.name}.data.csv")  # never the file of rows that a figure was drawn from
+    write_text(file, data.map(no_formula).to_csv(index=False, lineterminator="\n", float_format="%.6g"))
+    return file

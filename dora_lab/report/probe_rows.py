@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from dora_lab.io.atomic import replacing, write_bytes, write_text
-from dora_lab.report.figures import new_figure
+from dora_lab.io.atomic import replacing, write_text
+from dora_lab.report import plots, points
 from dora_lab.report.statistics import correlation
 from dora_lab.report.tables import csv_text
 
-ENDINGS = {"out": (".csv", ".jsonl", ".parquet"), "plot": (".png", ".pdf")}
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+ENDINGS = {"out": points.ENDINGS, "plot": plots.ENDINGS}
 
 
 def refuse_endings(out: Path | None, plot: Path | None) -> None:
@@ -79,37 +77,6 @@ def save(rows: list[dict[str, Any]], path: Path) -> Path:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> Path:
-    """ΔD against ΔM, a panel per kind, a marker per tuned model, dark to light from first layer to last."""
-    from matplotlib import colormaps
-    from matplotlib.lines import Line2D
-
-    frame: Any = pd.DataFrame(rows)
-    kinds, names = list(frame["kind"].unique()), list(frame["tuned"].unique())
-    columns = min(4, len(kinds))
-    lines = -(-len(kinds) // columns)
-    figure, axes = new_figure(lines, columns, width=3.2 * columns + 0.6, height=2.9 * lines + 0.5)
-    last = max(1, int(frame["layer"].max())) if frame["layer"].notna().any() else 1
-    for kind, axis in zip(kinds, axes.flat, strict=False):
-        for marker, name in zip(MARKERS * len(names), names, strict=False):
-            part = frame[(frame["kind"] == kind) & (frame["tuned"] == name)]
-            shades = [colormaps["viridis"](0.92 * layer / last) for layer in part["layer"].fillna(0)]
-            axis.scatter(
-                part["delta_d"], part["delta_m"], c=shades, marker=marker, s=26, linewidths=0.4, edgecolors="white"
-            )
-        axis.set(title=kind, xlabel="ΔD", ylabel="ΔM (units of the weight)")
-        axis.ticklabel_format(style="sci", scilimits=(-2, 3))
-    for axis in list(axes.flat)[len(kinds) :]:
-        axis.remove()
-    keys = [
-        Line2D([], [], color="0.3", marker=marker, linestyle="", label=Path(name).name)
-        for marker, name in zip(MARKERS * len(names), names, strict=False)
-    ]
-    title = "layers from the first, dark, to the last, light" if frame["layer"].notna().any() else None
-    figure.legend(
-        handles=keys, loc="outside lower center", ncols=min(4, len(keys)), frameon=False, fontsize=8,
-        title=title, title_fontsize=8,
-    )  # fmt: skip
-    drawn = BytesIO()
-    figure.savefig(drawn, format=path.suffix[1:], dpi=200)
-    write_bytes(path, drawn.getvalue())
+    """The scatter of `plots.plot`, a panel per tuned model and kind; returns the path."""
+    plots.plot(rows, path)
     return path

@@ -134,6 +134,47 @@ def layer_correlation(points: Mapping[int, tuple[ArrayLike, ArrayLike]], view: s
     return None if found is None else replace(found, resampled=_resampled(varying, view == "between layers"))
 
 
+def cautious(found: Estimate) -> Estimate:
+    """The estimate of `layer_correlation` with an interval that does not take its points for independent.
+
+    Of two seeds or more, Student's t over seeds of Fisher's z; of one, layers resampled with all their checkpoints.
+    No interval, and no p, where neither can be had: one layer, or seeds without spread.
+    """
+    if len(found.per_seed) > 1:
+        over = over_seeds(list(fisher_z(found.per_seed)))
+        ends = None if over is None or over.low is None or over.high is None else np.tanh([over.low, over.high])
+        p, test = over and over.p, "t over seeds of Fisher's z"
+    else:
+        ends, p, test = found.resampled, None, "layers resampled"
+    low, high = (None, None) if ends is None or ends[0] == ends[1] else (float(ends[0]), float(ends[1]))
+    return replace(found, low=low, high=high, p=p, test=test)
+
+
+def layer_slope(points: Mapping[int, tuple[ArrayLike, ArrayLike]]) -> Estimate | None:
+    """Least-squares slope of y_LC on x_LC (units of y per x) within each seed, mean over seeds; interval as `cautious`.
+
+    Args: points: seed -> (x_LC, y_LC). Returns None if x varies in no seed.
+    """
+    full = [(np.asarray(x, dtype=float), np.asarray(y, dtype=float)) for x, y in points.values()]
+    full = [(x, y) for x, y in full if np.ptp(x) > 0]
+    if not full:
+        return None
+    slopes = tuple(float(np.polyfit((x - x.mean()).ravel(), y.ravel(), 1)[0]) for x, y in full)
+    if over := over_seeds(slopes):
+        return over
+    found = Estimate(
+        value=float(np.mean(slopes)), low=None, high=None, p=None, per_seed=slopes, n=_count(len(slopes), "seed"),
+        test="layers resampled",
+    )  # fmt: skip
+    if len(slopes) > 1:
+        return found
+    (x_LC, y_LC), layers = full[0], len(full[0][0])
+    counts_BL = np.random.default_rng(_SEED).multinomial(layers, np.full(layers, 1 / layers), size=REPLICATES)
+    slope_B = _weighted(counts_BL, x_LC, y_LC, False)[1]
+    low, high = map(float, np.nanquantile(slope_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    return found if low == high else replace(found, low=low, high=high)
+
+
 def _view(x_LC: NDArray[np.float64], view: str) -> NDArray[np.float64]:
     if view == "changes":
         return np.diff(x_LC, axis=1, prepend=0.0)
@@ -147,7 +188,7 @@ def _resampled(seeds: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]],
     generator = np.random.default_rng(_SEED)
     layers = len(seeds[0][0])
     counts_BL = generator.multinomial(layers, np.full(layers, 1 / layers), size=REPLICATES)
-    z_BS = np.stack([fisher_z(_weighted_r(counts_BL, *pair, each)) for pair in seeds], 1)
+    z_BS = np.stack([fisher_z(_weighted(counts_BL, *pair, each)[0]) for pair in seeds], 1)
     weights_BS = generator.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=REPLICATES)
     known_BS = weights_BS * ~np.isnan(z_BS)
     usable_B = known_BS.sum(axis=1) > 0
@@ -156,10 +197,11 @@ def _resampled(seeds: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]],
     return float(low), float(high)
 
 
-def _weighted_r(
+def _weighted(
     counts_BL: NDArray[np.int64], x_LC: NDArray[np.float64], y_LC: NDArray[np.float64], each: bool
-) -> NDArray[np.float64]:
-    """Pearson's r_B of the points with each layer counted so often; nan where x or y does not vary."""
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Pearson's r_B, and the slope_B of y on x, with each layer counted so often; nan where x (or, for r, y) does not
+    vary."""
     x_LC, y_LC = (v - v.mean() for v in (x_LC, y_LC))  # near zero: sums of squares keep their digits
 
     def sums(v_LC: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -171,8 +213,10 @@ def _weighted_r(
     xy_B = (sums(x_LC * y_LC) - sx_BQ * sy_BQ / n).sum(axis=1)
     xx_B, yy_B = ((sums(v * v) - s * s / n).sum(axis=1) for v, s in ((x_LC, sx_BQ), (y_LC, sy_BQ)))
     floor = [1e-12 * float((v * v).sum()) for v in (x_LC, y_LC)]
-    varies_B = (xx_B > floor[0]) & (yy_B > floor[1])
-    return np.where(varies_B, xy_B, np.nan) / np.sqrt(np.where(varies_B, xx_B * yy_B, 1.0))
+    turns_B = xx_B > floor[0]
+    varies_B = turns_B & (yy_B > floor[1])
+    r_B = np.where(varies_B, xy_B, np.nan) / np.sqrt(np.where(varies_B, xx_B * yy_B, 1.0))
+    return r_B, np.where(turns_B, xy_B, np.nan) / np.where(turns_B, xx_B, 1.0)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
