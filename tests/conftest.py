@@ -251,3 +251,9 @@ def run_writer() -> Callable[..., Path]:
 def rng() -> np.random.Generator:
     """A generator with a fixed seed."""
     return np.random.default_rng(7)
+
+
+@pytest.fixture(autouse=True)
+def _no_width_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What starts the tests may say how wide its terminal is; tables are as wide as in a pipe."""
+    monkeypatch.delenv("COLUMNS", raising=False)

@@ -186,6 +186,6 @@ def test_the_dry_run_says_what_it_costs() -> None:
     small = told("--tier", "paper", "--only", "seed=0", "--gpu", "RTX4090-24GB")
     assert small.count("does not fit") == 12
     mini = told()
-    assert "393.2 k tokens" in mini and " h\n" not in mini and "no training" in mini
+    assert "524.3 k tokens" in mini and " h\n" not in mini and "no training" in mini
     unknown = told("--with", "model.name=somebody/some-model", "--only", "seed=1")
-    assert "4 of them have no estimate" in unknown
+    assert "7 of them have no estimate" in unknown

@@ -63,6 +63,7 @@ CHANGES = {
     "method.name": "gain", "method.target_modules": "q_proj,k_proj,v_proj,up_proj,down_proj", "data.train_items": 40,
     "data.test_items": 12, "optim.batch_size": 8, "optim.micro_batch_size": 4, "optim.learning_rate": 0.002,
     "optim.epochs": 40, "evaluation.protocols": "generate,loglikelihood", "evaluation.max_new_tokens": 12,
+    "evaluation.text": "none",
 }  # fmt: skip
 
 
