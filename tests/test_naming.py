@@ -15,7 +15,7 @@ from conftest import write_run
 
 from analysis import declared, frame
 from dora_lab import paper, report
-from dora_lab.launch.select import chosen, load_experiment
+from dora_lab.launch.select import chosen, declared_specs, load_experiment
 from dora_lab.spec import Spec, derive, to_dict
 
 SKILL = {None: 0.6, 8: 0.55, 4: 0.5}
@@ -84,7 +84,7 @@ def test_half_the_rank_alone_is_still_half_the_rank(tmp_path: Path) -> None:
     assert labels(tree(tmp_path, specs(only=["rank=4"]))) == {"DoRA†": 3}
 
 
-@pytest.mark.parametrize("change", ["data.train_items=96", "model.revision=abc", "data.test_items=7"])
+@pytest.mark.parametrize("change", ["data.train_items=96", "optim.epochs=2", "model.revision=abc", "data.test_items=7"])
 def test_a_whole_experiment_changed_alike_keeps_its_names(change: str, tmp_path: Path) -> None:
     results = tree(tmp_path, [*specs(change), *specs(change, "method.rank=16", only=["method.name=dora", "rank=8"])])
     assert labels(results) == PLAIN | {"DoRA r=16": 3}
@@ -93,6 +93,10 @@ def test_a_whole_experiment_changed_alike_keeps_its_names(change: str, tmp_path:
 def test_other_data_keeps_the_names(tmp_path: Path) -> None:
     there: list[dict[str, Any]] = [{"data.name": "llm_adapters", "data.sha256": "0" * 64}]
     assert labels(tree(tmp_path, [derive(spec, there[0]) for spec in specs()])) == PLAIN
+
+
+def test_commands_call_runs_by_the_specs_that_scripts_do() -> None:
+    assert set(declared_specs()) == set(declared()) >= set(load_experiment("commonsense").earlier())
 
 
 def test_the_specs_of_all_experiments_are_known() -> None:

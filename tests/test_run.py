@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -390,7 +391,7 @@ def test_folders_given_on_the_command_line_are_in_the_spec(tiny_experiment: Any,
 def test_command_line(tiny_experiment: Any, inputs: Path, tmp_path: Path) -> None:
     runner = CliRunner()
     listed = runner.invoke(command.app, ["list"])
-    assert "tiny_one" in listed.output and " 5\n" in listed.output.partition("A tiny experiment for the tests.")[2]
+    assert re.search(r"^experiment .* mini\ntiny_one +A tiny experiment for the tests\. +5$", listed.output, re.M)
     given = ["run", "tiny_one", "--data-dir", str(inputs / "data"), "--model-dir", str(inputs / "model"),
              "--results", str(tmp_path / "results"), "--only", "method=base"]  # fmt: skip
     dry = runner.invoke(command.app, [*given, "--dry-run"])

@@ -29,7 +29,7 @@ BESIDE = (
 def build(results: Path) -> list[Path]:
     """Write results/tables/commonsense.{md,csv,tex}; returns their paths."""
     evals, statuses = load(results)
-    scores = report.scores(evals).merge(report.beside(frame(results, stream="record")), how="left")
+    scores = scored(results, evals)
     paper = table_1()
     data = pd.concat([scores.assign(source="this lab"), paper_data(paper)], ignore_index=True)
     return report.save_table(
@@ -48,7 +48,7 @@ def readme(results: Path) -> str:
     evals = evals[evals["tier"] == "mini"]
     newer = evals["eval_data"] == "mini2"
     evals = evals[newer if newer.any() else (evals["eval_data"] == "mini") & (evals["protocol"] == "generate")]
-    scores = report.scores(evals).merge(report.beside(frame(results, stream="record")), how="left")
+    scores = scored(results, evals)
     paper = table_1()
     blocks = [
         *our_blocks(scores, evals, frame(results), caveats_of(results)),
@@ -58,6 +58,11 @@ def readme(results: Path) -> str:
     return "\n\n".join(
         [*(report.markdown(block, level=3) for block in blocks), source.caption(), *filter(None, [source.incomplete()])]
     )
+
+
+def scored(results: Path, evals: pd.DataFrame) -> pd.DataFrame:
+    """Scores over seeds, with what can stand beside them."""
+    return report.scores(evals).merge(report.beside(frame(results, stream="record")), how="left")
 
 
 def load(results: Path) -> tuple[pd.DataFrame, dict[str, int]]:
@@ -104,7 +109,8 @@ def our_blocks(
         experiment, tier, model, trained, evaluated, _, protocol = key
         group = dict(zip(report.GROUP, key, strict=False))
         tasks = [task for task in part["task"].unique() if task != "average"]
-        mine = evals[(evals[[*group]] == pd.Series(group)).all(axis=1) & (evals["protocol"] == protocol)]
+        of_group = evals[(evals[[*group]] == pd.Series(group)).all(axis=1)]
+        mine = of_group[of_group["protocol"] == protocol]
         rows = [
             _method_row(part[part["label"] == label], tasks, mine[mine["label"] == label])
             for label in part["label"].unique()
@@ -120,17 +126,17 @@ def our_blocks(
         ]
         heads = tuple(_head(task) for task in [*tasks, "average"])
         data = trained if trained == evaluated else f"trained on {trained}, evaluated on {evaluated}"
-        cells = pd.DataFrame(rows).dropna(axis=1, how="all")
-        wide = ("Method", "Rate", *heads, "Choice NLL", "Unparsed %", "Seeds")
+        likelihoods = mine["choice_nll"].notna().any()
+        said = report.sets_apart(of_group, everything)
         blocks.append(
             Block(
                 title=f"{experiment}, tier {tier}, model {model}, data {data}, protocol {protocol}",
-                cells=cells,
+                cells=pd.DataFrame(rows).drop(columns=[] if likelihoods else "Choice NLL"),
                 apart=3,
-                narrow=tuple(name for name in NARROW if name in cells),
-                wide=tuple(name for name in wide if name in cells),
+                narrow=NARROW,
+                wide=("Method", "Rate", *heads, *(["Choice NLL"] if likelihoods else []), "Unparsed %", "Seeds"),
                 isnt=isnt([tier]),
-                notes=(*_notes(part, mine), *known.get(key[:-1], ()), *_apart(evals, everything, group)),
+                notes=(*_notes(part, likelihoods), *known.get(key[:-1], ()), *([said] if said else [])),
             )
         )
     return blocks
@@ -167,13 +173,13 @@ def _reference(rows: pd.DataFrame, field: str) -> str | None:
     return "–".join(f"{v:.0f}" for v in values) if field == "n_items" else "–".join(f"{v:.1f}" for v in values)
 
 
-def _notes(part: pd.DataFrame, evals: pd.DataFrame) -> tuple[str, ...]:
+def _notes(part: pd.DataFrame, likelihoods: bool) -> tuple[str, ...]:
     notes = [
         "Mean ± standard deviation over seeds; the average is taken over tasks within a run first. An answer that "
         "cannot be parsed counts as wrong and is counted under unparsed.",
         BESIDE,
     ]
-    if evals["choice_nll"].notna().any():
+    if likelihoods:
         notes.append(
             "Choice NLL: -log of what the right option has of the likelihood of all that the item offers, in nats, a "
             "mean over tasks; lower is better."
@@ -185,15 +191,6 @@ def _notes(part: pd.DataFrame, evals: pd.DataFrame) -> tuple[str, ...]:
     if lacking:
         notes.append(f"{lacking} run{'' if lacking == 1 else 's'} without a score for every task: not in the averages.")
     return tuple(notes)
-
-
-def _apart(evals: pd.DataFrame, everything: pd.DataFrame, group: dict[str, object]) -> list[str]:
-    """What sets the rows of a block apart."""
-    mine = pd.Series(True, index=evals.index)
-    for name, value in group.items():
-        mine &= evals[name] == value
-    said = report.sets_apart(evals[mine], everything)
-    return [said] if said else []
 
 
 def table_1() -> pd.DataFrame:

@@ -17,7 +17,7 @@ from dora_lab.paper.axes import PANELS, Panel
 from dora_lab.report import Block, law
 from dora_lab.report.provenance import Provenance
 
-KINDS = {"q_proj": "query", "v_proj": "value"}
+TITLES = {"lora": "LoRA: the norm", "ft": "Full fine-tuning: the decay", "dora": "DoRA: the decay of m"}
 WEIGHT_DECAY = 0.01  # of the released VL-BART script, on every matrix and on the magnitudes
 EPOCHS = 20
 # steps of an epoch at batch 500 and 300: sizes of the four data sets are from memory, not counted
@@ -42,16 +42,12 @@ def build(results: Path) -> list[Path]:
     rows = [row for panel in PANELS for row in _rows(panel, norms[panel.kind])]
     blocks = [
         Block(
-            title={"lora": "LoRA: the norm", "ft": "Full fine-tuning: the decay", "dora": "DoRA: the decay of m"}[
-                method
-            ],
-            cells=pd.DataFrame([_shown(row) for row in rows if row["method"] == method])
-            .dropna(axis=1, how="all")
-            .fillna("–"),
+            title=title,
+            cells=pd.DataFrame([_shown(row) for row in rows if row["method"] == method]).dropna(axis=1, how="all"),
             text=("Matrix", "End"),
             notes=(NOTES[method],),
         )
-        for method in ("lora", "ft", "dora")
+        for method, title in TITLES.items()
     ]
     source = Provenance((), (), (), (), False, {})
     title = "The law against the axes of figures 2 and 7"
@@ -101,7 +97,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         printed = f"{low:g} to {high:g}"
 
     return {
-        "Matrix": KINDS[row["kind"]], "End": row["end"], "ΔD": f"{row['delta_d']:g}", "ΔM": printed,
+        "Matrix": report.KINDS[row["kind"]], "End": row["end"], "ΔD": f"{row['delta_d']:g}", "ΔM": printed,
         "n": f"{row['norm']:.2f}", "ΔM / n": percent("share"), "δ needed": percent("needed_decay"),
         "δ of the script": percent("script_decay"),
         "δ / ΔD": f"{row['ratio']:.1f}" if "ratio" in row else None,

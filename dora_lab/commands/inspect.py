@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,7 +81,7 @@ def doctor(
         raise SpecError(f"{path} is not there; {did_you_mean(path.name, [one.name for one in path.parent.glob('*/')])}")
     findings: list[examining.Finding] = []
     with progress_bar("looking", unit=" findings") as bar:
-        for finding in (*examining.examine(path), *(examine_claims() if (path / "runs").is_dir() else ())):
+        for finding in chain(examining.examine(path), examine_claims() if (path / "runs").is_dir() else ()):
             findings.append(finding)
             bar.update()
     data = pd.DataFrame(findings, columns=examining.Finding._fields).astype(str)

@@ -13,20 +13,21 @@ import typer
 
 from dora_lab.commands.app import LOCAL, RESULTS, ReadOption, app, examples, experiment_names, results_folder, say
 from dora_lab.commands.show import Format, FormatOption, show
-from dora_lab.launch.select import all_specs, experiment_name, published_specs
+from dora_lab.launch.select import declared_specs, experiment_name, published_specs
 from dora_lab.runs.survey import survey
 
 if TYPE_CHECKING:
     import pandas as pd
 
-NO_EXPERIMENT = "One experiment; all without it."
+AnyExperiment = Annotated[
+    str | None,
+    typer.Argument(help="One experiment; all without it.", autocompletion=experiment_names, show_default=False),
+]
 
 
 @app.command(epilog=examples("verify commonsense", "verify --results results/local --format csv > verdicts.csv"))
 def verify(
-    experiment: Annotated[
-        str | None, typer.Argument(help=NO_EXPERIMENT, autocompletion=experiment_names, show_default=False)
-    ] = None,
+    experiment: AnyExperiment = None,
     results: ReadOption = RESULTS,
     form: FormatOption = Format.text,
 ) -> None:
@@ -41,7 +42,7 @@ def verify(
         experiment = experiment_name(experiment, {*experiment_names(), *about})
     for lost in survey(results, experiment).left_out:
         say(f"left out: {lost.why}", err=True)
-    declared = [spec for name in experiment_names() for spec in all_specs(name)]
+    declared = declared_specs()
     evals, probes = (report.frame(results, experiment, stream, declared) for stream in ("eval", "probe"))
     found = verifying.verdicts(evals, probes, verifying.claims(experiment))
     counts, ran = verifying.summary(verifying.cells(results, verifying.claims(), published_specs()), experiment)
@@ -89,9 +90,7 @@ def _cells(ran: pd.DataFrame) -> pd.DataFrame:
 
 @app.command(epilog=examples("compare", "compare commonsense --tasks --format md"))
 def compare(
-    experiment: Annotated[
-        str | None, typer.Argument(help=NO_EXPERIMENT, autocompletion=experiment_names, show_default=False)
-    ] = None,
+    experiment: AnyExperiment = None,
     results: ReadOption = LOCAL,
     committed: Annotated[Path, typer.Option(help="Results folder to compare with.", callback=results_folder)] = RESULTS,
     tasks: Annotated[bool, typer.Option("--tasks", help="Accuracies by task, yours beside the committed.")] = False,

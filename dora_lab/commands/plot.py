@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dora_lab.commands.app import LOCAL, RESULTS, ResultsOption, app, examples, find_run, say
-from dora_lab.launch.select import all_specs, experiment_names
+from dora_lab.launch.select import declared_specs, experiment_names
 from dora_lab.runs.survey import verified
 from dora_lab.spec import SpecError, did_you_mean
 
@@ -70,7 +70,7 @@ def _of_runs(names: Sequence[str], results: Path) -> Any:
 
     from dora_lab import report
 
-    declared = [spec for name in experiment_names() for spec in all_specs(name)]
+    declared = declared_specs()
 
     @cache
     def frame(root: Path, experiment: str) -> Any:

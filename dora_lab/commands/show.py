@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dora_lab.commands.app import say
-from dora_lab.io.text import no_formula, shown
+from dora_lab.io.text import shown
 
 if TYPE_CHECKING:
     import pandas as pd  # and what imports it below: a second that --help and the shell's completion need not wait
@@ -53,15 +53,12 @@ def show(
     import pandas as pd
 
     from dora_lab.report.block import Block
-    from dora_lab.report.tables import markdown
+    from dora_lab.report.tables import csv_text, markdown
 
     if form is Format.json:
         typer.echo(json.dumps(_rows(data), ensure_ascii=False, indent=1))
     elif form is Format.csv:
-        typer.echo(
-            pd.DataFrame(_rows(data)).map(no_formula).convert_dtypes().to_csv(index=False, lineterminator="\n"),
-            nl=False,
-        )
+        typer.echo(csv_text(pd.DataFrame(_rows(data)).convert_dtypes()), nl=False)
     elif form is Format.md:
         blocks = (Block(title=title, cells=view, text=tuple(_words(view))) for title, view in views if len(view))
         say("\n\n".join([*map(markdown, blocks), *notes]))

@@ -39,6 +39,13 @@ def all_specs(name: str) -> list[Spec]:
     return [spec for tier in module.TIERS for spec in module.specs(tier)]
 
 
+def declared_specs() -> list[Spec]:
+    """The specs of all experiments, and of runs that are kept but not made again: what runs are called by."""
+    modules = [load_experiment(name) for name in experiment_names()]
+    listed = [spec for module in modules for tier in module.TIERS for spec in module.specs(tier)]
+    return listed + [spec for module in modules if hasattr(module, "earlier") for spec in module.earlier()]
+
+
 def experiment_name(text: str, known: Iterable[str] = ()) -> str:
     """The experiment that a person means, hyphens read as underscores; of `known`, or else of those in experiments/.
 

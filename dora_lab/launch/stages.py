@@ -151,13 +151,14 @@ def _probes(spec: Spec, paths: Paths, run: RunDir, model: PreTrainedModel) -> It
         # of a Llama all seven matrices, as published, also those that a method leaves alone; else what is trained
         leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         kinds = LLAMA_KINDS if leaves.issuperset(LLAMA_KINDS) else None
-        write = lambda row: run.append("probe", {name: _rounded(value) for name, value in row.items()})  # noqa: E731
-        yield [DecompositionCallback(write, spec.probe.fractions, kinds, initial)]
+        yield [
+            DecompositionCallback(lambda row: run.append("probe", _rounded(row)), spec.probe.fractions, kinds, initial)
+        ]
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
     """Seven digits, what float32 weights hold: all sixteen would be twice the bytes of a record, and rounding noise."""
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+    return {name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in row.items()}
 
 
 def _initial(files: dict[str, safe_open], spec: Spec, name: str) -> Any:

@@ -2,7 +2,8 @@
 
 Every item asks about one fact. A hash of the fact decides whether it belongs to train, validation or test, the same for
 all eight families, so that no family's training items ask for a fact that any family is tested on: a right test answer
-needs what pretraining taught. (Steps that a HellaSwag context tells may be facts of another split.) The wordings here do not occur in the pretraining corpus.
+needs what pretraining taught. (Steps that a HellaSwag context tells may be facts of another split.) The wordings here
+do not occur in the pretraining corpus.
 """
 
 from __future__ import annotations

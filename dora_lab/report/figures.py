@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from dora_lab.io.atomic import write_bytes, write_text
-from dora_lab.io.text import no_formula
 from dora_lab.report.provenance import Provenance
+from dora_lab.report.tables import csv_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,5 +89,5 @@ def write_figure(figure: Figure, file: Path, source: Provenance | None = None) -
 def write_data(data: pd.DataFrame, beside: Path) -> Path:
     """Write the numbers of a figure as `<beside>.data.csv`; no text of it is a formula. Returns the path."""
     file = beside.with_name(f"{beside.name}.data.csv")  # never the file of rows that a figure was drawn from
-    write_text(file, data.map(no_formula).to_csv(index=False, lineterminator="\n", float_format="%.6g"))
+    write_text(file, csv_text(data, "%.6g"))
     return file

@@ -15,6 +15,7 @@ from typing import Any
 from dora_lab.report.labels import HALF_RANK, METHODS
 
 GROUP = ["experiment", "tier", "model", "data", "eval_data", "split"]  # what never shares a column or a panel
+_LOOSE = ("experiment", "tier", "split")
 Columns = dict[str, Any]  # a spec flattened with dots, and the short names of `frames`
 
 # How a run may be one of the declared but for its seed: wholly; on other data or another model; with other training
@@ -33,11 +34,14 @@ def add_labels(runs: Sequence[Columns], declared: Sequence[Columns] = ()) -> Non
     for members in _grouped(named, GROUP):
         _among_each_other(members)
     for members in _grouped(runs, GROUP):
-        known = [
-            spec for spec in named if all(spec[name] == members[0][name] for name in ("experiment", "tier", "split"))
-        ]
+        # those on other data, or of another model, only where the experiment names none on these
+        known = next((like for names in (GROUP, _LOOSE) if (like := _sharing(named, members[0], names))), [])
         _as_declared(members, known)
         _tell_variants_apart(members)
+
+
+def _sharing(named: Sequence[Columns], run: Columns, names: Sequence[str]) -> list[Columns]:
+    return [spec for spec in named if all(spec[name] == run[name] for name in names)]
 
 
 def _as_declared(members: Sequence[Columns], known: Sequence[Columns]) -> None:

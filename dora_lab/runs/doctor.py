@@ -162,13 +162,12 @@ def _disorder(name: str, rows: list[dict[str, Any]]) -> Iterator[str]:
 def _counts(spec: Spec, record: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, str]]:
     """(stream, what is wrong) where the rows of a complete run do not fit its spec and record."""
     there = {(row["task"], row["protocol"]) for row in rows["eval"]}
+    counts = ((record.get("inputs") or {}).get("items") or {}).get(spec.evaluation.split) or {}
     # a task that nothing is trained on has no validation items
-    held = ((record.get("inputs") or {}).get("items") or {}).get(spec.evaluation.split) or spec.data.tasks
-    tasks = held if spec.evaluation.split == "validation" else spec.data.tasks
+    tasks = (spec.evaluation.split == "validation" and counts) or spec.data.tasks
     wanted = {(task, protocol) for task in tasks for protocol in spec.evaluation.protocols}
     if lost := sorted(wanted - there):
         yield "eval", f"{len(lost)} of {len(wanted)} scores are missing, the first is {' '.join(lost[0])}"
-    counts = ((record.get("inputs") or {}).get("items") or {}).get(spec.evaluation.split) or {}
     for row in rows["eval"]:
         if row["task"] in counts and row["n"] != counts[row["task"]]:
             yield "eval", f"{row['task']}: n = {row['n']}, the record says {counts[row['task']]} items"
