@@ -31,6 +31,7 @@ from dora_lab.launch.pool import run_many
 from dora_lab.launch.runtime import Paths
 from dora_lab.launch.select import chosen, load_experiment
 from dora_lab.runs.survey import survey
+from dora_lab.spec import spec_id
 
 
 @app.command(epilog=examples("report --results results/local", "report"))
@@ -94,5 +95,5 @@ def reproduce(
     if table.exists():
         say(f"\n{table.read_text(encoding='utf-8')}")
     # a difference is told, not failed on: another processor may round its way to another answer
-    told_apart(results, RESULTS, experiment)
+    told_apart(results, RESULTS, experiment, only={spec_id(spec) for spec in specs})
     say(f"\ntables and figures: {results / 'tables'}, {results / 'figures'}")
