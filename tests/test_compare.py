@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from dora_lab import paper
 from dora_lab.__main__ import app
 from dora_lab.paper.agreement import TOLERANCES
-from dora_lab.spec import SpecError, spec_id
+from dora_lab.spec import SpecError, from_dict, spec_id
 
 Row = dict[str, Any]
 
@@ -126,7 +126,7 @@ def test_a_part_of_the_runs_agrees_and_is_said_to_be_a_part(tmp_path: Path) -> N
     for row in found.rows:
         assert [row[name] for name in ("agreement", "runs", "of", "others")] == ["missing", 1, 3, "same bytes"]
     assert found.notes[-1].startswith("What is there agrees with the committed records, but runs are missing")
-    found = paper.compare(tmp_path / "mine", tmp_path / "theirs", only={spec_id(make_spec("lora", 8, 0))})
+    found = paper.compare(tmp_path / "mine", tmp_path / "theirs", only={spec_id(from_dict(make_spec("lora", 8, 0)))})
     assert found.agrees and all(row["runs"] == row["of"] == 1 for row in found.rows)
 
 
