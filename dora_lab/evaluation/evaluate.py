@@ -89,7 +89,7 @@ def evaluate(
                 progress(min(next(begun), most), sum(batches))
 
         with undisturbed(model, tokenizer), quiet():
-            samples = _samples(spec, model, tokenizer, part, tick)
+            samples = answers(spec, model, tokenizer, part, tick)
         row = _row(part, samples, spec.evaluation.split == "test")
         _write_samples(run, row, samples)
         run.append("eval", row)
@@ -132,7 +132,7 @@ def _kept(run: RunDir, parts: Sequence[Part]) -> list[dict[str, Any]]:
     return rows if fits else []
 
 
-def _samples(
+def answers(
     spec: Spec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: Part, tick: Callable[[], None]
 ) -> list[Sample]:
     """What the model answered: index, prompt, output, parsed, gold, correct and what else the protocol keeps."""

@@ -93,7 +93,7 @@ def lines(
     note: str,
     *,
     ticks: Mapping[str, Mapping[float, str]] | None = None,
-    limits: tuple[float, float] | None = None,
+    limits: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
     dodge: float = 0.0,
     joined: bool = True,
     band: bool = False,
@@ -103,10 +103,10 @@ def lines(
 
     data: columns row and column (texts, in the order shown), label, x, y, low, high (NaN: no interval), and maybe
         paper, a printed value drawn as a star, and seeds, the values that y is the mean of, as dots. note: over the
-        legend, what line and interval are. ticks: column -> position -> text. limits: of all y; without them a row of
-        panels whose labels differ by more than `WIDE` is logarithmic, and what is not above 0 is left out of it. dodge:
-        how far labels stand apart in x, so that no bar hides another (doublings: x is logarithmic, in powers of 2).
-        joined: whether points are. band: intervals as bands, else bars.
+        legend, what line and interval are. ticks: column -> position -> text. limits: of all y, or by column;
+        without them a row of panels whose labels differ by more than `WIDE` is logarithmic, and what is not above 0 is
+        left out of it. dodge: how far labels stand apart in x, so that no bar hides another (doublings: x is
+        logarithmic, in powers of 2). joined: whether points are. band: intervals as bands, else bars.
     Returns the figure and `data`. Raises: ValueError for more than `MOST` panels.
     """
     rows, columns = (list(data[name].unique()) for name in ("row", "column"))
@@ -128,7 +128,8 @@ def lines(
                     handles.setdefault(label, drawn)
             if not len(there):
                 axis.text(0.5, 0.5, "no runs", ha="center", va="center", transform=axis.transAxes)
-            _axes(axis, there, logarithmic, limits, doublings, (ticks or {}).get(column))
+            ends = limits.get(column) if isinstance(limits, Mapping) else limits
+            _axes(axis, there, logarithmic, ends, doublings, (ticks or {}).get(column))
             axis.set_title(fill(column, 34) if i == 0 else "", fontsize=9)
             axis.set_xlabel(x_name if i == len(rows) - 1 else "")
         axes[i, 0].set_ylabel(row + ("\n(log scale)" if logarithmic else ""), fontsize=8.5)
