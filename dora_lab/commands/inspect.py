@@ -21,7 +21,7 @@ from dora_lab.commands.app import (
 )
 from dora_lab.commands.show import Format, FormatOption, show
 from dora_lab.io.atomic import write_text
-from dora_lab.launch.select import experiment_name, published_specs
+from dora_lab.launch.experiments import experiment_name, published_specs
 from dora_lab.runs import packs
 from dora_lab.runs.record import read_record
 from dora_lab.runs.survey import survey, verified
