@@ -48,6 +48,18 @@ def card_command(
         write_text(out, text)
 
 
+@app.command(epilog=examples("schema record", "schema spec > spec.schema.json"))
+def schema(
+    name: Annotated[str, typer.Argument(help="spec, record, or a stream: metrics, probe, timing, eval.")],
+) -> None:
+    """Print the JSON Schema of a spec, of a record, or of a line of a stream."""
+    import json
+
+    from dora_lab.runs import schemas
+
+    typer.echo(json.dumps(schemas.schema(name), ensure_ascii=False, indent=1))
+
+
 @app.command("diff", epilog=examples("diff 632a66 published", "diff 632a66 64d84a"))
 def diff_command(
     run: RunArgument,
