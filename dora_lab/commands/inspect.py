@@ -31,18 +31,21 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@app.command("card", epilog=examples("card 632a66", "card results/local/runs/commonsense/RUN --out card.md"))
+@app.command("card", epilog=examples("card 632a66", "card 632a66 --peft --out result.json"))
 def card_command(
     run: RunArgument,
     results: ReadOption = LOCAL,
-    out: Annotated[Path | None, typer.Option(help="Write the page to this file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write it to this file.")] = None,
+    peft: Annotated[bool, typer.Option("--peft", help="As a result file of PEFT's method_comparison (JSON).")] = False,
 ) -> None:
     """Print the protocol card of a run: one page, from its record."""
-    from dora_lab.report import card
+    import json
+
+    from dora_lab.report import card, peft_comparison
 
     path = find_run(run, results)
     verified(path)
-    text = card.card(path)
+    text = f"{json.dumps(peft_comparison.comparison(path), ensure_ascii=False, indent=2)}" if peft else card.card(path)
     say(text if out is None else out)
     if out is not None:
         write_text(out, text)
