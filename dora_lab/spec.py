@@ -36,6 +36,7 @@ from dora_lab.io.limits import (
     RANKS,
     RESCALES,
     SEED,
+    SHARE,
 )
 from dora_lab.io.values import coerce, parse, parts
 
@@ -116,6 +117,8 @@ class Data(_Checked):
     }] = since(3, "per_task")  # fmt: skip
     # 8 as released
     pad_to_multiple_of: Annotated[int, "length of a training batch is a multiple of", COUNT] = since(3, 1)
+    # of each task; 1: random labels
+    label_noise: Annotated[float, "share of training items whose label is drawn anew", SHARE] = since(5, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +188,7 @@ class Evaluation(_Checked):
 
     # "generate" (the paper's), "loglikelihood", "cloze" (options by their texts), "builtin" (lm-eval's own tasks)
     protocols: Annotated[tuple[str, ...], "evaluation protocols", KNOWN_PROTOCOLS] = ("generate",)
-    split: Annotated[Literal["test", "validation"], "items scored: split"] = "test"
+    split: Annotated[Literal["test", "validation", "train"], "items scored: split"] = "test"  # train: what was learnt
     num_beams: Annotated[int, "beams", COUNT] = 1  # of "generate"; 1 = greedy
     max_new_tokens: Annotated[int, "new tokens at most", COUNT] = 32  # of "generate"
     # items; padding can change the last bits of a logit

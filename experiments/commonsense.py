@@ -83,7 +83,7 @@ def specs(tier: str) -> list[Spec]:
 def sweep() -> list[Spec]:
     """Every cell at every rate of its grid, three seeds, on validation items; seed by seed."""
     return [
-        _swept(trained(method, rank, MIDDLE[method] * step, seed))
+        swept(method, rank, MIDDLE[method] * step, seed)
         for seed in SWEEP_SEEDS
         for method, rank in CELLS
         for step in STEPS
@@ -118,7 +118,9 @@ def trained(method: str, rank: int | None, learning_rate: float, seed: int) -> S
     )
 
 
-def _swept(spec: Spec) -> Spec:
+def swept(method: str, rank: int | None, learning_rate: float, seed: int) -> Spec:
+    """The same run, scored on validation items."""
+    spec = trained(method, rank, learning_rate, seed)
     return replace(
         spec,
         data=replace(spec.data, validation_items=MINI["validation_items"]),

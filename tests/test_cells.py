@@ -13,12 +13,12 @@ from scipy import stats
 
 from analysis.tables import paper as table
 from dora_lab import paper
+from dora_lab.launch.experiments import published_specs
 from dora_lab.models import shapes
 from dora_lab.report import statistics
 from dora_lab.spec import Spec, derive, to_dict
-from experiments import commonsense, commonsense_ablations
 
-PUBLISHED = [*commonsense.specs("paper"), *commonsense_ablations.specs("paper")]
+PUBLISHED = published_specs()
 Writer = Callable[..., Path]
 
 
@@ -124,7 +124,7 @@ def test_what_cannot_change_a_result_does_not_matter(tmp_path: Path, run_writer:
 
 
 def test_settings_are_cells_of_their_own(tmp_path: Path, run_writer: Writer) -> None:
-    for spec in commonsense_ablations.specs("paper"):
+    for spec in (spec for spec in PUBLISHED if spec.experiment != "commonsense"):
         if shapes.printed_name(spec.model.name) == "LLaMA-7B" and spec.seed == 0:
             write(tmp_path, run_writer, spec, 70.0)
     rows = found(tmp_path)

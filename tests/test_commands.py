@@ -212,11 +212,13 @@ def test_reproduce_quick(arguments: list[str], quick: str, tmp_path: Path, monke
     asked: list[Any] = []
     monkeypatch.setattr(room, "run_many", lambda specs, *more, **options: asked.extend(specs) or [])
     monkeypatch.setattr(room, "rebuild", lambda results: True)
-    monkeypatch.setattr(room, "told_apart", lambda *more: True)
+    compared: list[set[str]] = []
+    monkeypatch.setattr(room, "told_apart", lambda *more, only: compared.append(only))
     done = CliRunner().invoke(
         app, ["reproduce", "commonsense-sweep", "--results", str(tmp_path), *arguments], env={"QUICK": quick}
     )
     assert done.exit_code == 0, (done.output, done.exception)
+    assert compared == [{spec_id(spec) for spec in asked}]
     whole = load_experiment("commonsense_sweep").specs("mini")
     settings = {spec.optim.learning_rate if spec.optim else None: 0 for spec in whole}
     assert {spec.optim.learning_rate if spec.optim else None: 0 for spec in asked} == settings

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 from conftest import make_spec, write_run
+from typer.testing import CliRunner
 
 from dora_lab import paper
+from dora_lab.__main__ import app
 from dora_lab.paper.agreement import TOLERANCES
-from dora_lab.spec import SpecError
+from dora_lab.spec import SpecError, from_dict, spec_id
 
 Row = dict[str, Any]
 
@@ -124,6 +126,17 @@ def test_a_part_of_the_runs_agrees_and_is_said_to_be_a_part(tmp_path: Path) -> N
     for row in found.rows:
         assert [row[name] for name in ("agreement", "runs", "of", "others")] == ["missing", 1, 3, "same bytes"]
     assert found.notes[-1].startswith("What is there agrees with the committed records, but runs are missing")
+    found = paper.compare(tmp_path / "mine", tmp_path / "theirs", only={spec_id(from_dict(make_spec("lora", 8, 0)))})
+    assert found.agrees and all(row["runs"] == row["of"] == 1 for row in found.rows)
+
+
+def test_what_is_missing_is_told_in_the_table(tmp_path: Path) -> None:
+    write_run(tmp_path / "mine", make_spec("lora", 8, 0))
+    for method, seed in (("lora", 0), ("lora", 1), ("dora", 0)):
+        write_run(tmp_path / "theirs", make_spec(method, 8, seed))
+    told = CliRunner().invoke(app, ["compare", "--results", f"{tmp_path}/mine", "--committed", f"{tmp_path}/theirs"])
+    assert "nan" not in told.output and told.exit_code == 1
+    assert "missing (1 of 1)" in told.output and "missing (1 of 2; the others:" in told.output
 
 
 def test_what_is_no_results_folder_or_experiment_is_said(two: tuple[Path, Path], tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ def test_a_file_is_read_and_hashed(tmp_path: Path) -> None:
         ({"claims": [PLAN["claims"][0] | {"hypothesis": "better"}]}, "hypothesis 'better' is not one of"),
         ({"claims": [PLAN["claims"][0] | {"terms": [[1, "dora", 8]]}]}, "do not add up to 0"),
         ({"claims": PLAN["claims"][:1] * 2}, "two claims have one name"),
+        ({"claims": [PLAN["claims"][0] | {"terms": [[1, "dora", 8, {"method.detachnorm": False}], [-1, "lora", 8]]}]},
+         "'method.detachnorm' is no field of a spec; did you mean 'method.detach_norm'"),
     ],
 )  # fmt: skip
 def test_a_malformed_file_is_one_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -73,8 +75,9 @@ def _evals(seeds: int = 4) -> pd.DataFrame:
                 per_item = {"choice_nll": pack("choice_nll", values)}
                 per_item["fact"] = pack("fact", [number_of(f"f{i // 2}") for i in range(40)])
                 rows.append(
-                    {"tier": "mini", "data": "mini2", "split": "test", "protocol": "loglikelihood", "seed": seed,
-                     "method": method, "rank": rank, "label": f"{method} {rank}", "task": task, "n": 40,
+                    {"experiment": "commonsense", "tier": "mini", "data": "mini2", "split": "test",
+                     "protocol": "loglikelihood", "seed": seed, "method": method, "rank": rank,
+                     "label": f"{method} {rank}", "task": task, "n": 40,
                      "value": 0.5, "correct": "01" * 20, "per_item": per_item, "spec_id": f"{method}{rank}{seed}"}
                 )  # fmt: skip
     return pd.DataFrame(rows).astype({"rank": "Int64"})
@@ -104,6 +107,23 @@ def test_fewer_seeds_than_registered_are_no_verdict(tmp_path: Path) -> None:
     evals = _evals()
     evals.loc[evals["label"] == "ft <NA>", "seed"] += 4  # beyond the plan's number: not its runs
     assert set(judge(plan, pd.concat([_evals(), evals.assign(seed=evals["seed"] + 4)]))["n"]) == {4}
+
+
+def test_conditions_of_other_experiments_stand_beside(tmp_path: Path) -> None:
+    """`detach` beside `commonsense`: of one method and rank, told apart by a field of the spec."""
+    terms = [[1, "dora", 8, {"method.detach_norm": True}], [-1, "dora", 8, {"method.detach_norm": False}]]
+    claim = PLAN["claims"][0] | {"terms": terms}
+    evals = _evals().assign(**{"method.detach_norm": True})
+    other = _evals().query("method == 'lora'").assign(experiment="detach", method="dora", spec_id="x")
+    both = pd.concat([evals, other.assign(**{"method.detach_norm": False})])
+    for beside, verdict in (([], "0 of 4"), (["commonsense"], "holds")):
+        plan = PLAN | {"experiment": "detach", "beside": beside, "claims": [claim]}
+        (tmp_path / "detach.md").write_text(f"```json\n{json.dumps(plan)}\n```\n")
+        found = registered("detach", tmp_path)
+        assert found is not None
+        row = judge(found, both).set_index("metric").loc["choice_nll"]
+        assert row["verdict"] == verdict
+    assert row["effect"] == pytest.approx(-100 * np.log(0.8), abs=1)
 
 
 def test_two_settings_of_one_cell_are_refused(tmp_path: Path) -> None:

@@ -7,10 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import frame, script
+from analysis import declared, frame, script
 from dora_lab import paper, report
 from dora_lab.report import Block, number
-from experiments import commonsense, commonsense_ablations
 
 ISNT = "a set of equal measurements. Single runs of the paper, baselines that it quotes, re-runs that others report."
 NOTES = (
@@ -36,7 +35,7 @@ UNITS = {
 def build(results: Path) -> list[Path]:
     """Write results/tables/paper.{md,csv,tex}; returns their paths."""
     rows = paper.claims()
-    published = [*commonsense.specs("paper"), *commonsense_ablations.specs("paper")]
+    published = [spec for spec in declared() if spec.tier == "paper"]
     cells = paper.cells(results, rows, published)
     records = frame(results, stream="record")
     records = records[records["tier"] == "paper"]

@@ -36,7 +36,7 @@ def build(results: Path) -> list[Path]:
     evals, probes = (frame(results, "commonsense", stream) for stream in ("eval", "probe"))
     evals, everything = evals[evals["split"] == "test"], frame(results)
     rows = paper.verdicts(evals, probes, paper.claims("commonsense"))
-    blocks, judged = _registered(results)
+    blocks, judged = _registered(everything)
     keys = ["tier", "model", "data"]
     for key, part in sorted(
         rows.groupby(keys, dropna=False), key=lambda pair: (set(pair[0]) != {"mini"}, str(pair[0]))
@@ -61,13 +61,13 @@ def build(results: Path) -> list[Path]:
     )
 
 
-def _registered(results: Path) -> tuple[list[Block], pd.DataFrame]:
+def _registered(everything: pd.DataFrame) -> tuple[list[Block], pd.DataFrame]:
     """A block for each registered experiment, and the rows of all of them."""
     blocks, found = [], []
     for file in sorted(REGISTERED_FILES.glob("*.md")):
         if (plan := paper.registered(file.stem)) is None:
             continue
-        rows = paper.judge(plan, frame(results, file.stem))
+        rows = paper.judge(plan, everything)
         title = f"registered: {plan.experiment}, tier {plan.tier}, data {plan.data}"
         cells = pd.DataFrame([_judged(row) for row in rows.to_dict("records")])
         text = ("Claim", "Verdict", "Family", "Metric")

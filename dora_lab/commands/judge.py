@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -101,9 +102,17 @@ def compare(
 
 
 def told_apart(
-    results: Path, committed: Path, experiment: str | None, form: Format = Format.text, tasks: bool = False
+    results: Path,
+    committed: Path,
+    experiment: str | None,
+    form: Format = Format.text,
+    tasks: bool = False,
+    only: Container[str] | None = None,
 ) -> bool:
-    """Print how a user's runs and the committed ones agree, one table per setting; returns whether they do."""
+    """Print how a user's runs (of spec ids `only`) agree with the committed ones, a table per setting; whether they do.
+
+    Args and what raises: as of `paper.compare`.
+    """
     import pandas as pd
 
     from dora_lab import paper as verifying
@@ -111,7 +120,7 @@ def told_apart(
     if experiment is not None:
         there = {path.name for root in (results, committed) for path in (root / "runs").glob("*")}
         experiment = experiment_name(experiment, {*experiment_names(), *there})
-    found = verifying.compare(results, committed, experiment)
+    found = verifying.compare(results, committed, experiment, only)
     for why in found.left_out:
         say(f"left out: {why}", err=True)
     rows, beside = pd.DataFrame(found.rows), pd.DataFrame(found.beside)
@@ -154,8 +163,13 @@ def _percent(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _agreement(row: dict[str, Any]) -> str:
-    others = f" ({row['of'] - row['runs']} of {row['of']}; the others: {row['others']})" if row["others"] else ""
-    return "\n".join([f"{row['agreement']}{others}", *row["why"][:3]])
+    from dora_lab.paper.compare import MISSING
+
+    said = row["agreement"]
+    if said == MISSING:
+        there = f"; the others: {row['others']}" if row["runs"] else ""
+        said += f" ({row['of'] - row['runs']} of {row['of']}{there})"
+    return "\n".join([said, *row["why"][:3]])
 
 
 def _two(value: float) -> str | None:

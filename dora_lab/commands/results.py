@@ -30,7 +30,7 @@ from dora_lab.launch.pool import run_many
 from dora_lab.launch.runtime import Paths
 from dora_lab.launch.select import chosen
 from dora_lab.runs.survey import survey
-from dora_lab.spec import SpecError
+from dora_lab.spec import SpecError, spec_id
 
 README = HOUSE / "README.md"
 
@@ -102,5 +102,5 @@ def reproduce(
     if table.exists():
         say(f"\n{table.read_text(encoding='utf-8')}")
     # a difference is told, not failed on: another processor may round its way to another answer
-    told_apart(results, RESULTS, experiment)
+    told_apart(results, RESULTS, experiment, only={spec_id(spec) for spec in specs})
     say(f"\ntables and figures: {results / 'tables'}, {results / 'figures'}")

@@ -29,6 +29,7 @@ COUNT = Limit("at least 1", lambda number: number >= 1)
 NOT_NEGATIVE = Limit("at least 0", lambda number: number >= 0)
 POSITIVE = Limit("greater than 0", lambda number: number > 0)
 PROBABILITY = Limit("in [0, 1)", lambda number: 0 <= number < 1)
+SHARE = Limit("in [0, 1]", lambda number: 0 <= number <= 1)
 SEED = Limit("in 0 .. 2^31 - 1", lambda number: 0 <= number < 2**31)
 INCREASING = Limit(
     "increasing numbers in (0, 1]", lambda x: _distinct(x) and sorted(x) == list(x) and 0 < x[0] <= x[-1] <= 1

@@ -58,7 +58,9 @@ class Comparison:
     agrees: bool = False
 
 
-def compare(local_root: Path, committed_root: Path, experiment: str | None = None) -> Comparison:
+def compare(
+    local_root: Path, committed_root: Path, experiment: str | None = None, only: Container[str] | None = None
+) -> Comparison:
     """A user's runs against the committed records, run by run of the same spec_id, summarised per method.
 
     Every stream is compared, at the levels that `agreement` names. A method is as good as the worst of its runs. Where
@@ -66,7 +68,8 @@ def compare(local_root: Path, committed_root: Path, experiment: str | None = Non
     two such averages besides (items counted once, not once per seed, since all seeds answer the same items).
     Committed runs on data, a model or a tier that none of the user's runs is about are left out: nobody asked for them.
 
-    Args: the roots are results folders (with `runs/` in them); experiment: one name, None = all of the committed ones.
+    Args: the roots are results folders (with `runs/` in them); experiment: one name, None = all of the committed ones;
+    only: the spec ids that are compared, None = all of them.
     Raises: SpecError for a results folder without runs/, and for an experiment that neither folder has runs of.
     """
     found = [_survey(Path(root), experiment) for root in (local_root, committed_root)]
@@ -74,7 +77,10 @@ def compare(local_root: Path, committed_root: Path, experiment: str | None = Non
         there = {path.name for root in (local_root, committed_root) for path in (Path(root) / "runs").iterdir()}
         near = did_you_mean(experiment, there)
         raise SpecError(f"neither {local_root} nor {committed_root} has a run of an experiment '{experiment}'; {near}")
-    local, committed = ({run.spec_id: run for run in map(_run, _complete(one))} for one in found)
+    local, committed = (
+        {record["spec_id"]: _run((path, record)) for path, record in _complete(one) if _asked(record, only)}
+        for one in found
+    )
     said = tuple(shown(lost.why) for one in found for lost in one.left_out)
     for root, runs, others in ((committed_root, committed, local), (local_root, local, committed)):
         if not runs:
@@ -173,6 +179,10 @@ def _survey(root: Path, experiment: str | None) -> Survey:
             f"{root} is no results folder: it has no runs/; `dora-lab run EXPERIMENT --results {root}` makes some"
         )
     return survey(root, experiment)
+
+
+def _asked(record: Mapping[str, Any], only: Container[str] | None) -> bool:
+    return only is None or record["spec_id"] in only
 
 
 def _complete(found: Survey) -> list[tuple[Path, dict[str, Any]]]:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,13 +26,14 @@ COLUMNS = (
 def judge(plan: Registered, evals: pd.DataFrame) -> pd.DataFrame:
     """Every claim of `plan` by every metric; columns `COLUMNS`.
 
-    Args: evals: `report.frame` of the experiment, stream "eval"; of it the test rows of protocols loglikelihood and
-        cloze on the plan's tier, data and tasks count, with seeds below the plan's number.
+    Args: evals: `report.frame`, stream "eval"; of it the test rows of the plan's experiments, of protocols
+        loglikelihood and cloze on its tier, data and tasks count, with seeds below its number.
     effect, low and high (the unadjusted 95 % interval) are in `unit`, more is better; p_adjusted: Holm over the primary
     claims by the metric that carries them, Benjamini-Hochberg over all the others; seeds: how many of them have the
     effect above 0; verdict: "k of n" while any condition has fewer than the registered n seeds.
     """
     mine = (evals["tier"] == plan.tier) & (evals["data"] == plan.data) & (evals["split"] == "test")
+    mine &= evals["experiment"].isin((plan.experiment, *plan.beside))
     rows = evals[mine & evals["protocol"].isin(("loglikelihood", "cloze")) & (evals["seed"] < plan.seeds)]
     rows = rows[rows["task"].isin(plan.tasks)] if plan.tasks else rows
     found: list[dict[str, Any]] = []
@@ -80,6 +82,9 @@ def _adjust(found: Sequence[dict[str, Any]]) -> None:
 def _of(term: Term, rows: pd.DataFrame) -> pd.DataFrame:
     rank = rows["rank"].isna() if term.rank is None else rows["rank"] == term.rank
     found = rows[(rows["method"] == term.method) & rank]
+    for name, value in term.where.items():
+        there = found[name] if name in found else pd.Series(None, found.index)  # without runs there is no such column
+        found = found[there == (json.dumps(value) if isinstance(value, list) else value)]
     if found.duplicated(["task", "seed"]).any():
         said = ", ".join(sorted(found["label"].unique()))
         raise ValueError(

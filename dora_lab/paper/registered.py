@@ -9,24 +9,29 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dora_lab.house import REGISTERED
 from dora_lab.io.files import hash_bytes, parse_json
 from dora_lab.paper.verdict import HYPOTHESES, MARGINS
+from dora_lab.spec import did_you_mean, words
 
 _BLOCK = re.compile(r"^```json\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Term:
-    """A condition of a contrast, with its coefficient: a method at a rank, as the experiment's specs name them."""
+    """A condition of a contrast, with its coefficient: a method at a rank, as the experiment's specs name them.
+
+    where: what else sets it apart: dotted fields of a spec, and their values as JSON has them.
+    """
 
     coefficient: float
     method: str
     rank: int | None
+    where: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Registered:
     claims: tuple[Claim, ...]
     sha256: str
     tasks: tuple[str, ...] = ()  # that are scored; none: all
+    beside: tuple[str, ...] = ()  # experiments whose runs are conditions too
 
 
 def registered(experiment: str, folder: Path = REGISTERED) -> Registered | None:
@@ -94,13 +100,16 @@ def _read(values: Mapping[str, Any], sha256: str) -> Registered:
         claims,
         sha256,
         tuple(values.get("tasks", ())),
+        tuple(values.get("beside", ())),
     )
 
 
 def _claim(values: Mapping[str, Any]) -> Claim:
     if values["hypothesis"] not in HYPOTHESES:
         raise ValueError(f"hypothesis {values['hypothesis']!r} is not one of {', '.join(HYPOTHESES)}")
-    terms = tuple(Term(float(c), str(method), rank) for c, method, rank in values["terms"])
+    terms = tuple(Term(float(c), str(method), rank, *where) for c, method, rank, *where in values["terms"])
+    if strange := sorted({name for term in terms for name in term.where} - {"experiment", *words()}):
+        raise ValueError(f"{values['name']}: {strange[0]!r} is no field of a spec; {did_you_mean(strange[0], words())}")
     if abs(sum(term.coefficient for term in terms)) > 1e-9:
         raise ValueError(f"the coefficients of {values['name']} do not add up to 0: {json.dumps(values['terms'])}")
     return Claim(values["name"], values["statement"], terms, values["hypothesis"], bool(values["primary"]))

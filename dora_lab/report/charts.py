@@ -102,11 +102,11 @@ def lines(
     """A line for each label: colour, dashes and marker; a row of panels for each `row`, a column for each `column`.
 
     data: columns row and column (texts, in the order shown), label, x, y, low, high (NaN: no interval), and maybe
-        paper, a printed value drawn as a star. note: over the legend, what line and interval are. ticks: column ->
-        position -> text. limits: of all y; without them a row of panels whose labels differ by more than `WIDE` is
-        logarithmic, and what is not above 0 is left out of it. dodge: how far labels stand apart in x, so that no bar
-        hides another (doublings: x is logarithmic, in powers of 2). joined: whether points are. band: intervals as
-        bands, else bars.
+        paper, a printed value drawn as a star, and seeds, the values that y is the mean of, as dots. note: over the
+        legend, what line and interval are. ticks: column -> position -> text. limits: of all y; without them a row of
+        panels whose labels differ by more than `WIDE` is logarithmic, and what is not above 0 is left out of it. dodge:
+        how far labels stand apart in x, so that no bar hides another (doublings: x is logarithmic, in powers of 2).
+        joined: whether points are. band: intervals as bands, else bars.
     Returns the figure and `data`. Raises: ValueError for more than `MOST` panels.
     """
     rows, columns = (list(data[name].unique()) for name in ("row", "column"))
@@ -276,6 +276,9 @@ def _line(axis: Any, part: pd.DataFrame, look: Any, joined: bool, band: bool) ->
         for end in ("low", "high"):
             axis.plot(known["x"], known[end], ls="", marker="_", ms=4, color=look.colour)
         axis.vlines(known["x"], known["low"], known["high"], color=look.colour, lw=1)
+    if "seeds" in part:
+        for x, values in zip(part["x"], part["seeds"], strict=True):
+            axis.plot([x] * len(values), values, ls="", marker=".", ms=3, color=look.colour, alpha=0.7)
     if "paper" in part:
         axis.plot(part["x"], part["paper"], ls="", marker="*", mfc="none", ms=9, color=look.colour)
     return drawn

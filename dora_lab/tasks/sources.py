@@ -9,6 +9,7 @@ that repository (``<task>/train.json`` and ``<task>/test.json``, or these below 
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from dora_lab.io.errors import LoadError
 from dora_lab.io.files import hash_files
 from dora_lab.io.hub import snapshot
 from dora_lab.spec import Data, Spec, did_you_mean
-from dora_lab.tasks import all_tasks, check_items, load_task, read_items
+from dora_lab.tasks import Task, all_tasks, check_items, load_task, read_items
 from dora_lab.tasks.cloze import as_cloze
 from dora_lab.tasks.commonsense.released_files import MIX, describe
 
@@ -61,15 +62,17 @@ def items(spec: Spec, data_dir: Path | None = None) -> Items:
     that cannot be used.
     """
     data = spec.data
-    own = spec.evaluation.protocols != ("builtin",)  # which brings its items along
+    # protocol builtin brings its items along; of the items that were trained on, no others are asked
+    own = spec.evaluation.protocols != ("builtin",) and spec.evaluation.split != "train"
     tests = _read(data.eval_name or data.name, "test", data, data_dir) if own else {}
     test = {task: found[: data.test_items] for task, found in _formed(tests, data).items()}
     pools: Pools = {}
     train: Pools = {}
     validation: Pools = {}
-    if spec.optim is not None or spec.evaluation.split == "validation":
+    if spec.optim is not None or spec.evaluation.split != "test":
         pools = _read(data.name, "train", data, data_dir)
         train, validation = _split(_formed(pools, data), data, data_dir)
+        train = _relabelled(train, data) if data.label_noise else train
         if spec.optim is not None and not train:
             raise LoadError(f"data '{data.name}' has no training items for the tasks {', '.join(data.tasks)}")
     if spec.evaluation.split == "validation" and not validation:
@@ -238,6 +241,37 @@ def _split_mixed(pools: Pools, data: Data) -> tuple[Pools, Pools]:
         return found
 
     return by_task(train[: data.train_items]), by_task(held)
+
+
+def _relabelled(pools: Pools, data: Data) -> Pools:
+    """Training items of which `data.label_noise` have a label that is drawn anew from their options (it may be right).
+
+    Of the first n items of a task n times that share, so that a smaller set's noise is the larger one's.
+    """
+    if MIX in pools:
+        raise LoadError(f"data '{MIX}' does not say what an item's options are; data.label_noise needs another source")
+
+    def due(place: int) -> bool:
+        before, after = (math.floor(data.label_noise * number + 1e-9) for number in (place, place + 1))
+        return after > before
+
+    return {
+        name: [
+            _drawn(load_task(name), item, f"{DATA_SEED} {name} {place}") if due(place) else item
+            for place, item in enumerate(pool)
+        ]
+        for name, pool in pools.items()
+    }
+
+
+def _drawn(task: Task, item: Item, key: str) -> Item:
+    """The item with a label drawn from its options, each as likely."""
+    options = item["options"] if "texts" in item else task.options(item)
+    label = random.Random(f"{key} label").choice(options)
+    if "texts" in item:  # cloze
+        return item | {"answer": label, "output": f" {item['texts'][options.index(label)]}"}
+    before, _, after = item["output"].rpartition(item["answer"])
+    return item | {"answer": label, "output": before + label + after}
 
 
 def _shares(pools: Pools, wanted: int) -> dict[str, int]:
