@@ -83,6 +83,13 @@ def test_captions_are_split_into_the_words_of_the_reference() -> None:
             assert words(text) == expected, text
 
 
+def test_hard_sentences_are_split_as_by_the_reference_but_for_those_that_are_known_to_differ() -> None:
+    rows = json.loads((FIXTURES / "ptb.json").read_text(encoding="utf-8"))
+    assert len(rows) > 200 and sum(not row["same"] for row in rows) == 4
+    for row in rows:
+        assert (words(row["text"]) == row["words"]) == row["same"], row["text"]
+
+
 def test_cider_d_is_the_references_to_the_last_digit() -> None:
     items, outputs, summary = fixture("cider_d")
     found = score("cider_d", items, outputs, "cider_d.json")
@@ -160,6 +167,13 @@ def test_pope_counts_apart_what_says_neither_yes_nor_no() -> None:
     assert strict.summary["f1"] == pytest.approx(sum(means) / 3)  # type: ignore[arg-type]
     nobody = [{"id": "a", "answer": "no", "category": "random"}]
     assert score("pope_strict", nobody, {"a": "No"}, "x").summary == {"accuracy": 1.0, "f1": None, "f1_random": None}
+
+
+def test_science_qa_has_the_questions_with_an_image_apart() -> None:
+    items, outputs, _ = fixture("science_qa")
+    found = score("science_qa", items, outputs, "x").summary
+    assert found["accuracy_image"] == pytest.approx(np.mean([item["value"] for item in items if item["image"]]))
+    assert found["accuracy_image"] != found["accuracy"]
 
 
 def test_nlvr2_by_logits_and_whole_statements() -> None:
