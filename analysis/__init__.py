@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,19 @@ def declared() -> tuple[Spec, ...]:
 
 
 def frame(results: Path, experiment: str | None = None, stream: str = "eval") -> pd.DataFrame:
-    """`report.frame`, its labels by the specs that the experiments declare."""
+    """`report.frame`, its labels by the specs that the experiments declare; read once as long as runs/ stays."""
+    return _frame(results, experiment, stream, _state(results / "runs")).copy()
+
+
+@lru_cache(maxsize=8)  # scripts of one report ask for the same few, and most of its time is reading them
+def _frame(results: Path, experiment: str | None, stream: str, state: object) -> pd.DataFrame:
     return report.frame(results, experiment, stream, declared())
+
+
+def _state(runs: Path) -> tuple[tuple[str, int, int], ...]:
+    """Every file below a folder, with its size and time of change."""
+    found = ((path, path.stat()) for path in sorted(runs.rglob("*")))
+    return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found)
 
 
 def probe_figures(
