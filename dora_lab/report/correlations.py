@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pandas as pd
 
 from dora_lab.report import statistics
@@ -54,6 +55,17 @@ def correlate(probes: pd.DataFrame, kind: str, axis: str = "out", view: str = "p
             )
         points[int(seed)] = tuple(part[column].to_numpy(dtype=float).reshape(shape) for column in columns)
     return statistics.layer_correlation(points, view)
+
+
+def z_by_seed(probes: pd.DataFrame, kind: str) -> dict[int, float]:
+    """Fisher's z of `correlate` ("out", "pooled") for each seed alone; seeds in which nothing varies are left out."""
+    found = {}
+    for seed, part in probes[probes["kind"] == kind].groupby("seed"):
+        part = part.drop_duplicates(["spec_id", "module", "step"])
+        x, y = part["delta_d"].to_numpy(float), part["delta_m"].to_numpy(float)
+        if len(part) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0:
+            found[int(seed)] = float(statistics.fisher_z(np.corrcoef(x, y)[0, 1]))
+    return found
 
 
 def how(probes: pd.DataFrame) -> str:

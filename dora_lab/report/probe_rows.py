@@ -28,8 +28,8 @@ def refuse_endings(out: Path | None, plot: Path | None) -> None:
 def summary(rows: list[dict[str, Any]]) -> str:
     """A line per tuned model, step and kind: means over layers, and Pearson's r of ΔD and ΔM over them.
 
-    The interval of r is by resampling the matrices. What a reader should not miss is said below: outputs without a direction, weights that are tied, magnitudes of DoRA
-    that never moved.
+    The interval of r is by resampling the matrices. What a reader should not miss is said below: outputs without a
+    direction, weights that are tied, magnitudes of DoRA that never moved.
     """
     lines = []
     groups: Any = pd.DataFrame(rows).groupby(["tuned", "step", "kind"], dropna=False)
