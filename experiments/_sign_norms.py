@@ -115,10 +115,10 @@ def predicted(base: Base, method: str, kind: str, norms: str, decay: float) -> t
     return float(r_N[0]), float(low), float(high)
 
 
-def delta_d(base: Base, method: str) -> float:
-    """Mean ΔD of the layers of query and value as found: what δ is a multiple of."""
-    both = [law.turned(base.norms[kind], base.lengths[method][kind]).mean() for kind in ("q_proj", "v_proj")]
-    return float(np.mean(both))
+def delta_d(base: Base, method: str, kinds: tuple[str, ...] = ("q_proj", "v_proj")) -> float:
+    """Mean ΔD of the layers as found; of query and value: what δ is a multiple of."""
+    means = [law.turned(base.norms[kind], base.lengths[method][kind]).mean() for kind in kinds]
+    return float(np.mean(means))
 
 
 def measured(probes: pd.DataFrame, revision: str | None) -> Base:

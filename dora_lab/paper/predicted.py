@@ -46,14 +46,14 @@ def judge(predictions: Sequence[Prediction], seeds: int) -> list[dict[str, Any]]
 
 
 def together(outcomes: Sequence[str]) -> str:
-    """The outcome of a part from those of its rows: one that fails decides, then one that lacks seeds."""
+    """The outcome of a part from those of its rows: one that fails decides, then what lacks seeds."""
     for first in (REFUTED, NOT):
         if first in outcomes:
             return first
-    if set(outcomes) == {NOT_RUN}:
-        return NOT_RUN
-    lacking = [outcome for outcome in outcomes if outcome not in (HOLDS, UNDECIDED)]
-    return "not all run" if lacking else HOLDS if set(outcomes) == {HOLDS} else UNDECIDED
+    if lacking := {outcome for outcome in outcomes if outcome not in (HOLDS, UNDECIDED)}:
+        one = len(lacking) == 1 and (lacking != {NOT_RUN} or lacking == set(outcomes))
+        return lacking.pop() if one else "not all run"
+    return HOLDS if set(outcomes) == {HOLDS} else UNDECIDED
 
 
 def _row(found: Prediction, seeds: int) -> dict[str, Any]:
