@@ -108,17 +108,19 @@ def _over_seeds(points: pd.DataFrame) -> Contrast | None:
 def layer_correlation(probes: pd.DataFrame, label: str, kind: str) -> Estimate | None:
     """Correlation of ΔD with ΔM over layers and checkpoints for one method and kind of matrix ("q_proj").
 
-    Args: probes: rows of the probe stream (`label`, `kind`, `seed`, `delta_d`, `delta_m`) of one group of runs.
-    Returns the estimate of `statistics.correlation`, None where there are no rows or nothing varies.
+    Args: probes: rows of the probe stream (`label`, `kind`, `seed`, `delta_d`, `delta_m`, `module` or `layer`, and
+        `step` where a run has several) of one group of runs.
+    Returns the estimate of `statistics.layer_correlation` with the interval of `statistics.cautious`; None where there
+    are no rows or nothing varies.
     """
     rows = _distinct(_select(probes, {"label": label, "kind": kind}))
-    return (
-        statistics.correlation(
-            {int(seed): (part["delta_d"].to_numpy(), part["delta_m"].to_numpy()) for seed, part in rows.groupby("seed")}
-        )
-        if len(rows)
-        else None
-    )
+    unit = "module" if "module" in rows else "layer"
+    points = {}
+    for seed, part in (rows if "step" in rows else rows.assign(step=0)).groupby("seed"):
+        wide = part.pivot(index=unit, columns="step", values=["delta_d", "delta_m"])
+        points[int(seed)] = (wide["delta_d"].to_numpy(float), wide["delta_m"].to_numpy(float))
+    found = statistics.layer_correlation(points)
+    return found and statistics.cautious(found)
 
 
 def _distinct(points: pd.DataFrame) -> pd.DataFrame:
