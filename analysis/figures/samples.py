@@ -21,7 +21,7 @@ def build(results: Path) -> list[Path]:
     mine = evals[evals["experiment"].isin(("commonsense", "samples")) & (evals["split"] == "test")]
     mine = mine[(mine["data"] == "mini2") & mine["choice_nll"].notna() & (mine["seed"] < SEEDS)]
     cells = list(zip(mine["method"], mine["rank"].astype(object).where(mine["rank"].notna(), None), strict=True))
-    mine = mine[[cell in samples.METHODS for cell in cells]]
+    mine = mine[pd.Series([cell in samples.METHODS for cell in cells], mine.index, dtype=bool)]
     if not (mine["experiment"] == "samples").any():
         return []
     rows = curves(mine)
