@@ -50,11 +50,10 @@ def measured(evals: pd.DataFrame) -> pd.DataFrame:
     tested = tested[tested["choice_nll"].notna() & tested["experiment"].isin(("commonsense", "stability"))]
     base = tested[tested["method"] == "base"]["choice_nll"].mean()
     mine = tested[tested["method"].isin(stability.METHODS) & (tested["rank"] == 8) & (tested["seed"] < SEEDS)]
-    runs = (
-        mine.groupby(["method", "seed", "optim.learning_rate", "spec_id"])["choice_nll"].mean().reset_index(name="loss")
-    )
-    if not len(runs):
-        return runs.assign(times=None, failed=None)
+    if not len(mine):
+        return mine
+    by = ["method", "seed", "optim.learning_rate", "spec_id"]
+    runs = mine.groupby(by)["choice_nll"].mean().reset_index(name="loss")
     best = runs["method"].map(lambda method: commonsense.RATES[method, 8])
     return runs.assign(times=(runs["optim.learning_rate"] / best).round(6), failed=~(runs["loss"] <= base))
 
