@@ -39,7 +39,7 @@ def build(results: Path) -> list[Path]:
     latencies = [latency(row) for row in rows if row["what"] == "latency"]
     answers = [row for row in rows if row["what"] == "answers"]
     blocks = [
-        Block(title="Time of a forward", cells=pd.DataFrame(map(_latency, latencies)), notes=LATENCY),
+        Block(title="Time of a forward", cells=pd.DataFrame(map(_latency, latencies)), notes=LATENCY, isnt=ISNT),
         Block(title="Logits and answers", cells=pd.DataFrame(map(_answers, answers)), notes=ANSWERS, isnt=ISNT),
     ]
     data = pd.DataFrame([*latencies, *answers]).drop(columns=["torch", "code"])

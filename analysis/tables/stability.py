@@ -37,7 +37,7 @@ def build(results: Path) -> list[Path]:
     title = "tier mini, data mini2"
     blocks = [
         Block(title=f"{title}: runs", cells=pd.DataFrame(map(_shown, cells)), notes=NOTES, isnt=isnt(["mini"])),
-        Block(title=f"{title}: LR50", cells=pd.DataFrame(map(_half, half)), notes=LR50),
+        Block(title=f"{title}: LR50", cells=pd.DataFrame(map(_half, half)), notes=LR50, isnt=isnt(["mini"])),
     ]
     source = report.provenance(evals[evals["spec_id"].isin(runs["spec_id"])], evals.attrs["statuses"])
     data = pd.DataFrame([*cells, *half])
