@@ -20,7 +20,7 @@ import pandas as pd
 from analysis import frame
 from dora_lab import report
 from dora_lab.paper.predicted import Prediction, judge, together
-from dora_lab.report import Block, correlations, number, statistics
+from dora_lab.report import Block, correlations, interval, number, statistics
 
 WINDOWS = {"late": 0.7, "early": 0.25}  # the first checkpoint that is pooled, as a share of the training
 KINDS = ("q_proj", "v_proj", "k_proj", "up_proj")  # of tables and figures; the csv has all
@@ -89,7 +89,7 @@ def less(one: Mapping[int, float], other: Mapping[int, float]) -> dict[int, floa
 
 
 def per_doubling(levels: Mapping[float, Mapping[int, float]]) -> dict[int, float]:
-    """The change of z per doubling of the level, by least squares, of the seeds that have every level."""
+    """The change of a number per doubling of the level, by least squares, of the seeds that have every level."""
     seeds = set.intersection(*(set(z) for z in levels.values()))
     log = np.log2(list(levels))
     return {seed: float(np.polyfit(log, [z[seed] for z in levels.values()], 1)[0]) for seed in sorted(seeds)}
@@ -104,7 +104,7 @@ def judged(predictions: Sequence[Prediction], seeds: int, parts: Mapping[str, st
     )
     shown = pd.DataFrame(rows).assign(
         value=lambda found: [number(value, digits=2) for value in found["value"]],
-        interval=[interval(row["low"], row["high"]) for row in rows],
+        interval=[interval(row["low"], row["high"], digits=2) for row in rows],
     )
     heads = {"part": "Part", "statement": "Prediction", "unit": "Of", "value": "Value", "interval": "95 %"}
     heads |= {"agree": "Agree", "outcome": "Outcome"}
@@ -131,7 +131,7 @@ def shown(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> pd.Dat
             cells[f"r, {window}"] = _with(row.get("r"), row.get("low"), row.get("high"))
         late = windows.get("late", {})
         cells |= {
-            "Layers": interval(late.get("layers_low"), late.get("layers_high")),
+            "Layers": interval(late.get("layers_low"), late.get("layers_high"), digits=2),
             "z": number(late.get("z"), digits=2), "Slope": number(late.get("slope"), digits=2),
             "ΔD %": number(100 * first["delta_d"], digits=2), "Radial %": number(100 * first["radial"], digits=2),
             "Rotation %": number(100 * first["rotation"], digits=2), "Seeds": str(first["seeds"]),
@@ -140,12 +140,6 @@ def shown(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> pd.Dat
     return pd.DataFrame(lines)
 
 
-def interval(low: float | None, high: float | None) -> str | None:
-    """`[−0.64, −0.04]`, None if there is none."""
-    texts = number(low, digits=2), number(high, digits=2)
-    return None if None in texts else f"[{texts[0]}, {texts[1]}]"
-
-
 def _with(value: float | None, low: float | None, high: float | None) -> str | None:
     found = number(value, digits=2)
-    return found and f"{found} {interval(low, high) or ''}".strip()
+    return found and f"{found} {interval(low, high, digits=2) or ''}".strip()

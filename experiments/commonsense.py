@@ -92,7 +92,7 @@ def sweep() -> list[Spec]:
 
 def confirmation(seeds: Sequence[int] = range(40)) -> list[Spec]:
     """The base, and every cell at its rate with 40 seeds."""
-    found = [trained(method, rank, rate, seed) for seed in seeds for (method, rank), rate in RATES.items()]
+    found = [at_its_rate(*cell, seed) for seed in seeds for cell in RATES]
     return [replace(found[0], method=Method(name="base"), optim=None, probe=None, seed=0), *found]
 
 
@@ -105,6 +105,11 @@ def reproduced() -> list[Spec]:
 def earlier() -> list[Spec]:
     """Runs on source `mini`, made before this instrument; their records stay, and nobody makes them again."""
     return _mini.commonsense()
+
+
+def at_its_rate(method: str, rank: int | None, seed: int) -> Spec:
+    """The run of a cell at the rate that its sweep chose."""
+    return trained(method, rank, RATES[method, rank], seed)
 
 
 def trained(method: str, rank: int | None, learning_rate: float, seed: int) -> Spec:

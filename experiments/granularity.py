@@ -28,8 +28,7 @@ def specs(tier: str) -> list[Spec]:
 
 def confirmation(seeds: Sequence[int] = range(20)) -> list[Spec]:
     """DoRA at rank 8 with these modules."""
-    trained = [commonsense.trained("dora", 8, commonsense.RATES["dora", 8], seed) for seed in seeds]
-    return [replace(_granular(spec), probe=None) for spec in trained]
+    return [replace(_granular(commonsense.at_its_rate("dora", 8, seed)), probe=None) for seed in seeds]
 
 
 def paper() -> list[Spec]:

@@ -47,8 +47,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=None, help="file of the rows (default: bench/merge.jsonl of that)")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    about = {"torch": torch.__version__, "code": provenance.code_state()}
-    rows = [row | about for row in measured(options.results)]
+    about = {"torch": torch.__version__, "code": provenance.code()}
+    try:
+        rows = [row | about for row in measured(options.results)]
+    except LoadError as error:
+        parser.error(str(error))
     file = options.out or options.results / "bench" / "merge.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, "".join(json.dumps(row) + "\n" for row in rows))

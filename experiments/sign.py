@@ -80,7 +80,7 @@ def _mini(seed: int) -> Iterator[tuple[Cell, Spec]]:
 
 def of_mini(experiment: str, method: str, rank: int | None, seed: int) -> Spec:
     """The run of `commonsense` with that seed, without decay, with more checkpoints, scored on few items."""
-    spec = commonsense.trained(method, rank, commonsense.RATES[method, rank], seed)
+    spec = commonsense.at_its_rate(method, rank, seed)
     return replace(
         spec,
         experiment=experiment,

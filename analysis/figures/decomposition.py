@@ -25,19 +25,9 @@ def build(results: Path) -> list[Path]:
 
 def draw(probes: pd.DataFrame) -> Any:
     """The figure and its numbers for the probe rows of one group of runs; None without any of these methods."""
-    shown = probes[_of_one_rank(probes) & probes["kind"].isin(KINDS)]
+    labels = {*METHODS, *(label for name, label in report.standing(probes).items() if name in METHODS)}
+    shown = probes[probes["label"].isin(labels) & probes["kind"].isin(KINDS)]
     return report.scatter(shown, PANELS) if len(shown) else None
-
-
-def _of_one_rank(probes: pd.DataFrame) -> pd.Series:
-    """Which rows are shown: where an adapter has several ranks, and so no label of its own, those of the middle one."""
-    shown = probes["label"].isin(METHODS)
-    for method in ("lora", "dora"):
-        mine = probes["method"] == method
-        ranks = sorted(probes.loc[mine, "rank"].dropna().unique())
-        if ranks and not (mine & shown).any():
-            shown |= mine & (probes["rank"] == ranks[len(ranks) // 2])
-    return shown
 
 
 if __name__ == "__main__":

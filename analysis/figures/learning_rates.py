@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import frame, script
-from analysis.tables.rates import cell_name, swept
+from analysis.tables.rates import swept
 from dora_lab import report
 
 NOTE = "Validation items. Dots: seeds; line: their mean, where every seed came to an end."
@@ -48,7 +48,7 @@ def curves(losses: pd.DataFrame) -> pd.DataFrame:
             for rate, tried in cell.groupby("optim.learning_rate"):
                 values = tried.sort_values("seed")["loss"].tolist()
                 y = tried["loss"].mean() if len(values) == seeds else None
-                name = cell_name(method, rank)
+                name = report.cell_name(method, rank)
                 rows.append((Y, report.METHODS[method].label, name, rate, y, None, None, values))
     names = ["row", "column", "label", "x", "y", "low", "high", "seeds"]
     return pd.DataFrame(rows, columns=pd.Index(names)).astype({"y": float, "low": float, "high": float})

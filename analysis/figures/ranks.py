@@ -38,10 +38,7 @@ def ours(mine: pd.DataFrame) -> pd.DataFrame:
     for (method, rank), cell in mine.groupby(["method", "rank"]):
         for column, name, scale in ((LOSS, "choice_nll", 1), (ACCURACY, "value", 100)):
             values = (scale * cell.groupby("seed")[name].mean()).tolist()
-            found = statistics.over_seeds(values)
-            mean, _ = statistics.mean_sd(values)
-            ends = (None, None) if found is None else (found.low, found.high)
-            rows.append((column, report.METHODS[method].label, int(rank), mean, *ends))
+            rows.append((column, report.METHODS[method].label, int(rank), *statistics.mean_interval(values)))
     return _frame(sorted(rows, key=lambda row: (row[0] == ACCURACY, str(row[1]) == "DoRA")))
 
 

@@ -42,9 +42,8 @@ def curves(mine: pd.DataFrame) -> pd.DataFrame:
             column = f"{noise:.0%} of labels drawn anew" if noise else "clean labels"
             for (method, size), cell in of_noise.groupby(["method", "data.train_items"]):
                 values = (scale * cell.groupby("seed")[name].mean()).tolist()
-                found, (mean, _) = statistics.over_seeds(values), statistics.mean_sd(values)
-                ends = (None, None) if found is None else (found.low, found.high)
-                rows.append((row, column, report.METHODS[method].label, int(size), mean, *ends))
+                label = report.METHODS[method].label
+                rows.append((row, column, label, int(size), *statistics.mean_interval(values)))
     names = ["row", "column", "label", "x", "y", "low", "high"]
     order = [report.METHODS[method].label for method, _ in samples.METHODS]
     found = pd.DataFrame(rows, columns=pd.Index(names)).astype(dict.fromkeys(names[4:], float))

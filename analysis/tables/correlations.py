@@ -13,7 +13,7 @@ import pandas as pd
 from analysis import frame, isnt, script
 from dora_lab import report
 from dora_lab.paper import claims
-from dora_lab.report import Block, correlations, number, statistics
+from dora_lab.report import Block, correlations, interval, number, statistics
 from dora_lab.report.statistics import Estimate
 
 KINDS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -93,8 +93,8 @@ def _blocks(rows: list[dict[str, Any]], printed: pd.DataFrame) -> list[Block]:
                 | ({"Others": _theirs(printed, label, kind, "rerun")} if axis == "out" else {})
                 | {
                     "Pooled": number(views.loc["pooled", "r"], digits=2),
-                    "Fisher": interval(views.loc["pooled", "fisher_low"], views.loc["pooled", "fisher_high"]),
-                    "Layers": interval(views.loc["pooled", "layers_low"], views.loc["pooled", "layers_high"]),
+                    "Fisher": interval(views.loc["pooled", "fisher_low"], views.loc["pooled", "fisher_high"], digits=2),
+                    "Layers": interval(views.loc["pooled", "layers_low"], views.loc["pooled", "layers_high"], digits=2),
                     "Between layers": _both(views.loc["between layers"]),
                     "Over time": number(views.loc["over time", "r"], digits=2),
                     "Changes": _both(views.loc["changes"]),
@@ -114,14 +114,8 @@ def _blocks(rows: list[dict[str, Any]], printed: pd.DataFrame) -> list[Block]:
 
 def _both(row: pd.Series) -> str | None:
     """`−0.38, Fisher [−0.64, −0.04], layers [−0.97, 0.85]`."""
-    fisher, layers = (interval(row[f"{name}_low"], row[f"{name}_high"]) for name in ("fisher", "layers"))
+    fisher, layers = (interval(row[f"{name}_low"], row[f"{name}_high"], digits=2) for name in ("fisher", "layers"))
     return f"{number(row['r'], digits=2)}, Fisher {fisher or report.MISSING}, layers {layers or report.MISSING}"
-
-
-def interval(low: float | None, high: float | None) -> str | None:
-    """`[−0.64, −0.04]`, None if there is none."""
-    texts = number(low, digits=2), number(high, digits=2)
-    return None if None in texts else f"[{texts[0]}, {texts[1]}]"
 
 
 def _theirs(printed: pd.DataFrame, label: str, kind: str, source: str) -> str | None:

@@ -12,10 +12,9 @@ import numpy as np
 import pandas as pd
 
 from analysis import frame, isnt, script
-from analysis.tables.rates import cell_name
 from dora_lab import report
 from dora_lab.paper.verdict import benjamini_hochberg
-from dora_lab.report import Block, number, statistics
+from dora_lab.report import Block, cell_name, interval, number, p_text, statistics
 
 CELL = ("method", "rank", "optim.learning_rate")
 PAIRS = (  # (first, second): method, rank
@@ -126,12 +125,11 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shown_pair(row: dict[str, Any]) -> dict[str, Any]:
-    low, high = number(row["low"], digits=2), number(row["high"], digits=2)
     return {
         "Pair": f"{row['first']} − {row['second']}, {row['at']}",
         "Difference": number(row["difference"], digits=2),
-        "95 % interval": f"[{low}, {high}]",
-        "p, adjusted": "< 0.001" if row["p_adjusted"] < 0.001 else f"{row['p_adjusted']:.3f}",
+        "95 % interval": interval(row["low"], row["high"], digits=2),
+        "p, adjusted": p_text(row["p_adjusted"]),
         "Seeds": str(row["seeds"]),
     }
 

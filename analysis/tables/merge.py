@@ -10,9 +10,8 @@ import numpy as np
 import pandas as pd
 
 from analysis import script
-from analysis.tables.rates import cell_name
 from dora_lab.paper.verdict import Contrast
-from dora_lab.report import Block, Provenance, number, save_table
+from dora_lab.report import Block, Provenance, cell_name, interval, number, save_table
 
 MARGIN = 1.0  # percent of the base's time
 BLOCKS = 10  # of rounds; each one's median is one draw
@@ -69,7 +68,7 @@ def _latency(row: dict[str, Any]) -> dict[str, Any]:
         "Adapter": f"{cell_name(row['method'], row['rank'])}, {FORMS[row['form']]}",
         "Prompts × tokens": f"{row['prompts']} × {row['tokens']}",
         "Over the base, %": number(row["percent"], digits=1),
-        "95 % interval": f"[{number(row['low'], digits=1)}, {number(row['high'], digits=1)}]",
+        "95 % interval": interval(row["low"], row["high"]),
         "Verdict": row["verdict"],
     }
 

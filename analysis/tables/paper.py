@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis import declared, frame, script
 from dora_lab import paper, report
-from dora_lab.report import Block, number
+from dora_lab.report import Block, interval, number
 
 ISNT = "a set of equal measurements. Single runs of the paper, baselines that it quotes, re-runs that others report."
 NOTES = (
@@ -74,14 +74,13 @@ def _cells(row: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
         "Rank": None if pd.isna(row["rank"]) else f"{row['rank']:.0f}",
         "Task": f"{row['subject']} ({UNITS[row['metric']]})" if row["metric"] in UNITS else row["subject"],
     }
-    interval = f"[{number(row['low'])}, {number(row['high'])}]" if pd.notna(row["low"]) else None
     return {name: first[name] for name in names} | {
         "Paper": _printed(row["paper"]),
         "Re-runs by others": row["reruns"],
         "Released adapter": row["released"],
         "Printed elsewhere": row["elsewhere"],
         "Ours": f"{number(row['mean'], row['sd'])} (n = {row['n']})" if row["n"] else "not run",
-        "95 % interval": interval,
+        "95 % interval": interval(row["low"], row["high"]),
         "Verdict": row["verdict"],
         "Flags": row["flags"] or None,
     }

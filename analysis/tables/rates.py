@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis import frame, script
 from dora_lab import report
-from dora_lab.report import Block, number
+from dora_lab.report import Block, cell_name, number
 from dora_lab.report.rates import choose
 
 ISNT = "a comparison of methods. Losses on validation items, to choose each cell's rate by."
@@ -48,11 +48,6 @@ def swept(evals: pd.DataFrame) -> pd.DataFrame:
     by = [*GRID, "optim.learning_rate", "seed", "spec_id"]
     runs = known.groupby(by, dropna=False)["choice_nll"].mean().reset_index(name="loss")
     return runs[runs.groupby([*GRID, "seed"], dropna=False)["loss"].transform("size") > 1]  # a sweep, no pilot
-
-
-def cell_name(method: str, rank: int | None) -> str:
-    """What a method at a rank is called: DoRA r=8."""
-    return report.METHODS[method].label + ("" if pd.isna(rank) else f" r={rank}")
 
 
 def _cell(key: tuple[Any, ...], rows: pd.DataFrame) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from scipy import optimize
 
 from analysis import frame, isnt, script
 from dora_lab import report
-from dora_lab.report import Block, number, statistics
+from dora_lab.report import Block, interval, number, statistics
 from experiments import commonsense, stability
 
 SEEDS = 10
@@ -122,11 +122,10 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _half(row: dict[str, Any]) -> dict[str, Any]:
-    named = {"lora": "LoRA", "dora": "DoRA"}
     return {
-        "LR50": named.get(row["what"], row["what"].replace("dora", "DoRA").replace("lora", "LoRA")),
+        "LR50": row["what"].replace("dora", "DoRA").replace("lora", "LoRA"),
         "Value": number(row["value"], digits=2),
-        "95 % interval": f"[{number(row['low'], digits=2)}, {number(row['high'], digits=2)}]",
+        "95 % interval": interval(row["low"], row["high"], digits=2),
         "Seeds": str(row["seeds"]),
         "DoRA's is higher": row.get("verdict"),
     }

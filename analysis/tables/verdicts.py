@@ -9,7 +9,7 @@ import pandas as pd
 from analysis import frame, isnt, script
 from dora_lab import paper, report
 from dora_lab.house import REGISTERED as REGISTERED_FILES
-from dora_lab.report import Block, number
+from dora_lab.report import Block, interval, number, p_text
 
 RULE = (
     "holds, does not hold: p < .05 on the claimed, or on the other, side; inside the margin: so small that it may not "
@@ -84,16 +84,12 @@ def _judged(row: dict[str, object]) -> dict[str, object]:
 
 
 def _numbers(row: dict[str, object], digits: int) -> dict[str, object]:
-    effect, low, high = (number(row[name], digits=digits) for name in ("effect", "low", "high"))
+    effect = number(row["effect"], digits=digits)
     return {
         "Effect": None if effect is None else f"{effect} {row['unit']}",
-        "95 % interval": None if low is None else f"[{low}, {high}]",
-        "p, adjusted": _p(row["p_adjusted"]),
+        "95 % interval": interval(row["low"], row["high"], digits),
+        "p, adjusted": p_text(row["p_adjusted"]),
     }
-
-
-def _p(p: object) -> str | None:
-    return None if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.01 else f"{p:.2f}"
 
 
 def _apart(evals: pd.DataFrame, everything: pd.DataFrame, key: tuple[object, ...]) -> str | None:

@@ -7,6 +7,7 @@ differences between methods in the middle of the grid; the p of all these tests 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ import numpy as np
 import pandas as pd
 
 from analysis import frame, isnt, script
-from analysis.tables.correlations import interval
+from analysis.cells import per_doubling
 from dora_lab import report
-from dora_lab.report import Block, correlations, number, statistics
+from dora_lab.report import Block, correlations, interval, number, statistics
 from dora_lab.report.statistics import Estimate
 
 KINDS = ("q_proj", "v_proj")
@@ -75,7 +76,9 @@ def measured(settings: list[Setting]) -> pd.DataFrame:
             out.append(about | {"what": "methods", "label": label, "other": other} | _tested(differences))
         for label, factor in dict.fromkeys(setting[:2] for setting in settings):
             levels = {s[2]: by_seed for s, by_seed in zip(settings, z, strict=True) if s[:2] == (label, factor)}
-            out.append(about | {"what": "trend", "label": label, "factor": factor} | _tested(_slopes(levels)))
+            out.append(
+                about | {"what": "trend", "label": label, "factor": factor} | _tested(per_doubling(levels).values())
+            )
         for (label, factor, level, _, rows), estimate in found:
             named = {
                 "what": "level",
@@ -89,7 +92,7 @@ def measured(settings: list[Setting]) -> pd.DataFrame:
         for label, factor in dict.fromkeys(setting[:2] for setting in settings):
             levels = {s[2]: _log_by_seed(s[4], kind, measure) for s in settings if s[:2] == (label, factor)}
             about = {"what": "distance", "kind": kind, "view": measure, "label": label, "factor": factor}
-            out.append(about | _tested(_slopes(levels)))
+            out.append(about | _tested(per_doubling(levels).values()))
     table = pd.DataFrame(out).reindex(columns=COLUMNS)
     tested = table["p"].notna()
     table["p_holm"] = pd.Series(statistics.holm(table.loc[tested, "p"].tolist()), index=table.index[tested])
@@ -110,12 +113,6 @@ def _moved(rows: pd.DataFrame) -> dict[str, float]:
     return {"delta_m": float(last["delta_m"].mean()), "delta_d": float(last["delta_d"].mean()), "spread_m": spread}
 
 
-def _slopes(levels: dict[float, dict[int, float]]) -> list[float]:
-    """Change per doubling of the factor, by least squares over its levels, for each seed that has all of them."""
-    seeds = sorted(set.intersection(*map(set, levels.values())))
-    return [float(np.polyfit(np.log2(list(levels)), [z[seed] for z in levels.values()], 1)[0]) for seed in seeds]
-
-
 def _z_by_seed(found: Estimate | None, rows: pd.DataFrame) -> dict[int, float]:
     seeds = sorted(rows["seed"].unique())
     if found is None or len(found.per_seed) != len(seeds):  # a seed in which nothing moved has no correlation
@@ -129,8 +126,8 @@ def _log_by_seed(rows: pd.DataFrame, kind: str, measure: str) -> dict[int, float
     return {int(seed): float(np.log2(part[measure].mean())) for seed, part in last.groupby("seed")}
 
 
-def _tested(values_S: list[float]) -> dict[str, Any]:
-    found = statistics.over_seeds(values_S)
+def _tested(values_S: Iterable[float]) -> dict[str, Any]:
+    found = statistics.over_seeds(list(values_S))
     return {} if found is None else {"z": found.value, "z_low": found.low, "z_high": found.high, "p": found.p}
 
 
@@ -173,7 +170,7 @@ def _tests(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
         cells = dict(zip(names, key if isinstance(key, tuple) else (key,), strict=True))
         for row in part.to_dict("records"):
             z = number(row["z"], digits=2)
-            text = z and f"{z} {interval(row['z_low'], row['z_high'])}, p {_p(row['p_holm'])}"
+            text = z and f"{z} {interval(row['z_low'], row['z_high'], digits=2)}, p {_p(row['p_holm'])}"
             cells[f"{report.KINDS[row['kind']]}, {MEASURES.get(row['view'], row['view'])}"] = text
         rows.append(cells)
     return pd.DataFrame(rows)
@@ -191,7 +188,7 @@ def _row(setting: pd.DataFrame) -> dict[str, Any]:
         "ΔD": f"{first['delta_d']:.2g}",
     }
     for row in setting.to_dict("records"):
-        r, fisher = number(row["r"], digits=2), interval(row["fisher_low"], row["fisher_high"])
+        r, fisher = number(row["r"], digits=2), interval(row["fisher_low"], row["fisher_high"], digits=2)
         cells[row["view"].capitalize()] = r and f"{r} {fisher or report.MISSING}"
     return cells
 

@@ -45,7 +45,7 @@ def card_command(
 
     path = find_run(run, results)
     verified(path)
-    text = f"{json.dumps(peft_comparison.comparison(path), ensure_ascii=False, indent=2)}" if peft else card.card(path)
+    text = json.dumps(peft_comparison.comparison(path), ensure_ascii=False, indent=2) if peft else card.card(path)
     say(text if out is None else out)
     if out is not None:
         write_text(out, text)

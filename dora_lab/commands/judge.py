@@ -59,9 +59,9 @@ def _claims(rows: pd.DataFrame) -> pd.DataFrame:
     """The claims of a group of runs in the columns that a person needs; all there are: --format csv."""
     import pandas as pd
 
-    from dora_lab.report.block import number
+    from dora_lab.report.block import interval, number
 
-    intervals = [_interval(row.low, row.high) for row in rows.itertuples()]
+    intervals = [interval(row.low, row.high, digits=2) for row in rows.itertuples()]
     return pd.DataFrame(
         {
             "claim": rows["statement"],
@@ -176,7 +176,3 @@ def _two(value: float) -> str | None:
     from dora_lab.report.block import number
 
     return number(value, digits=2)
-
-
-def _interval(low: float, high: float) -> str | None:
-    return None if low is None or low != low else f"[{_two(low)}, {_two(high)}]"

@@ -77,10 +77,8 @@ def compare(
         there = {path.name for root in (local_root, committed_root) for path in (Path(root) / "runs").iterdir()}
         near = did_you_mean(experiment, there)
         raise SpecError(f"neither {local_root} nor {committed_root} has a run of an experiment '{experiment}'; {near}")
-    local, committed = (
-        {record["spec_id"]: _run((path, record)) for path, record in _complete(one) if _asked(record, only)}
-        for one in found
-    )
+    kept = [[run for run in _complete(one) if only is None or run[1]["spec_id"] in only] for one in found]
+    local, committed = ({run.spec_id: run for run in map(_run, runs)} for runs in kept)
     said = tuple(shown(lost.why) for one in found for lost in one.left_out)
     for root, runs, others in ((committed_root, committed, local), (local_root, local, committed)):
         if not runs:
@@ -179,10 +177,6 @@ def _survey(root: Path, experiment: str | None) -> Survey:
             f"{root} is no results folder: it has no runs/; `dora-lab run EXPERIMENT --results {root}` makes some"
         )
     return survey(root, experiment)
-
-
-def _asked(record: Mapping[str, Any], only: Container[str] | None) -> bool:
-    return only is None or record["spec_id"] in only
 
 
 def _complete(found: Survey) -> list[tuple[Path, dict[str, Any]]]:

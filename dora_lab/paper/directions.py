@@ -20,6 +20,7 @@ import pandas as pd
 from dora_lab.paper.paired import paired
 from dora_lab.paper.verdict import MARGINS, Contrast, benjamini_hochberg, contrast, decide
 from dora_lab.report import statistics
+from dora_lab.report.labels import standing
 from dora_lab.report.statistics import Estimate
 
 NO_RUNS = "no runs"
@@ -57,14 +58,14 @@ def _of_group(
 ) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     scored = in_group[0][in_group[0]["metric"] == "accuracy"]
-    ranked = _ranked(pd.concat([f[["label", "method", "rank"]] for f in in_group]).drop_duplicates())
+    ranked = standing(pd.concat([f[["label", "method", "rank"]] for f in in_group]))
     for claim in directions.to_dict("records"):
         printed = _printed(rows, claim)
         names = [name for name in (claim["method"], claim["other"]) if name in ranked]
         if names and claim["metric"] != "accuracy_drop_difference":
-            ranks = ", ".join(ranked[name] for name in names)
-            claim = claim | {name: ranked.get(claim[name], claim[name]) for name in ("method", "other")}
-            claim["statement"] += f" ({ranks})"
+            said = f"{claim['statement']} ({', '.join(ranked[name] for name in names)})"
+            named = {side: ranked.get(claim[side], claim[side]) for side in ("method", "other")}
+            claim = claim | named | {"statement": said}
         if claim["metric"] == "correlation":
             points = _select(in_group[1], {"label": claim["method"], "kind": _KINDS[str(claim["subject"])]})
             out.append(_row(claim, where | {"protocol": None}, _over_seeds(points), printed, "r"))
@@ -83,27 +84,6 @@ def _of_group(
             margin = NO_MARGIN if row["unit"] == "r" else MARGINS["accuracy"]
             row["verdict"] = decide(found, SUPERIOR, margin, row["p_adjusted"])
     return out
-
-
-def _ranked(labels: pd.DataFrame) -> dict[str, str]:
-    """LoRA, DoRA, DoRA† -> the label that stands for it where a method has several ranks, so that none is plain.
-
-    It is the middle rank that both methods have, and half of it.
-    """
-    named = {
-        name: {int(rank): f"{name} r={rank}" for rank in labels.loc[labels["method"] == name.lower(), "rank"].dropna()}
-        for name in ("LoRA", "DoRA")
-    }
-    there = set(labels["label"])
-    named = {name: {r: label for r, label in found.items() if label in there} for name, found in named.items()}
-    shared = sorted(named["LoRA"].keys() & named["DoRA"].keys())
-    if not shared:
-        return {}
-    middle = shared[len(shared) // 2]
-    found = {name: ranks[middle] for name, ranks in named.items() if name not in there}
-    if "DoRA†" not in there and middle // 2 in named["DoRA"]:
-        found["DoRA†"] = named["DoRA"][middle // 2]
-    return found
 
 
 def protocols(scored: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

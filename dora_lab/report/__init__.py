@@ -16,7 +16,7 @@ A missing value is None in a frame, `–` in a table and an empty field in a csv
 from __future__ import annotations
 
 from dora_lab.report.apart import beside, sets_apart
-from dora_lab.report.block import Block, number
+from dora_lab.report.block import Block, interval, number, p_text
 from dora_lab.report.charts import lines, scatter
 from dora_lab.report.figures import new_figure, save_figure
 from dora_lab.report.frames import GROUP, REFUSED, frame, groups, scores
@@ -27,8 +27,10 @@ from dora_lab.report.labels import (
     MISSING,
     TASKS,
     Style,
+    cell_name,
     ordered_labels,
     ordered_tasks,
+    standing,
     style,
     styles,
 )
@@ -49,9 +51,11 @@ __all__ = [
     "Provenance",
     "Style",
     "beside",
+    "cell_name",
     "csv_text",
     "frame",
     "groups",
+    "interval",
     "latex_escape",
     "lines",
     "markdown",
@@ -61,6 +65,7 @@ __all__ = [
     "ordered_tasks",
     "over_layers",
     "over_training",
+    "p_text",
     "plot",
     "provenance",
     "readme_block",
@@ -69,6 +74,7 @@ __all__ = [
     "scatter",
     "scores",
     "sets_apart",
+    "standing",
     "style",
     "styles",
 ]

@@ -59,3 +59,14 @@ def number(mean: float | None, sd: float | None = None, digits: int = 1) -> str 
         return None
     text = f"{mean:.{digits}f}".replace("-", "−")
     return text if sd is None or pd.isna(sd) else f"{text} ± {sd:.{digits}f}"
+
+
+def interval(low: float | None, high: float | None, digits: int = 1) -> str | None:
+    """`[−1.2, 3.4]`, None where an end is missing."""
+    ends = number(low, digits=digits), number(high, digits=digits)
+    return None if None in ends else f"[{ends[0]}, {ends[1]}]"
+
+
+def p_text(p: float | None) -> str | None:
+    """A p of two digits, three below .01; None for a missing value."""
+    return None if p is None or pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.01 else f"{p:.2f}"

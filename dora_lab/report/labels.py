@@ -46,6 +46,32 @@ KINDS: dict[str, str] = {
 }
 
 
+def cell_name(method: str, rank: int | None) -> str:
+    """What a method at a rank is called where there are several: DoRA r=8. A method without a file keeps its name."""
+    name = METHODS[method].label if method in METHODS else method
+    return name if rank is None or pd.isna(rank) else f"{name} r={rank}"
+
+
+def standing(data: pd.DataFrame) -> dict[str, str]:
+    """LoRA, DoRA, DoRA† -> the label that stands for each where a method has several ranks, so that none is plain.
+
+    It is the middle rank of those that LoRA and DoRA have both (one alone: of its own), and DoRA's at half of that.
+    Args: data: the columns label, method and rank, as `frame` has them.
+    """
+    seen = data[["label", "method", "rank"]].drop_duplicates().itertuples(index=False, name=None)
+    ranks: dict[str, set[int]] = {}
+    for label, method, rank in seen:
+        if method in ("lora", "dora") and not pd.isna(rank) and label == cell_name(method, rank):
+            ranks.setdefault(method, set()).add(int(rank))
+    if not (shared := sorted(set.intersection(*ranks.values())) if ranks else []):
+        return {}
+    middle, there = shared[len(shared) // 2], set(data["label"])
+    found = {METHODS[method].label: cell_name(method, middle) for method in ranks}
+    if middle // 2 in ranks.get("dora", ()):
+        found[METHODS["dora" + HALF_RANK].label] = cell_name("dora", middle // 2)
+    return {name: label for name, label in found.items() if name not in there}
+
+
 def ordered_labels(data: pd.DataFrame) -> list[str]:
     """The labels of a frame in the order of `METHODS`, higher ranks first."""
     names = list(METHODS)

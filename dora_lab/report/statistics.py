@@ -245,6 +245,13 @@ def over_seeds(values_S: Sequence[float]) -> Estimate | None:
     )
 
 
+def mean_interval(values_S: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+    """Mean and ends of its 95 % interval (`over_seeds`); no ends below two seeds or without spread."""
+    mean, _ = mean_sd(values_S)
+    found = over_seeds(values_S)
+    return (mean, None, None) if found is None else (mean, found.low, found.high)
+
+
 def fisher_z(r: ArrayLike) -> NDArray[np.float64]:
     """atanh r, the scale on which differences of correlations are taken; finite for r = -1 and 1 too."""
     return np.arctanh(np.clip(np.asarray(r, dtype=float), -1 + 1e-15, 1 - 1e-15))
