@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from analysis.figures import ranks as ranks_figure
 from analysis.figures import samples as samples_figure
 from analysis.tables import merge as merge_table
 from analysis.tables import stability as table
+from dora_lab.formats.live import save_trained
+from dora_lab.methods.inject import inject
+from dora_lab.models.base import model_and_tokenizer
 from experiments import commonsense
+from experiments import merge as merging
 
 
 def evals(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -85,6 +91,36 @@ def test_noise_has_a_panel_of_its_own() -> None:
     assert list(found["column"].unique()) == ["clean labels", "20% of labels drawn anew"]
     assert list(found["label"].unique()) == ["FT", "DoRA"]
     assert set(found[(found["column"] != "clean labels") & found["row"].str.startswith("choice")]["y"]) == {1.2}
+
+
+def test_a_merged_adapter_is_measured_against_itself(tmp_path: Path) -> None:
+    """A real adapter of random weights: float32 changes no answer, int8 has no form beside the base."""
+    whole = commonsense.at_its_rate("dora", 8, 0)
+    spec = replace(whole, data=replace(whole.data, tasks=("boolq", "piqa")))
+    model, _ = model_and_tokenizer(spec)
+    inject(model, spec.method, seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "magnitude" in name:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    save_trained(model, tmp_path / "adapter", spec.model.name)
+    rows = {(row["type"], row["form"]): row for row in merging.differences(spec, tmp_path, items=2)}
+    assert {form for dtype, form in rows if dtype == "int8"} == {"merged"} and len(rows) == 7
+    for form in ("adapted", "merged"):
+        exact = rows["float32", form]
+        assert exact["items"] == 4 and exact["flips"] == 0 and exact["largest"] < 1e-4 * exact["spread"]
+        assert rows["bfloat16", form]["largest"] > 10 * exact["largest"]
+    latencies = list(merging.latencies(spec, tmp_path, rounds=2))
+    forms = {(row["form"], row["prompts"]) for row in latencies}
+    assert forms == {("adapted", 1), ("adapted", 32), ("merged", 1), ("merged", 32)}
+    assert all(len(row["ratios"]) == 2 and min(row["ratios"]) > 0 for row in latencies)
+
+
+def test_merging_without_its_runs_says_how_to_make_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        merging.main(["--results", str(tmp_path)])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and "lora rank 8, dora rank 8" in said and "dora-lab reproduce commonsense" in said
 
 
 def row(ratios: list[float]) -> dict[str, Any]:
