@@ -152,7 +152,7 @@ def test_an_evaluation_goes_on_after_its_whole_tasks(tmp_path: Path, monkeypatch
 
     spec = crash.small_spec("dora", data__tasks="boolq,ARC-Easy", evaluation__protocols="generate,loglikelihood")
     asked: list[tuple[str, str]] = []
-    score = evaluate._samples
+    score = evaluate.answers
 
     def counted(*arguments: Any) -> Any:
         asked.append((arguments[3].protocol.name, arguments[3].task.name))
@@ -160,7 +160,7 @@ def test_an_evaluation_goes_on_after_its_whole_tasks(tmp_path: Path, monkeypatch
             raise KeyboardInterrupt
         return score(*arguments)
 
-    monkeypatch.setattr(evaluate, "_samples", counted)
+    monkeypatch.setattr(evaluate, "answers", counted)
     with pytest.raises(KeyboardInterrupt):
         run_spec(spec, crash.paths(tmp_path))
     assert len(read_stream(run_path(tmp_path, spec), "eval")) == 2

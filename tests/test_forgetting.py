@@ -81,5 +81,5 @@ def test_a_rate_at_which_a_seed_failed_has_dots_and_no_mean() -> None:
     rows = [{"method": "lora", "rank": 8, "optim.learning_rate": rate, "seed": seed, "loss": rate * 10 + seed}
             for rate, seeds in ((0.01, 3), (0.02, 2)) for seed in range(seeds)]  # fmt: skip
     found = curves(pd.DataFrame(rows)).set_index("x")
-    assert found.loc[0.01, "y"] == pytest.approx(1.1) and found.loc[0.01, "seeds"] == pytest.approx([0.1, 1.1, 2.1])
-    assert np.isnan(found.loc[0.02, "y"]) and len(found.loc[0.02, "seeds"]) == 2
+    assert found.loc[0.01, "y"] == pytest.approx(1.1) and found.loc[0.01, "dots"] == pytest.approx([0.1, 1.1, 2.1])
+    assert np.isnan(found.loc[0.02, "y"]) and len(found.loc[0.02, "dots"]) == 2

@@ -30,7 +30,7 @@ def build(results: Path) -> list[Path]:
         source = report.provenance(evals[evals["spec_id"].isin(part["spec_id"])], evals.attrs["statuses"])
         rows = curves(part)
         ticks = {name: _ticks(of["x"]) for name, of in rows.groupby("column", sort=False)}
-        losses_of_seeds = [value for values in rows["seeds"] for value in values]
+        losses_of_seeds = [value for values in rows["dots"] for value in values]
         limits = (0.95 * min(losses_of_seeds), 1.05 * max(losses_of_seeds))
         figure, numbers = report.lines(rows, "learning rate", NOTE, ticks=ticks, limits=limits, doublings=True)
         paths += report.save_figure(figure, results / "figures", f"learning_rates_{tier}_{data}", source, numbers)
@@ -50,7 +50,7 @@ def curves(losses: pd.DataFrame) -> pd.DataFrame:
                 y = tried["loss"].mean() if len(values) == seeds else None
                 name = report.cell_name(method, rank)
                 rows.append((Y, report.METHODS[method].label, name, rate, y, None, None, values))
-    names = ["row", "column", "label", "x", "y", "low", "high", "seeds"]
+    names = ["row", "column", "label", "x", "y", "low", "high", "dots"]
     return pd.DataFrame(rows, columns=pd.Index(names)).astype({"y": float, "low": float, "high": float})
 
 

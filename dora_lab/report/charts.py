@@ -106,7 +106,7 @@ def lines(
     """A line for each label: colour, dashes and marker; a row of panels for each `row`, a column for each `column`.
 
     data: columns row and column (texts, in the order shown), label, x, y, low, high (NaN: no interval), and maybe
-        paper, a printed value drawn as a star, seeds, the values that y is the mean of, as dots, and wide_low and
+        paper, a printed value drawn as a star, dots, the values that y is the mean of, and wide_low and
         wide_high, a second interval drawn dotted. note: over the legend, what line and interval are. ticks: column ->
         position -> text. limits: of all y, or by column; without them a row of panels whose labels differ by more than
         `WIDE` is logarithmic, and what is not above 0 is left out of it. dodge: how far labels stand apart in x, so
@@ -284,8 +284,8 @@ def _line(axis: Any, part: pd.DataFrame, look: Any, joined: bool, band: bool) ->
         for end in ("low", "high"):
             axis.plot(known["x"], known[end], ls="", marker="_", ms=4, color=look.colour)
         axis.vlines(known["x"], known["low"], known["high"], color=look.colour, lw=1)
-    if "seeds" in part:
-        for x, values in zip(part["x"], part["seeds"], strict=True):
+    if "dots" in part:
+        for x, values in zip(part["x"], part["dots"], strict=True):
             axis.plot([x] * len(values), values, ls="", marker=".", ms=3, color=look.colour, alpha=0.7)
     if "wide_low" in part:
         axis.vlines(part["x"], part["wide_low"], part["wide_high"], color=look.colour, lw=0.8, ls=":")
