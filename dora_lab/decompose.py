@@ -213,6 +213,9 @@ def squares(W_OI: Tensor) -> Tensor:
 def row(module: str, change: Change, axis: str, magnitude: Tensor | None) -> dict[str, Any]:
     """The columns of a probed matrix, of saved models and while training; `probing.saved_models` says what each is."""
     parts = module.split(".")
+    # one transfer: on a GPU every number that is asked for by itself waits for the device
+    change = Change(*(values.cpu() for values in vars(change).values()))
+    magnitude = None if magnitude is None else magnitude.cpu()
     directed = ~change.delta_d.isnan()
     known = change.delta_d[directed]
     growth = change.delta_m[directed] / change.norm0[directed]

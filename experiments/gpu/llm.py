@@ -26,7 +26,7 @@ from dora_lab.spec import derive, spec_id
 from experiments.gpu.visit import Visit
 
 EXPERIMENTS = ("sign", "small")  # the shorter one first
-JOBS = 8  # a step of so small a model is the processor's work: several fill the card
+JOBS = 12  # a step of so small a model is the processor's work: several fill the card
 BEFORE_THE_END = 25.0  # seconds that are kept for stopping and packing
 TINY = {
     "model.name": "mini", "model.rescale": (), "data.name": "mini", "data.train_items": 16, "data.test_items": 2,
