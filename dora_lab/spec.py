@@ -9,12 +9,11 @@ protocol card uses (a phrase, or a phrase for each value), and what `validate` a
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from typing import Annotated, Any, Literal, get_type_hints
@@ -31,6 +30,8 @@ from dora_lab.io.limits import (
     KNOWN_PROTOCOLS,
     NOT_EMPTY,
     NOT_NEGATIVE,
+    PATTERN,
+    PATTERNS,
     POSITIVE,
     PROBABILITY,
     RANKS,
@@ -38,7 +39,8 @@ from dora_lab.io.limits import (
     SEED,
     SHARE,
 )
-from dora_lab.io.values import coerce, parse, parts
+from dora_lab.io.text import did_you_mean
+from dora_lab.io.values import coerce, leaves, parse, parts
 
 
 class SpecError(ValueError):
@@ -143,6 +145,9 @@ class Method(_Checked):
     alpha_pattern: Annotated[tuple[str, ...], "alphas by pattern", ALPHAS] = since(2, ())
     # DoRA: leaf names (table 6)
     magnitude_modules: Annotated[tuple[str, ...], "modules of which the magnitude alone is trained"] = since(2, ())
+    # regular expressions that are found in full names: of a module (narrows both lists above); of the base's parameters
+    scope: Annotated[str | None, "adapted modules only where the full name has", PATTERN] = since(6, None)
+    also_train: Annotated[tuple[str, ...], "parameters that train whole, by name", PATTERNS] = since(6, ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,13 +224,6 @@ class Spec(_Checked):
     evaluation: Evaluation
 
 
-def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Words for an error message: the nearest of `choices` if one is near, and all of them."""
-    known = sorted(choices)
-    near = difflib.get_close_matches(name, known, n=1)
-    return (f"did you mean '{near[0]}'? " if near else "") + "choices: " + (", ".join(known) or "none")
-
-
 def pattern_matches(pattern: str, module: str) -> bool:
     """Whether a `rank_pattern` names a module, as in PEFT: the pattern is the end of its name, from a dot on."""
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
@@ -243,14 +241,6 @@ def from_dict(values: Mapping[str, Any]) -> Spec:
     with a `since` mark may be) or of the wrong type. Ranges are `validate`'s: an old record stays readable.
     """
     return _read(Spec, values, "")
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings (a spec as `to_dict` writes it, a record) by their dotted paths."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return found
 
 
 @cache

@@ -60,6 +60,7 @@ def test_every_field_has_its_part_in_the_id() -> None:
         "model.pad": "zero", "model.adapter": "a", "model.adapter_revision": "a", "data.truncation": "right",
         "data.eos": "if_shorter", "data.holdout": "mixed", "evaluation.weights": "merged",
         "evaluation.text": "pretraining", "optim.optimizer": "sgd", "optim.groups": "lora_B=16",
+        "method.scope": "layers", "method.also_train": "bias",
     }  # fmt: skip
     seen = {specs.spec_id(DORA)}
     for path in specs._paths():
