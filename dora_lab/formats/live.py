@@ -270,11 +270,10 @@ def _of_layers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    own: dict[str, Tensor] = _of_layers(model)
-    before: dict[str, Tensor] = {bare_name(name): base for name, (base, _) in saved(bare(model)).items()}
-    for whole, tensor in bare(model).state_dict().items():
-        name = bare_name(whole)
-        tensor = before[name] if name in before else tensor
+    own = _of_layers(model)
+    base: dict[str, Tensor] = {bare_name(name): now for name, now in bare(model).state_dict().items()}
+    base |= {bare_name(name): before for name, (before, _) in saved(bare(model)).items()}
+    for name, tensor in base.items():
         if name not in own and tensor.is_floating_point():
             yield name.replace(".frozen.", "."), tensor
 
