@@ -38,6 +38,8 @@ from dora_lab.io.limits import (
     RESCALES,
     SEED,
     SHARE,
+    TASK_SIZES,
+    task_sizes,
 )
 from dora_lab.io.text import did_you_mean
 from dora_lab.io.values import coerce, leaves, parse, parts
@@ -174,9 +176,14 @@ class Optim(_Checked):
     # "PATTERN=FACTOR:DECAY", the pattern a regular expression that is found in the parameter's full name, e.g.
     # "lora_B=16" (LoRA+), "magnitude=1:0.01"; the first that fits counts. What is trained, the method says
     groups: Annotated[tuple[str, ...], "parameters with a rate or decay of their own", GROUPS] = since(4, ())
+    # "TASK=ITEMS", of all tasks: every optimiser step is of one task, in as many micro-batches as `batch_size` gives;
+    # an epoch has all steps of all tasks, in an order of its own
+    task_batch_sizes: Annotated[tuple[str, ...], "items per optimiser step, each of one task", TASK_SIZES] = since(
+        6, ()
+    )
 
     def steps(self, items: int) -> int:
-        """Optimiser steps on `items`: epochs x items, in full batches (the last one is filled from the next epoch)."""
+        """Optimiser steps on `items`, tasks mixed: epochs x items, in full batches (the next epoch fills the last)."""
         return max(1, math.ceil(items * self.epochs / self.batch_size))
 
 
@@ -307,7 +314,10 @@ def _combinations(spec: Spec) -> list[tuple[str, object, bool, str]]:
         micro = optim.micro_batch_size
         divides = micro >= 1 and optim.batch_size % micro == 0
         keeps = optim.keep == "last" or (optim.eval_steps is not None and spec.data.validation_items > 0)
+        sizes = task_sizes(optim.task_batch_sizes) if TASK_SIZES.holds(optim.task_batch_sizes) else {}
+        odd = [task for task, size in sizes.items() if divides and size % (optim.batch_size // micro)]
         rules += [
+            ("optim.task_batch_sizes", odd, not odd, "so many items that micro-batches are as many as in batch_size"),
             ("optim.micro_batch_size", micro, divides, f"a divisor of optim.batch_size = {optim.batch_size}"),
             ("optim.keep", optim.keep, keeps, "last, unless optim.eval_steps and data.validation_items are given"),
         ]
