@@ -7,15 +7,15 @@ returns the paths it wrote; `modules()` finds them all. None imports torch.
 from __future__ import annotations
 
 import argparse
-import importlib
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from dora_lab import report
+from dora_lab.launch.experiments import declared_specs
 from dora_lab.spec import Spec
 
 # what a table of each tier could be taken for
@@ -46,17 +46,23 @@ def modules() -> list[str]:
 @cache
 def declared() -> tuple[Spec, ...]:
     """The specs of all tiers of all experiments: what their runs are called by, whatever lies beside them."""
-    files = (Path(__file__).parents[1] / "experiments").glob("[!_]*.py")
-    names = sorted(file.stem for file in files if "\ndef specs(" in file.read_text(encoding="utf-8"))
-    modules = [importlib.import_module(f"experiments.{name}") for name in names]
-    listed = [spec for module in modules for tier in module.TIERS for spec in module.specs(tier)]
-    earlier = [spec for module in modules if hasattr(module, "earlier") for spec in module.earlier()]
-    return tuple(dict.fromkeys([*listed, *earlier]))
+    return tuple(dict.fromkeys(declared_specs()))
 
 
 def frame(results: Path, experiment: str | None = None, stream: str = "eval") -> pd.DataFrame:
-    """`report.frame`, its labels by the specs that the experiments declare."""
+    """`report.frame`, its labels by the specs that the experiments declare; read once as long as runs/ stays."""
+    return _frame(results, experiment, stream, _state(results / "runs")).copy()
+
+
+@lru_cache(maxsize=8)  # scripts of one report ask for the same few, and most of its time is reading them
+def _frame(results: Path, experiment: str | None, stream: str, state: object) -> pd.DataFrame:
     return report.frame(results, experiment, stream, declared())
+
+
+def _state(runs: Path) -> tuple[tuple[str, int, int], ...]:
+    """Every file below a folder, with its size and time of change."""
+    found = ((path, path.stat()) for path in sorted(runs.rglob("*")))
+    return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found)
 
 
 def probe_figures(

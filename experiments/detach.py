@@ -27,7 +27,8 @@ def specs(tier: str) -> list[Spec]:
 
 def confirmation(seeds: Sequence[int] = range(20)) -> list[Spec]:
     """DoRA at rank 8 with the gradient through its norm."""
-    return [_attached(commonsense.trained("dora", 8, commonsense.RATES["dora", 8], seed)) for seed in seeds]
+    trained = [commonsense.trained("dora", 8, commonsense.RATES["dora", 8], seed) for seed in seeds]
+    return [replace(_attached(spec), probe=None) for spec in trained]
 
 
 def paper() -> list[Spec]:

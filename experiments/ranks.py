@@ -46,7 +46,7 @@ def sweep() -> list[Spec]:
 def confirmation(seeds: Sequence[int] = range(20)) -> list[Spec]:
     """Every cell at its rate with twenty seeds; nothing before the rates are chosen."""
     return [
-        replace(commonsense.trained(method, rank, rate, seed), experiment="ranks")
+        replace(commonsense.trained(method, rank, rate, seed), experiment="ranks", probe=None)
         for seed in seeds
         for (method, rank), rate in RATES.items()
     ]

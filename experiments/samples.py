@@ -58,6 +58,7 @@ def _of(spec: Spec, size: int, noise: float = 0.0) -> Spec:
     return replace(
         spec,
         experiment="samples",
+        probe=None,
         data=replace(spec.data, train_items=size, label_noise=noise),
         optim=replace(spec.optim, epochs=commonsense.MINI["train_items"] / size),
     )

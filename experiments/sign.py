@@ -15,8 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
 
-from dora_lab.spec import Method, Optim, Probe, Spec
+from dora_lab.spec import Method, Optim, Probe, Spec, spec_id
 from experiments import commonsense, small
 from experiments._sign import DELTA_D, RATES, RESCALED
 
@@ -33,41 +35,73 @@ TRAINED = ("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa")
 SEEDS = (0, 1, 2)
 
 
+class Cell(NamedTuple):
+    """What a run of the mini tier is one of, but for its seed."""
+
+    method: str
+    control: str  # of `CONTROLS`; "": none
+    decay: float  # δ of the full fine-tuning whose Σ η λ (under `SAME`: whose λ) it has
+
+
+SAME = "same λ"  # as full fine-tuning: at an adapter's rate it takes more
+M_ALONE, FACTORS_ALONE, MATRICES, CONSTANT = "m alone", "A and B alone", "matrices alone", "constant rate"
+
+
 def specs(tier: str) -> list[Spec]:
     """All runs, seed by seed."""
-    return [spec for seed in MINI_SEEDS for spec in _mini(seed)] if tier == "mini" else _small()
+    return [spec for seed in MINI_SEEDS for _, spec in _mini(seed)] if tier == "mini" else _small()
 
 
-def _mini(seed: int) -> Iterator[Spec]:
+@cache
+def cells() -> dict[str, Cell]:
+    """The cell of every run of the mini tier, by its id."""
+    return {spec_id(spec): cell for seed in MINI_SEEDS for cell, spec in _mini(seed)}
+
+
+def _mini(seed: int) -> Iterator[tuple[Cell, Spec]]:
     for method, rank in MINI_CELLS:
+        spec = of_mini("sign", method, rank, seed)
         for decay in DECAYS:
-            spec, weight_decay = _of_mini(method, rank, seed, decay)
-            yield _decayed(spec, weight_decay)
-            if method != "ft" and decay:  # the same λ: at an adapter's rate it takes more
-                yield _decayed(spec, _of_mini("ft", None, seed, decay)[1])
+            yield Cell(method, "", decay), decayed(spec, decay_of_mini(spec, _sum(decay)))
+            if method != "ft" and decay:
+                yield Cell(method, SAME, decay), decayed(spec, _of_ft(seed, decay))
     for decay in (0.0, 0.025):
-        spec, weight_decay = _of_mini("dora", 8, seed, decay)
+        spec = of_mini("sign", "dora", 8, seed)
         if decay:
-            for pattern in ("magnitude", "lora_"):
-                yield _with(spec, groups=(f"{pattern}=1:{weight_decay:g}",))
-        spec, weight_decay = _of_mini("ft", None, seed, decay)
-        yield _decayed(replace(spec, method=Method(name="ft_modules", target_modules=KINDS)), weight_decay)
+            for control, pattern in ((M_ALONE, "magnitude"), (FACTORS_ALONE, "lora_")):
+                group = f"{pattern}=1:{decay_of_mini(spec, _sum(decay)):g}"
+                yield Cell("dora", control, decay), _with(spec, groups=(group,))
+        spec, weight_decay = of_mini("sign", "ft", None, seed), _of_ft(seed, decay)
+        matrices = replace(spec, method=Method(name="ft_modules", target_modules=KINDS))
+        yield Cell("ft", MATRICES, decay), decayed(matrices, weight_decay)
         # a constant rate adds up to twice as much, but for its warm-up
-        yield _decayed(_with(spec, schedule="constant"), weight_decay / 2)
+        yield Cell("ft", CONSTANT, decay), decayed(_with(spec, schedule="constant"), weight_decay / 2)
 
 
-def _of_mini(method: str, rank: int | None, seed: int, decay: float) -> tuple[Spec, float]:
-    """The run of `commonsense` with that seed, and the λ that makes Σ η λ = -log(1 - δ)."""
-    rate = commonsense.RATES[method, rank]
-    spec = commonsense.trained(method, rank, rate, seed)
-    spec = replace(
+def of_mini(experiment: str, method: str, rank: int | None, seed: int) -> Spec:
+    """The run of `commonsense` with that seed, without decay, with more checkpoints, scored on few items."""
+    spec = commonsense.trained(method, rank, commonsense.RATES[method, rank], seed)
+    return replace(
         spec,
-        experiment="sign",
+        experiment=experiment,
         data=replace(spec.data, test_items=10),
         probe=Probe(fractions=FRACTIONS),
         evaluation=replace(spec.evaluation, text="none"),
     )
-    return spec, _weight_decay(_optim(spec), commonsense.MINI["train_items"], -math.log(1 - decay) or 0.0)
+
+
+def decay_of_mini(spec: Spec, amount: float) -> float:
+    """The λ of Σ η λ = amount in a run of the mini tier."""
+    return _weight_decay(_optim(spec), commonsense.MINI["train_items"], amount)
+
+
+def _of_ft(seed: int, decay: float) -> float:
+    return decay_of_mini(of_mini("sign", "ft", None, seed), _sum(decay))
+
+
+def _sum(decay: float) -> float:
+    """The Σ η λ of a δ."""
+    return -math.log(1 - decay) or 0.0
 
 
 def _small() -> list[Spec]:
@@ -91,7 +125,7 @@ def _of_small(method: str, rank: int | None, ratio: float, seed: int) -> Spec:
         data=replace(spec.data, tasks=TRAINED, test_items=50),
         probe=Probe(fractions=FRACTIONS),
     )
-    return _decayed(spec, _weight_decay(_optim(spec), small.SMALL["train_items"], ratio * DELTA_D))
+    return decayed(spec, _weight_decay(_optim(spec), small.SMALL["train_items"], ratio * DELTA_D))
 
 
 def _weight_decay(optim: Optim, items: int, amount: float) -> float:
@@ -99,7 +133,8 @@ def _weight_decay(optim: Optim, items: int, amount: float) -> float:
     return amount / (optim.learning_rate * optim.steps(items) / 2)
 
 
-def _decayed(spec: Spec, weight_decay: float) -> Spec:
+def decayed(spec: Spec, weight_decay: float) -> Spec:
+    """The same run with decoupled weight decay, of three digits."""
     return _with(spec, weight_decay=float(f"{weight_decay:.3g}"))
 
 

@@ -27,8 +27,12 @@ def specs(tier: str) -> list[Spec]:
 def confirmation(seeds: Sequence[int] = range(10)) -> list[Spec]:
     """Every method at every multiple of its rate with ten seeds."""
     return [
-        replace(commonsense.trained(method, 8, commonsense.RATES[method, 8] * times, seed), experiment="stability")
+        replace(commonsense.trained(method, 8, _rate(method, times), seed), experiment="stability", probe=None)
         for seed in seeds
         for method in METHODS
         for times in TIMES
     ]
+
+
+def _rate(method: str, times: int) -> float:
+    return commonsense.RATES[method, 8] * times

@@ -15,8 +15,8 @@ from dora_lab import __main__ as command
 from dora_lab import spec as specs
 from dora_lab.commands.app import find_run
 from dora_lab.commands.run import summary
+from dora_lab.launch.experiments import published_specs
 from dora_lab.launch.pool import Outcome
-from dora_lab.launch.select import published_specs
 from dora_lab.report import card
 from dora_lab.runs.survey import iter_runs
 from dora_lab.tasks import TEMPLATES, load_task

@@ -13,7 +13,7 @@ from scipy import stats
 
 from analysis.tables import paper as table
 from dora_lab import paper
-from dora_lab.launch.select import published_specs
+from dora_lab.launch.experiments import published_specs
 from dora_lab.models import shapes
 from dora_lab.report import statistics
 from dora_lab.spec import Spec, derive, to_dict

@@ -13,7 +13,8 @@ from tiny import arc_items, boolq_items, make_spec, save_data, save_model
 
 from dora_lab.evaluation.evaluate import evaluate
 from dora_lab.io.errors import LoadError
-from dora_lab.launch.select import chosen, load_experiment
+from dora_lab.launch.experiments import load_experiment
+from dora_lab.launch.select import chosen
 from dora_lab.models.base import model_and_tokenizer
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.streams import read_stream

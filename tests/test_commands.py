@@ -21,9 +21,10 @@ from typer.testing import CliRunner
 
 from dora_lab.__main__ import app
 from dora_lab.commands import results as room
-from dora_lab.commands.app import HOUSE, find_run
+from dora_lab.commands.app import find_run
 from dora_lab.commands.ending import ASKED, MACHINE, OURS, told
-from dora_lab.launch.select import experiment_names, load_experiment
+from dora_lab.house import HOUSE
+from dora_lab.launch.experiments import experiment_names, load_experiment
 from dora_lab.runs.streams import read_stream
 from dora_lab.spec import SpecError, spec_id
 

@@ -217,8 +217,8 @@ def test_torchrun_runs_the_command_line_over_two_processes(tmp_path: Path) -> No
     places = crash.paths(tmp_path / "results")
     code = (
         "import sys; from pathlib import Path; from dora_lab.__main__ import main; "
-        "from dora_lab.launch import select; "
-        f"select.EXPERIMENTS = Path({str(tmp_path)!r}); main()"
+        "from dora_lab.launch import experiments; "
+        f"experiments.EXPERIMENTS = Path({str(tmp_path)!r}); main()"
     )
     (tmp_path / "go.py").write_text(code)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from dora_lab import __main__ as command
-from dora_lab.launch import select
-from dora_lab.launch.select import experiment_names, load_experiment
+from dora_lab.house import EXPERIMENTS
+from dora_lab.launch.experiments import experiment_names, load_experiment
 from dora_lab.spec import from_dict, spec_id, to_dict, validate
 from dora_lab.tasks import load_task, table_1
 
@@ -52,10 +52,11 @@ def test_dry_run(name: str) -> None:
 
 
 def test_an_experiment_that_takes_from_another_one_loads_from_anywhere(tmp_path: Path) -> None:
-    copied = shutil.copy(select.EXPERIMENTS / "decomposition.py", tmp_path / "mine.py")
+    copied = shutil.copy(EXPERIMENTS / "decomposition.py", tmp_path / "mine.py")
     code = (
-        f"import sys; from pathlib import Path; from dora_lab.launch import select; sys.path.remove({str(HOUSE)!r})\n"
-        f"select.EXPERIMENTS = Path({str(tmp_path)!r}); print(len(select.load_experiment('mine').specs('mini')))"
+        f"import sys; from pathlib import Path; from dora_lab.launch import experiments as e; "
+        f"sys.path.remove({str(HOUSE)!r})\n"
+        f"e.EXPERIMENTS = Path({str(tmp_path)!r}); print(len(e.load_experiment('mine').specs('mini')))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=copied.parent, check=False,

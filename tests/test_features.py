@@ -50,8 +50,11 @@ def archive(root: Path) -> Path:
 
 
 @pytest.mark.parametrize("layout", [hub, archive])
-def test_features_are_read_by_id_to_the_bit(layout: Callable[[Path], Path], tmp_path: Path) -> None:
-    asked = [IDS[4], IDS[0], IDS[3], IDS[4]] + ([IDS[149], IDS[50], IDS[49]] if layout is hub else [])
+def test_features_are_read_by_id_to_the_bit(
+    layout: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "ROWS", 16)  # several batches a shard
+    asked = [IDS[4], IDS[0], IDS[3], IDS[4]] + ([IDS[149], IDS[98], IDS[50], IDS[49]] if layout is hub else [])
     found = list(gather(layout(tmp_path), "COCO", asked, SHAPE))
     assert [key for key, _ in found] == sorted(set(asked))  # here the order of the files is that of the names
     for key, numbers in found:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from analysis.tables import gpu, memory
-from dora_lab.launch.select import experiment_names
+from dora_lab.launch.experiments import experiment_names
 from experiments import gpu_visit
 from experiments.gpu import table
 

@@ -75,7 +75,7 @@ def test_fewer_items_of_all_together_are_of_all_tasks(held: int, tmp_path: Path)
 
 
 def test_items_of_the_embedded_world() -> None:
-    from dora_lab.launch.select import load_experiment
+    from dora_lab.launch.experiments import load_experiment
 
     for name in ("commonsense", "commonsense_sweep"):
         spec = load_experiment(name).specs("mini")[-1]

@@ -15,7 +15,8 @@ from conftest import write_run
 
 from analysis import declared, frame
 from dora_lab import paper, report
-from dora_lab.launch.select import chosen, declared_specs, load_experiment
+from dora_lab.launch.experiments import declared_specs, load_experiment
+from dora_lab.launch.select import chosen
 from dora_lab.spec import Spec, derive, to_dict
 
 SKILL = {None: 0.6, 8: 0.55, 4: 0.5}

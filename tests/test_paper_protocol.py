@@ -15,7 +15,7 @@ from tiny import boolq_items, make_spec, save_data, save_model
 from transformers import TrainingArguments
 
 from dora_lab.evaluation.evaluate import evaluate
-from dora_lab.launch.select import load_experiment
+from dora_lab.launch.experiments import load_experiment
 from dora_lab.methods.inject import adapted, inject, merge
 from dora_lab.models.base import model_and_tokenizer
 from dora_lab.runs.directory import RunDir

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tiny import arc_items, boolq_items, save_model
 
-from dora_lab.launch.select import load_experiment
+from dora_lab.launch.experiments import load_experiment
 from dora_lab.runs.streams import read_stream
 from dora_lab.runs.survey import iter_runs
 from dora_lab.tasks.commonsense.released_files import KNOWN

@@ -22,12 +22,13 @@ from typer.testing import CliRunner
 
 from dora_lab import __main__ as command
 from dora_lab.commands.run import summary
-from dora_lab.launch import select, stages
+from dora_lab.launch import experiments, stages
+from dora_lab.launch.experiments import load_experiment
 from dora_lab.launch.inputs import is_complete
 from dora_lab.launch.pool import run_many
 from dora_lab.launch.run import run_spec
 from dora_lab.launch.runtime import TIERS, Paths, Runtime
-from dora_lab.launch.select import chosen, load_experiment
+from dora_lab.launch.select import chosen
 from dora_lab.models.base import hash_model
 from dora_lab.runs import provenance
 from dora_lab.runs.record import read_record, run_path
@@ -352,7 +353,7 @@ def tiny_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     folder = tmp_path / "experiments"
     folder.mkdir()
     (folder / "tiny_one.py").write_text(EXPERIMENT.format(tests=str(Path(__file__).parent)))
-    monkeypatch.setattr(select, "EXPERIMENTS", folder)
+    monkeypatch.setattr(experiments, "EXPERIMENTS", folder)
     return load_experiment("tiny_one")
 
 

@@ -16,7 +16,7 @@ from dora_lab import paper, report
 from dora_lab.__main__ import app
 from dora_lab.commands.app import find_run
 from dora_lab.io.files import hash_bytes
-from dora_lab.launch.select import published_specs
+from dora_lab.launch.experiments import published_specs
 from dora_lab.report import card, correlations
 from dora_lab.runs import provenance
 from dora_lab.runs.errors import StoreError
@@ -166,6 +166,7 @@ def test_without_git_the_code_is_named_by_its_files(tmp_path: Path, monkeypatch:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.py").write_text("1\n")
     monkeypatch.setattr(provenance, "SOURCE", tmp_path)  # no repository
+    monkeypatch.setattr(provenance, "CODE", {name: tmp_path / name for name in provenance.CODE})
     before = provenance.code()
     assert before["commit"] is None and before["files"] == provenance.code()["files"]
     (tmp_path / "dora_lab" / "__pycache__").mkdir()

@@ -162,6 +162,26 @@ def test_low_rank_degradation_is_decided_where_there_are_ranks(tmp_path: Path, r
     assert row["verdict"] == "holds" and row["effect"] < -20
 
 
+def test_of_several_ranks_the_middle_one_stands_for_the_method(tmp_path: Path, run_writer: Callable[..., Path]) -> None:
+    skills = {
+        ("lora", 4): 0.5,
+        ("lora", 8): 0.6,
+        ("lora", 16): 0.9,
+        ("dora", 4): 0.3,
+        ("dora", 8): 0.7,
+        ("dora", 16): 0.1,
+    }
+    for seed in range(3):
+        for (name, rank), skill in skills.items():
+            run_writer(tmp_path, make_spec(name, rank, seed), skill=skill)
+    rows = table_of_verdicts(tmp_path).set_index(["claim", "protocol"])
+    equal, half = (rows.loc[(claim, "generate")] for claim in ("dora_above_lora", "half_rank_dora_above_lora"))
+    assert equal["statement"].endswith("(DoRA r=8, LoRA r=8)") and equal["effect"] > 5
+    assert half["statement"].endswith("(DoRA r=4, LoRA r=8)") and half["effect"] < -5
+    query = rows.xs("dora_query_correlation").iloc[0]
+    assert query["statement"].endswith("(DoRA r=8)") and query["verdict"] != "no runs" and query["paper"] == -0.31
+
+
 def test_no_runs_at_all_is_said(tmp_path: Path) -> None:
     rows = table_of_verdicts(tmp_path)
     assert len(rows) == 9 and set(rows["verdict"]) == {"no runs"}

@@ -47,7 +47,9 @@ def build(results: Path) -> list[Path]:
         blocks.append(Block(title=title, cells=pd.DataFrame(map(_shown, cells)), notes=NOTES, isnt=isnt([tier])))
         if pairs:
             table = pd.DataFrame(map(_shown_pair, pairs))
-            blocks.append(Block(title=f"{title}: forgetting, methods compared", cells=table, notes=COMPARED))
+            blocks.append(
+                Block(title=f"{title}: forgetting, methods compared", cells=table, notes=COMPARED, isnt=isnt([tier]))
+            )
     source = report.provenance(runs, frame(results).attrs["statuses"])
     title = "Held-out pretraining text after training on the tasks"
     return report.save_table(results / "tables", "forgetting", title, blocks, pd.DataFrame(data), source)

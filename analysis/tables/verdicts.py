@@ -8,8 +8,8 @@ import pandas as pd
 
 from analysis import frame, isnt, script
 from dora_lab import paper, report
+from dora_lab.house import REGISTERED as REGISTERED_FILES
 from dora_lab.report import Block, number
-from dora_lab.runs.provenance import REGISTERED as REGISTERED_FILES
 
 RULE = (
     "holds, does not hold: p < .05 on the claimed, or on the other, side; inside the margin: so small that it may not "

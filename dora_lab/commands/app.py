@@ -14,16 +14,12 @@ from tqdm import tqdm
 
 from dora_lab import __version__
 from dora_lab.commands.ending import CODES
+from dora_lab.house import LOCAL, RESULTS
 from dora_lab.io.text import shown
-from dora_lab.launch.select import experiment_name, experiment_names
+from dora_lab.launch.experiments import experiment_name, experiment_names
 from dora_lab.runs import packs
 from dora_lab.runs.survey import is_run
 from dora_lab.spec import SpecError, did_you_mean
-
-HOUSE = Path(__file__).resolve().parents[2]
-RESULTS = HOUSE / "results"
-README = HOUSE / "README.md"
-LOCAL = RESULTS / "local"  # a user's own runs, beside the committed ones without touching them
 
 
 def examples(*lines: str) -> str:

@@ -21,7 +21,7 @@ from dora_lab.commands.app import (
 )
 from dora_lab.commands.show import Format, FormatOption, show
 from dora_lab.io.atomic import write_text
-from dora_lab.launch.select import experiment_name, published_specs
+from dora_lab.launch.experiments import experiment_name, published_specs
 from dora_lab.runs import packs
 from dora_lab.runs.record import read_record
 from dora_lab.runs.survey import survey, verified
@@ -31,21 +31,36 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@app.command("card", epilog=examples("card 632a66", "card results/local/runs/commonsense/RUN --out card.md"))
+@app.command("card", epilog=examples("card 632a66", "card 632a66 --peft --out result.json"))
 def card_command(
     run: RunArgument,
     results: ReadOption = LOCAL,
-    out: Annotated[Path | None, typer.Option(help="Write the page to this file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write it to this file.")] = None,
+    peft: Annotated[bool, typer.Option("--peft", help="As a result file of PEFT's method_comparison (JSON).")] = False,
 ) -> None:
     """Print the protocol card of a run: one page, from its record."""
-    from dora_lab.report import card
+    import json
+
+    from dora_lab.report import card, peft_comparison
 
     path = find_run(run, results)
     verified(path)
-    text = card.card(path)
+    text = f"{json.dumps(peft_comparison.comparison(path), ensure_ascii=False, indent=2)}" if peft else card.card(path)
     say(text if out is None else out)
     if out is not None:
         write_text(out, text)
+
+
+@app.command(epilog=examples("schema record", "schema spec > spec.schema.json"))
+def schema(
+    name: Annotated[str, typer.Argument(help="spec, record, or a stream: metrics, probe, timing, eval.")],
+) -> None:
+    """Print the JSON Schema of a spec, of a record, or of a line of a stream."""
+    import json
+
+    from dora_lab.runs import schemas
+
+    typer.echo(json.dumps(schemas.schema(name), ensure_ascii=False, indent=1))
 
 
 @app.command("diff", epilog=examples("diff 632a66 published", "diff 632a66 64d84a"))

@@ -14,7 +14,7 @@ import typer
 
 from dora_lab.commands.app import LOCAL, RESULTS, ReadOption, app, examples, experiment_names, results_folder, say
 from dora_lab.commands.show import Format, FormatOption, show
-from dora_lab.launch.select import declared_specs, experiment_name, published_specs
+from dora_lab.launch.experiments import declared_specs, experiment_name, published_specs
 from dora_lab.runs.survey import survey
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ import typer
 
 from dora_lab.commands.app import LOCAL, ResultsOption, app, examples, progress_bar, say
 from dora_lab.commands.show import Format, FormatOption, show
+from dora_lab.launch.experiments import load_experiment
 from dora_lab.launch.runtime import Paths, Runtime
-from dora_lab.launch.select import load_experiment, pair
+from dora_lab.launch.select import pair
 from dora_lab.models.base import hash_adapter, hash_model
 from dora_lab.spec import derive
 from dora_lab.tasks import sources

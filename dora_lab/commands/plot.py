@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dora_lab.commands.app import LOCAL, RESULTS, ResultsOption, app, examples, find_run, say
-from dora_lab.launch.select import declared_specs, experiment_names
+from dora_lab.launch.experiments import declared_specs, experiment_names
 from dora_lab.runs.survey import verified
 from dora_lab.spec import SpecError, did_you_mean
 

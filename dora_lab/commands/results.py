@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,7 @@ from typing import Annotated
 import typer
 
 from dora_lab.commands.app import (
-    HOUSE,
     LOCAL,
-    README,
     RESULTS,
     ExperimentArgument,
     ReadOption,
@@ -27,16 +24,25 @@ from dora_lab.commands.app import (
 from dora_lab.commands.ending import STOPPED
 from dora_lab.commands.judge import told_apart
 from dora_lab.commands.run import summary
+from dora_lab.house import ANALYSIS, HOUSE, INSTALLED
+from dora_lab.launch.experiments import house_first, load_experiment
 from dora_lab.launch.pool import run_many
 from dora_lab.launch.runtime import Paths
-from dora_lab.launch.select import chosen, load_experiment
+from dora_lab.launch.select import chosen
 from dora_lab.runs.survey import survey
-from dora_lab.spec import spec_id
+from dora_lab.spec import SpecError, spec_id
+
+README = HOUSE / "README.md"
 
 
 @app.command(epilog=examples("report --results results/local", "report"))
-def report(results: ReadOption = RESULTS) -> None:
+def report(results: ReadOption = LOCAL if INSTALLED else RESULTS) -> None:
     """Rebuild every table and figure of a results folder from its runs (and, of the committed one, the README's)."""
+    ours = f"copy the records that come with dora-lab (`cp -r {RESULTS} committed`) and `report --results committed`"
+    if INSTALLED and results.resolve() == RESULTS.resolve():
+        raise SpecError(f"{results} is part of the installed package, where nothing is written: {ours}")
+    if not any((results / name).is_dir() for name in ("runs", "bench")):
+        raise SpecError(f"{results} has no runs yet: `dora-lab run EXPERIMENT` makes some; or {ours}")
     if not rebuild(results, say):
         raise typer.Exit(1)
 
@@ -53,14 +59,15 @@ def rebuild(results: Path, written: Callable[[Path], object] = lambda path: None
     for lost in survey(results).left_out:
         say(f"left out: {lost.why}", err=True)
 
-    if str(HOUSE) not in sys.path:  # the scripts are part of the repository, not of the installed package
-        sys.path.insert(0, str(HOUSE))
+    if not ANALYSIS.is_dir():
+        raise SpecError(f"{ANALYSIS} is not there: install dora-lab's wheel, or work in a clone of it")
+    house_first()
     committed = results.resolve() == RESULTS.resolve()
-    files = [file for kind in ("tables", "figures") for file in sorted((HOUSE / "analysis" / kind).glob("[!_]*.py"))]
-    with progress_bar("tables and figures", len(files)) as bar:
-        for file in files:
-            bar.set_postfix_str(file.stem)
-            script = importlib.import_module(f"analysis.{file.parent.name}.{file.stem}")
+    names = importlib.import_module("analysis").modules()
+    with progress_bar("tables and figures", len(names)) as bar:
+        for name in names:
+            bar.set_postfix_str(name.rpartition(".")[2])
+            script = importlib.import_module(name)
             try:
                 for path in script.build(results):
                     written(path)
@@ -68,7 +75,7 @@ def rebuild(results: Path, written: Callable[[Path], object] = lambda path: None
                     written(README)
             except (ValueError, OSError) as error:
                 whole = False
-                say(f"not built, its files stay as they were: {file.relative_to(HOUSE)}: {error}", err=True)
+                say(f"not built, its files stay as they were: {name.replace('.', '/')}.py: {error}", err=True)
             bar.update()
     return whole
 

@@ -12,9 +12,10 @@ from dora_lab import distributed
 from dora_lab.commands.app import LOCAL, ExperimentArgument, ResultsOption, app, examples, say
 from dora_lab.commands.ending import STOPPED
 from dora_lab.commands.show import Format, FormatOption, show
+from dora_lab.launch.experiments import experiment_names, load_experiment
 from dora_lab.launch.pool import Outcome, describe, run_many
 from dora_lab.launch.runtime import Device, Paths, Runtime
-from dora_lab.launch.select import chosen, experiment_names, load_experiment, pair
+from dora_lab.launch.select import chosen, pair
 from dora_lab.runs.caveats import caveats
 from dora_lab.runs.record import read_record, run_path
 from dora_lab.runs.streams import read_stream

@@ -88,8 +88,7 @@ def evaluate(
             if progress:
                 progress(min(next(begun), most), sum(batches))
 
-        with undisturbed(model, tokenizer), quiet():
-            samples = _samples(spec, model, tokenizer, part, tick)
+        samples = answers(spec, model, tokenizer, part, tick)
         row = _row(part, samples, spec.evaluation.split == "test")
         _write_samples(run, row, samples)
         run.append("eval", row)
@@ -132,19 +131,21 @@ def _kept(run: RunDir, parts: Sequence[Part]) -> list[dict[str, Any]]:
     return rows if fits else []
 
 
-def _samples(
+def answers(
     spec: Spec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: Part, tick: Callable[[], None]
 ) -> list[Sample]:
     """What the model answered: index, prompt, output, parsed, gold, correct and what else the protocol keeps."""
-    name, wanted = part.task.name, part.protocol.lm_eval_task(spec, part.task, part.questions, tokenizer)
+    name = part.task.name
     # `evaluate`, not `simple_evaluate`: the latter reseeds every generator and collects the machine's environment
-    result = evaluator.evaluate(
-        lm=Model(model, tokenizer, spec.evaluation.batch_size, tick, part.protocol.cut),
-        task_dict=cast(Any, {"tasks": {name: wanted}, "groups": {}, "group_map": {}}),
-        limit=len(part.questions),  # lm-eval's own tasks would ask all they have
-        bootstrap_iters=0,
-        log_samples=True,
-    )
+    with undisturbed(model, tokenizer), quiet():
+        wanted = part.protocol.lm_eval_task(spec, part.task, part.questions, tokenizer)
+        result = evaluator.evaluate(
+            lm=Model(model, tokenizer, spec.evaluation.batch_size, tick, part.protocol.cut),
+            task_dict=cast(Any, {"tasks": {name: wanted}, "groups": {}, "group_map": {}}),
+            limit=len(part.questions),  # lm-eval's own tasks would ask all they have
+            bootstrap_iters=0,
+            log_samples=True,
+        )
     logged = sorted(cast(Any, result)["samples"][name], key=lambda entry: entry["doc_id"])
     return [_sample(part, question, entry) for question, entry in zip(part.questions, logged, strict=True)]
 

@@ -1,13 +1,8 @@
-"""Experiments by name, and those of their specs that a command line selects and changes.
-
-An experiment is a file in experiments/ with `TIERS` and `specs(tier)`. Imports no torch.
-"""
+"""Those specs of an experiment that a command line selects and changes. Imports no torch."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -16,57 +11,6 @@ from typing import Any
 from dora_lab.models.base import hash_model
 from dora_lab.spec import Spec, SpecError, derive, did_you_mean, leaves, spec_id, to_dict, validate
 from dora_lab.tasks import sources
-
-HOUSE = Path(__file__).resolve().parents[2]
-EXPERIMENTS = HOUSE / "experiments"
-
-
-def experiment_names() -> list[str]:
-    """Names of the files in experiments/ that have runs; one that only measures (speed.py) has no `specs`."""
-    files = EXPERIMENTS.glob("[!_]*.py")
-    return sorted(file.stem for file in files if "\ndef specs(" in file.read_text(encoding="utf-8"))
-
-
-def published_specs() -> list[Spec]:
-    """The specs of tier paper of all experiments: the published protocol, any seed."""
-    modules = [load_experiment(name) for name in experiment_names()]
-    return [spec for module in modules if "paper" in module.TIERS for spec in module.specs("paper")]
-
-
-def all_specs(name: str) -> list[Spec]:
-    """The specs of every tier of an experiment."""
-    module = load_experiment(name)
-    return [spec for tier in module.TIERS for spec in module.specs(tier)]
-
-
-def declared_specs() -> list[Spec]:
-    """The specs of all experiments, and of runs that are kept but not made again: what runs are called by."""
-    modules = [load_experiment(name) for name in experiment_names()]
-    listed = [spec for module in modules for tier in module.TIERS for spec in module.specs(tier)]
-    return listed + [spec for module in modules if hasattr(module, "earlier") for spec in module.earlier()]
-
-
-def experiment_name(text: str, known: Iterable[str] = ()) -> str:
-    """The experiment that a person means, hyphens read as underscores; of `known`, or else of those in experiments/.
-
-    Raises SpecError listing the names there are.
-    """
-    name, choices = text.replace("-", "_"), sorted({*known} or {*experiment_names()})
-    if name not in choices:
-        raise SpecError(f"unknown experiment '{text}'; {did_you_mean(name, choices)}")
-    return name
-
-
-def load_experiment(name: str) -> ModuleType:
-    """The experiment's module; raises SpecError listing the names there are."""
-    name = experiment_name(name)
-    if str(HOUSE) not in sys.path:  # an experiment may take from another one, and they are no installed package
-        sys.path.insert(0, str(HOUSE))
-    found = importlib.util.spec_from_file_location(f"experiments.{name}", EXPERIMENTS / f"{name}.py")
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
 
 
 def chosen(

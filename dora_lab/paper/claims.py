@@ -14,9 +14,9 @@ from typing import Any
 
 import pandas as pd
 
+from dora_lab.house import CLAIMS
 from dora_lab.runs.doctor import Finding, of_error
 
-CLAIMS = Path(__file__).resolve().parents[2] / "experiments" / "claims.csv"
 _COLUMNS = (
     "experiment",
     "kind",

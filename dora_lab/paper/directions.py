@@ -57,8 +57,14 @@ def _of_group(
 ) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     scored = in_group[0][in_group[0]["metric"] == "accuracy"]
+    ranked = _ranked(pd.concat([f[["label", "method", "rank"]] for f in in_group]).drop_duplicates())
     for claim in directions.to_dict("records"):
         printed = _printed(rows, claim)
+        names = [name for name in (claim["method"], claim["other"]) if name in ranked]
+        if names and claim["metric"] != "accuracy_drop_difference":
+            ranks = ", ".join(ranked[name] for name in names)
+            claim = claim | {name: ranked.get(claim[name], claim[name]) for name in ("method", "other")}
+            claim["statement"] += f" ({ranks})"
         if claim["metric"] == "correlation":
             points = _select(in_group[1], {"label": claim["method"], "kind": _KINDS[str(claim["subject"])]})
             out.append(_row(claim, where | {"protocol": None}, _over_seeds(points), printed, "r"))
@@ -77,6 +83,27 @@ def _of_group(
             margin = NO_MARGIN if row["unit"] == "r" else MARGINS["accuracy"]
             row["verdict"] = decide(found, SUPERIOR, margin, row["p_adjusted"])
     return out
+
+
+def _ranked(labels: pd.DataFrame) -> dict[str, str]:
+    """LoRA, DoRA, DoRA† -> the label that stands for it where a method has several ranks, so that none is plain.
+
+    It is the middle rank that both methods have, and half of it.
+    """
+    named = {
+        name: {int(rank): f"{name} r={rank}" for rank in labels.loc[labels["method"] == name.lower(), "rank"].dropna()}
+        for name in ("LoRA", "DoRA")
+    }
+    there = set(labels["label"])
+    named = {name: {r: label for r, label in found.items() if label in there} for name, found in named.items()}
+    shared = sorted(named["LoRA"].keys() & named["DoRA"].keys())
+    if not shared:
+        return {}
+    middle = shared[len(shared) // 2]
+    found = {name: ranks[middle] for name, ranks in named.items() if name not in there}
+    if "DoRA†" not in there and middle // 2 in named["DoRA"]:
+        found["DoRA†"] = named["DoRA"][middle // 2]
+    return found
 
 
 def protocols(scored: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -108,17 +135,19 @@ def _over_seeds(points: pd.DataFrame) -> Contrast | None:
 def layer_correlation(probes: pd.DataFrame, label: str, kind: str) -> Estimate | None:
     """Correlation of ΔD with ΔM over layers and checkpoints for one method and kind of matrix ("q_proj").
 
-    Args: probes: rows of the probe stream (`label`, `kind`, `seed`, `delta_d`, `delta_m`) of one group of runs.
-    Returns the estimate of `statistics.correlation`, None where there are no rows or nothing varies.
+    Args: probes: rows of the probe stream (`label`, `kind`, `seed`, `delta_d`, `delta_m`, `module` or `layer`, and
+        `step` where a run has several) of one group of runs.
+    Returns the estimate of `statistics.layer_correlation` with the interval of `statistics.cautious`; None where there
+    are no rows or nothing varies.
     """
     rows = _distinct(_select(probes, {"label": label, "kind": kind}))
-    return (
-        statistics.correlation(
-            {int(seed): (part["delta_d"].to_numpy(), part["delta_m"].to_numpy()) for seed, part in rows.groupby("seed")}
-        )
-        if len(rows)
-        else None
-    )
+    unit = "module" if "module" in rows else "layer"
+    points = {}
+    for seed, part in (rows if "step" in rows else rows.assign(step=0)).groupby("seed"):
+        wide = part.pivot(index=unit, columns="step", values=["delta_d", "delta_m"])
+        points[int(seed)] = (wide["delta_d"].to_numpy(float), wide["delta_m"].to_numpy(float))
+    found = statistics.layer_correlation(points)
+    return found and statistics.cautious(found)
 
 
 def _distinct(points: pd.DataFrame) -> pd.DataFrame:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dora_lab.house import REGISTERED
 from dora_lab.io.files import hash_bytes, parse_json
 from dora_lab.paper.verdict import HYPOTHESES, MARGINS
-from dora_lab.runs.provenance import REGISTERED
 from dora_lab.spec import did_you_mean, words
 
 _BLOCK = re.compile(r"^```json\n(.*?)^```", re.MULTILINE | re.DOTALL)

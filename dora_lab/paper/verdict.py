@@ -152,6 +152,18 @@ def decide(found: Contrast, hypothesis: str, margin: float, p: float | None) -> 
     return EQUIVALENT if within else UNDECIDED
 
 
+def placed(interval: tuple[float, float] | None, low: float, high: float) -> str:
+    """The verdict on a claim that a number lies between low and high, from its 95 % interval.
+
+    *holds* where all of the interval does, *does not hold* where none of it does, else (and without one) *undecided*.
+    """
+    if interval is None:
+        return UNDECIDED
+    if low < interval[0] and interval[1] < high:
+        return HOLDS
+    return NOT if interval[1] <= low or interval[0] >= high else UNDECIDED
+
+
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     """Adjusted p of hypotheses outside a registered family (false discovery rate), in the order given; in [0, 1]."""
     return list(map(float, stats.false_discovery_control(p_values))) if len(p_values) else []

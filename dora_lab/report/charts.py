@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -45,21 +46,23 @@ class Printed(Protocol):
 
 
 def scatter(
-    rows: pd.DataFrame | Iterable[Mapping[str, Any]], paper: Iterable[Printed] = ()
+    rows: pd.DataFrame | Iterable[Mapping[str, Any]], paper: Iterable[Printed] = (), columns: int | None = None
 ) -> tuple[Figure, pd.DataFrame]:
     """ΔD against ΔM, a panel for each label and kind: colour and number are the layer, the marker the checkpoint.
 
     rows: as `points` takes them. paper: panels whose r and ends of axes stand in a box where kind and method are the
-        same; where our axes reach theirs, they are drawn as a rectangle too.
+        same ("FT", and "FT, and what sets it apart"); where our axes reach theirs, they are drawn as a rectangle too.
+        columns: of panels; by itself, up to four.
     Returns the figure and its numbers: the points, and of their panel r and slope (ΔM per ΔD) with 95 % intervals (see
     `statistics.cautious`), on plain values also where the axes are logarithmic.
     Raises: ValueError for what `points` refuses, and for more than `MOST` panels.
     """
     found = points(rows)
-    printed = {(panel.kind, METHODS[panel.method].label): panel for panel in paper if panel.method in METHODS}
+    known = {(panel.kind, METHODS[panel.method].label): panel for panel in paper if panel.method in METHODS}
     parts = dict[Any, pd.DataFrame](iter(found.groupby(["kind", "label"], sort=False)))
     kinds, labels = list(dict.fromkeys(key[0] for key in parts)), list(found["label"].unique())
-    columns = min(4, len(labels) if len(labels) > 1 else len(kinds))
+    printed = {(kind, label): known.get((kind, label.partition(",")[0])) for kind, label in parts}
+    columns = columns or min(4, len(labels) if len(labels) > 1 else len(kinds))
     blocks = [[(kind, label) for label in labels] for kind in kinds]
     blocks = [[key for block in blocks for key in block]] if len(labels) == 1 else blocks
     places = [block[start : start + columns] for block in blocks for start in range(0, len(block), columns)]
@@ -78,7 +81,7 @@ def scatter(
             kind, label = key
             name = ", ".join(text for text in (label, KINDS.get(kind, kind)) if text)
             said = "\n".join([name[-46:], *map(_said, ("r", "slope"), estimates[key])])
-            axis.set_title(said, fontsize=8, pad=18 if printed.keys() & parts.keys() else 6)
+            axis.set_title(said, fontsize=8, pad=18 if any(printed.values()) else 6)
     for axis in axes[:, 0]:
         axis.set_ylabel("ΔM (units of the weight)")
     for axis in figure.axes:
@@ -93,20 +96,22 @@ def lines(
     note: str,
     *,
     ticks: Mapping[str, Mapping[float, str]] | None = None,
-    limits: tuple[float, float] | None = None,
+    limits: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
     dodge: float = 0.0,
     joined: bool = True,
+    bare: Collection[str] = (),
     band: bool = False,
     doublings: bool = False,
 ) -> tuple[Figure, pd.DataFrame]:
     """A line for each label: colour, dashes and marker; a row of panels for each `row`, a column for each `column`.
 
     data: columns row and column (texts, in the order shown), label, x, y, low, high (NaN: no interval), and maybe
-        paper, a printed value drawn as a star, and seeds, the values that y is the mean of, as dots. note: over the
-        legend, what line and interval are. ticks: column -> position -> text. limits: of all y; without them a row of
-        panels whose labels differ by more than `WIDE` is logarithmic, and what is not above 0 is left out of it. dodge:
-        how far labels stand apart in x, so that no bar hides another (doublings: x is logarithmic, in powers of 2).
-        joined: whether points are. band: intervals as bands, else bars.
+        paper, a printed value drawn as a star, seeds, the values that y is the mean of, as dots, and wide_low and
+        wide_high, a second interval drawn dotted. note: over the legend, what line and interval are. ticks: column ->
+        position -> text. limits: of all y, or by column; without them a row of panels whose labels differ by more than
+        `WIDE` is logarithmic, and what is not above 0 is left out of it. dodge: how far labels stand apart in x, so
+        that no bar hides another (doublings: x is logarithmic, in powers of 2). joined: whether points are. bare:
+        labels that are lines without points and stay where they are. band: intervals as bands, else bars.
     Returns the figure and `data`. Raises: ValueError for more than `MOST` panels.
     """
     rows, columns = (list(data[name].unique()) for name in ("row", "column"))
@@ -122,13 +127,16 @@ def lines(
             for k, (label, look) in enumerate(looks.items()):
                 part = there[there["label"] == label]
                 if len(part):
-                    shift = dodge * (k - (len(looks) - 1) / 2)
+                    shift = 0.0 if label in bare else dodge * (k - (len(looks) - len(bare) - 1) / 2)
                     x = part["x"] * 2**shift if doublings else part["x"] + shift
-                    drawn = _line(axis, part.assign(x=x), look, joined, band)
+                    drawn = _line(
+                        axis, part.assign(x=x), replace(look, marker="") if label in bare else look, joined, band
+                    )
                     handles.setdefault(label, drawn)
             if not len(there):
                 axis.text(0.5, 0.5, "no runs", ha="center", va="center", transform=axis.transAxes)
-            _axes(axis, there, logarithmic, limits, doublings, (ticks or {}).get(column))
+            ends = limits.get(column) if isinstance(limits, Mapping) else limits
+            _axes(axis, there, logarithmic, ends, doublings, (ticks or {}).get(column))
             axis.set_title(fill(column, 34) if i == 0 else "", fontsize=9)
             axis.set_xlabel(x_name if i == len(rows) - 1 else "")
         axes[i, 0].set_ylabel(row + ("\n(log scale)" if logarithmic else ""), fontsize=8.5)
@@ -279,6 +287,8 @@ def _line(axis: Any, part: pd.DataFrame, look: Any, joined: bool, band: bool) ->
     if "seeds" in part:
         for x, values in zip(part["x"], part["seeds"], strict=True):
             axis.plot([x] * len(values), values, ls="", marker=".", ms=3, color=look.colour, alpha=0.7)
+    if "wide_low" in part:
+        axis.vlines(part["x"], part["wide_low"], part["wide_high"], color=look.colour, lw=0.8, ls=":")
     if "paper" in part:
         axis.plot(part["x"], part["paper"], ls="", marker="*", mfc="none", ms=9, color=look.colour)
     return drawn

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pandas as pd
 
 from dora_lab.report import statistics
@@ -32,6 +33,12 @@ def correlate(probes: pd.DataFrame, kind: str, axis: str = "out", view: str = "p
         nothing has moved.
     Raises: ValueError for an unknown axis or view, and if two runs have the same seed.
     """
+    points = paired(probes, kind, axis)
+    return None if points is None else statistics.layer_correlation(points, view)
+
+
+def paired(probes: pd.DataFrame, kind: str, axis: str = "out") -> dict[int, tuple[np.ndarray, np.ndarray]] | None:
+    """(ΔD_LC, ΔM_LC) of each seed, as `statistics` takes them; None and errors as `correlate`."""
     if axis not in AXES:
         raise ValueError(f"axis {axis!r} is not one of {', '.join(AXES)}")
     columns = list(AXES[axis])
@@ -53,7 +60,15 @@ def correlate(probes: pd.DataFrame, kind: str, axis: str = "out", view: str = "p
                 f"correlate: run {part['spec_id'].iloc[0]} lacks a module at a step; check its probe.jsonl"
             )
         points[int(seed)] = tuple(part[column].to_numpy(dtype=float).reshape(shape) for column in columns)
-    return statistics.layer_correlation(points, view)
+    return points
+
+
+def z_by_seed(probes: pd.DataFrame, kind: str) -> dict[int, float]:
+    """Fisher's z of `correlate` ("out", "pooled") for each seed alone; seeds in which nothing varies are left out."""
+    varying = {s: of for s, of in (paired(probes, kind) or {}).items() if min(np.ptp(of[0]), np.ptp(of[1])) > 0}
+    return {
+        seed: float(statistics.fisher_z(np.corrcoef(x.ravel(), y.ravel())[0, 1])) for seed, (x, y) in varying.items()
+    }
 
 
 def how(probes: pd.DataFrame) -> str:

@@ -43,6 +43,27 @@ def full(n: ArrayLike, d: ArrayLike, decay: ArrayLike, inputs: int | None = None
     return np.asarray(n, float) * _folded(mean, np.sqrt(2 * np.asarray(d, float) / inputs))
 
 
+def learned(n: ArrayLike, decay: ArrayLike, mean: ArrayLike, sd: ArrayLike) -> Floats:
+    """ΔM of rows whose magnitude is itself decayed and trained (DoRA): mean |−δ n + X|.
+
+    X is what the gradients add, in weight units, normal over rows with that mean and deviation (of a training without
+    decay: AdamW's step does not know the norm), whatever the row turns by.
+    """
+    mean = np.asarray(mean, float) - np.asarray(decay, float) * np.asarray(n, float)
+    return _folded(mean, np.asarray(sd, float))
+
+
+def turned(n: ArrayLike, e: ArrayLike) -> Floats:
+    """d of rows of norm n that change by E, |E| = e, orthogonal to them."""
+    n = np.asarray(n, float)
+    return 1 - n / np.hypot(n, np.asarray(e, float))
+
+
+def length(n: ArrayLike, d: ArrayLike) -> Floats:
+    """|E| orthogonal to rows of norm n that turned by d: the inverse of `turned`."""
+    return np.asarray(n, float) * np.sqrt((1 - np.asarray(d, float)) ** -2 - 1)
+
+
 def decayed(peak: float, weight_decay: float, steps: float) -> float:
     """δ = 1 − Π(1 − η_t λ) of a schedule that rises to its peak and falls to zero in straight lines."""
     return float(1 - np.exp(-peak * weight_decay * steps / 2))
@@ -71,7 +92,7 @@ def curve(
     d_NL *= delta_d / d_NL.mean(axis=1, keepdims=True)
     rows = []
     for ratio in ratios:
-        r_N = _pearson(d_NL, model(n_L, d_NL, ratio * delta_d, inputs))
+        r_N = pearson(d_NL, model(n_L, d_NL, ratio * delta_d, inputs))
         low, middle, high = np.quantile(r_N, (0.05, 0.5, 0.95))
         rows.append({"ratio": ratio, "r": middle, "low": low, "high": high})
     return pd.DataFrame(rows)
@@ -84,7 +105,8 @@ def _folded(mean: Floats, sd: Floats) -> Floats:
     return np.where(sd > 0, value, np.abs(mean))
 
 
-def _pearson(x_NL: Floats, y_NL: Floats) -> Floats:
+def pearson(x_NL: Floats, y_NL: Floats) -> Floats:
+    """r_N over the layers of each draw."""
     x_NL, y_NL = (a - a.mean(axis=1, keepdims=True) for a in (x_NL, y_NL))
     return (x_NL * y_NL).sum(axis=1) / np.sqrt((x_NL**2).sum(axis=1) * (y_NL**2).sum(axis=1))
 

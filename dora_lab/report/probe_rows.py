@@ -9,9 +9,10 @@ import pandas as pd
 
 from dora_lab.io.atomic import replacing, write_text
 from dora_lab.report import plots, points
-from dora_lab.report.statistics import correlation
+from dora_lab.report.statistics import layer_correlation
 from dora_lab.report.tables import csv_text
 
+INTERVAL = "[95 %: matrices resampled; of few matrices such an interval is too narrow]"
 ENDINGS = {"out": points.ENDINGS, "plot": plots.ENDINGS}
 
 
@@ -27,23 +28,25 @@ def refuse_endings(out: Path | None, plot: Path | None) -> None:
 def summary(rows: list[dict[str, Any]]) -> str:
     """A line per tuned model, step and kind: means over layers, and Pearson's r of ΔD and ΔM over them.
 
-    What a reader should not miss is said below: outputs without a direction, weights that are tied, magnitudes of DoRA
-    that never moved.
+    The interval of r is by resampling the matrices. What a reader should not miss is said below: outputs without a
+    direction, weights that are tied, magnitudes of DoRA that never moved.
     """
     lines = []
     groups: Any = pd.DataFrame(rows).groupby(["tuned", "step", "kind"], dropna=False)
     for (tuned, step, kind), part in groups:
         known = part.dropna(subset=["delta_d", "delta_m"])
-        found = correlation({0: (known["delta_d"].to_numpy(), known["delta_m"].to_numpy())}) if len(known) > 3 else None
+        x, y = (known[name].to_numpy(float)[:, None] for name in ("delta_d", "delta_m"))
+        found = layer_correlation({0: (x, y)}) if len(known) > 3 else None
         line = {"tuned": Path(tuned).name, "step": "" if pd.isna(step) else int(step), "kind": kind, "n": len(part)}
         numbers = {name: f"{part[name].mean():.3g}" for name in ("delta_m", "delta_d", "relative_change", "grown")}
-        r = (
-            f"undefined (n={len(known)})"
-            if found is None
-            else f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
-        )
+        r = f"undefined (n={len(known)})"
+        if found is not None and found.resampled is not None:
+            low, high = found.resampled
+            r = f"{found.value:+.2f} [{low:+.2f}, {high:+.2f}]"
         lines.append(line | numbers | {"r(ΔD, ΔM)": r})
-    return "\n".join([pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True), *_remarks(rows)])
+    table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+    note = ["", INTERVAL] if any("[" in line["r(ΔD, ΔM)"] for line in lines) else []
+    return "\n".join([table, *note, *_remarks(rows)])
 
 
 def _remarks(rows: list[dict[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What code, machine and packages a run had: for its record (standard library only)."""
+"""What code, machine and packages a run had: for its record."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-SOURCE = Path(__file__).resolve().parents[2]
-REGISTERED = SOURCE / "experiments" / "registered"  # what was written down before an experiment's runs
-CODE = ("dora_lab", "experiments")  # what can change a result; analysis and documents cannot
+from dora_lab.house import EXPERIMENTS, INSTALLED, PACKAGE, REGISTERED
+
+SOURCE = PACKAGE.parent
+CODE = {"dora_lab": PACKAGE, "experiments": EXPERIMENTS}  # what can change a result; analysis and documents cannot
 PACKAGES = (
     "torch",
     "transformers",
@@ -31,12 +32,13 @@ PACKAGES = (
 def code() -> dict[str, str | None]:
     """`commit` of the repository and `diff`, a hash of uncommitted changes to the code; None where there is none.
 
-    Where git says nothing (an installed package, a folder of another user's), there is `files`, a hash of the code; so
-    there is of a copy of the tree, whose history may be another's: DORA_LAB_COMMIT says which commit it is a copy of.
+    Where git says nothing (a folder of another user's), there is `files`, a hash of the code; so there is of an
+    installed package, which may lie in another's repository, and of a copy of the tree: DORA_LAB_COMMIT says which
+    commit it is a copy of.
     """
     if told := os.environ.get("DORA_LAB_COMMIT"):
         return {"commit": told, "diff": None, "files": _files()}
-    commit = _git("rev-parse", "--verify", "HEAD")
+    commit = None if INSTALLED else _git("rev-parse", "--verify", "HEAD")
     if commit is None:
         return {"commit": None, "diff": None, "files": _files()}
     changed = _git("diff", "HEAD", "--binary", "--", *CODE) or b""
@@ -56,13 +58,17 @@ def registered(experiment: str) -> str | None:
 
 
 def _files() -> str:
-    """12 hex digits of the names and contents of all files of the code, wherever it is installed."""
+    """12 hex digits of the names and contents of all files of the code; the same in a clone and installed from it."""
     whole = hashlib.sha256()
-    found = [file for folder in CODE for file in (SOURCE / folder).rglob("*") if file.is_file()]
-    for file in sorted(found, key=lambda file: file.relative_to(SOURCE).as_posix()):
-        if "__pycache__" not in file.parts:
-            whole.update(f"{file.relative_to(SOURCE).as_posix()}\0{file.stat().st_size}\0".encode())
-            whole.update(file.read_bytes())
+    found = {
+        f"{name}/{file.relative_to(folder).as_posix()}": file
+        for name, folder in CODE.items()
+        for file in folder.rglob("*")
+        if file.is_file() and not {"__pycache__", "shipped"} & {*file.relative_to(folder).parts}
+    }
+    for name, file in sorted(found.items()):
+        whole.update(f"{name}\0{file.stat().st_size}\0".encode())
+        whole.update(file.read_bytes())
     return whole.hexdigest()[:12]
 
 

@@ -13,6 +13,8 @@ from dora_lab.spec import Spec, SpecError, did_you_mean, from_dict, spec_id
 
 SCHEMA = 1
 ENDINGS = ("complete", "failed", "interrupted")
+REQUIRED = ("spec", "spec_id", "status", "error")
+OBJECTS = ("code", "inputs", "machine", "packages", "params", "seconds")  # where they are there and not null
 
 
 def run_path(root: Path, spec: Spec) -> Path:
@@ -37,7 +39,7 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         schema = record.get("schema") if isinstance(record, dict) else None
         raise StoreError(f"{file}: schema {schema!r}, this version reads {SCHEMA}; update dora_lab")
-    if missing := [name for name in ("spec", "spec_id", "status", "error") if name not in record]:
+    if missing := [name for name in REQUIRED if name not in record]:
         raise StoreError(f"{file}: field '{missing[0]}' is missing; restore it or remove the run directory")
     if record["status"] not in ("running", *ENDINGS):
         raise StoreError(f"{file}: unknown status {record['status']!r}; {did_you_mean(str(record['status']), ENDINGS)}")
@@ -47,7 +49,7 @@ def read_record(path: Path) -> dict[str, Any]:
         raise StoreError(f"{file}: {error}; restore it, or update dora_lab") from None
     if found != record["spec_id"]:
         raise StoreError(f"{file}: spec_id {record['spec_id']!r:.40}, but its spec is {found}: restore it")
-    for name in ("code", "inputs", "machine", "packages", "params", "seconds"):
+    for name in OBJECTS:
         if not isinstance(record.get(name) or {}, dict):
             raise StoreError(f"{file}: field '{name}' is no JSON object; restore it or remove the run directory")
     if wrong := [name for name, count in (record.get("params") or {}).items() if type(count) is not int]:

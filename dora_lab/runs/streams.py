@@ -16,12 +16,12 @@ from dora_lab.spec import did_you_mean
 
 STREAMS = ("metrics", "probe", "timing", "eval")
 _NUMBER, _MAYBE = (int, float), (int, float, type(None))
-_REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {  # what a reader needs of a row
+REQUIRED_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {  # what a reader needs of a row
     "metrics": {"step": (int,)},
     "probe": {"step": (int,), "module": (str,), "kind": (str,), "delta_m": _NUMBER, "delta_d": _NUMBER},
     "eval": {"task": (str,), "protocol": (str,), "metric": (str,), "value": _MAYBE, "n": (int,)},
 }
-_OPTIONAL: dict[str, dict[str, tuple[type, ...]]] = {  # of these types where they are there
+OPTIONAL_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {  # of these types where they are there
     "metrics": dict.fromkeys(("tokens", "loss", "eval_loss", "learning_rate", "grad_norm", "seconds"), _MAYBE),
     "probe": dict.fromkeys(("layer", "fraction", "relative_change"), _MAYBE),
     "eval": {
@@ -71,8 +71,8 @@ def read_rows(path: Path, name: str) -> list[dict[str, Any]]:
         raise StoreError(f"{file}: is not what it was when the run was finished; restore the file or run again")
     for number, row in enumerate(rows, start=1):
         where = f"{file}, line {number}"
-        optional = {field: kinds for field, kinds in _OPTIONAL.get(name, {}).items() if field in row}
-        for field, kinds in (_REQUIRED.get(name, {}) | optional).items():
+        optional = {field: kinds for field, kinds in OPTIONAL_FIELDS.get(name, {}).items() if field in row}
+        for field, kinds in (REQUIRED_FIELDS.get(name, {}) | optional).items():
             value = row.get(field, row)  # a field that is not there has no value of any of these types
             if not isinstance(value, kinds) or isinstance(value, bool):
                 value = row.get(field)

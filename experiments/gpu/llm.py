@@ -16,9 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dora_lab.launch.experiments import load_experiment
 from dora_lab.launch.pool import run_many
 from dora_lab.launch.runtime import Paths, Runtime
-from dora_lab.launch.select import chosen, load_experiment
+from dora_lab.launch.select import chosen
 from dora_lab.models.fetch import PACKAGES, fetch, models_folder
 from dora_lab.runs import packs
 from dora_lab.spec import derive, spec_id
