@@ -178,9 +178,7 @@ class Optim(_Checked):
     groups: Annotated[tuple[str, ...], "parameters with a rate or decay of their own", GROUPS] = since(4, ())
     # "TASK=ITEMS", of all tasks: every optimiser step is of one task, in as many micro-batches as `batch_size` gives;
     # an epoch has all steps of all tasks, in an order of its own
-    task_batch_sizes: Annotated[tuple[str, ...], "items per optimiser step, each of one task", TASK_SIZES] = since(
-        6, ()
-    )
+    task_batch_sizes: Annotated[tuple[str, ...], "items per step, each of one task", TASK_SIZES] = since(6, ())
 
     def steps(self, items: int) -> int:
         """Optimiser steps on `items`, tasks mixed: epochs x items, in full batches (the next epoch fills the last)."""

@@ -22,8 +22,10 @@ from dora_lab.formats.live import fingerprint
 from dora_lab.io.errors import CheckpointError
 from dora_lab.methods.catalog import entry_of, is_counted, methods
 from dora_lab.methods.inject import adapted
+from dora_lab.runs.record import run_path
 from dora_lab.spec import Method, SpecError, derive
 from dora_lab.training.fit import Interrupted
+from tests.faults import _crash as crash
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -273,3 +275,19 @@ def test_resume_is_the_same_as_one_go(end: str, inputs: tuple[Path, Path], tmp_p
     assert rows(tmp_path / "cut", spec, "metrics") == rows(tmp_path / "whole", spec, "metrics")
     other = go(derive(spec, {"optim.groups": ""}), tmp_path / "other", *inputs)
     assert not torch.equal(other["model.norm.weight"], whole["model.norm.weight"])
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_leave_what_one_does(shard: bool, tmp_path: Path) -> None:
+    changes: Any = {"method__also_train": "norm", "method__dropout": 0.0, "optim__micro_batch_size": 2}
+    spec = crash.small_spec("dora", **changes)
+    crash.finish(tmp_path / "one", spec)
+    crash.finish(tmp_path / "two", spec, processes=2, shard=shard)
+    files = [next((run_path(tmp_path / name, spec) / "adapter").glob("*.safetensors")) for name in ("one", "two")]
+    one, two = map(load_file, files)
+    base = load_file(crash.paths(tmp_path).model_dir / "model.safetensors")
+    assert one.keys() == two.keys() and sum("norm.weight" in name for name in one) == 5
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+        if "norm.weight" in name:
+            assert not torch.equal(tensor, base[name.removeprefix("base_model.model.")])

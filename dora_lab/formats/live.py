@@ -212,11 +212,11 @@ def _written(
     dropout = max(layer.dropout for layer in found.values())
     shapes = {name: _shape(layer) for name, layer in found.items()}
     kept = {bare_name(name): own.detach().cpu().contiguous() for name, (_, own) in saved(model).items()}
-    parameters = {bare_name(name) for name, _ in model.named_parameters()} - _of_layers(model).keys()
+    every = {bare_name(name) for name, _ in model.named_parameters(remove_duplicate=False)} - _of_layers(model).keys()
     for one in (format,) if format else ("peft", "authors") if strange is None else ():
         try:
             config = write_config(held, one, targets, base_model_name_or_path=base, lora_dropout=dropout)
-            more, whole = write_whole(one, kept, parameters, set(held))
+            more, whole = write_whole(one, kept, every, set(held))
             return one, config | more, write_tensors(held, one, shapes) | whole
         except CheckpointError:
             if format is not None:

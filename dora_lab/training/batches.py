@@ -175,14 +175,20 @@ class MicroBatches(Dataset[dict[str, Tensor]]):
             mixed = order(len(examples), seed, optim.steps(len(examples)) * optim.batch_size)
             self._steps = [mixed[at : at + optim.batch_size] for at in range(0, len(mixed), optim.batch_size)]
         self.steps, self._parts = len(self._steps), optim.batch_size // optim.micro_batch_size
-        self.indices = [index for step in self._steps for index in step]
+
+    @property
+    def indices(self) -> list[int]:
+        """The items of all steps, one step after another."""
+        return [index for step in self._steps for index in step]
 
     def __len__(self) -> int:
         return self.steps * self._parts
 
     def sha256(self) -> str:
         """Hash of what is trained on: the tokens and labels of every item, and their order."""
-        content = hashlib.sha256(array.array("q", self.indices).tobytes())
+        content = hashlib.sha256()
+        for step in self._steps:
+            content.update(array.array("q", step).tobytes())
         for example in self.examples:
             content.update(array.array("q", [len(example.ids), *example.ids, *example.labels]).tobytes())
         return content.hexdigest()
