@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants
 
 from dora_lab.io.errors import LoadError
 from dora_lab.tasks import features
@@ -79,6 +80,15 @@ def test_what_is_not_there_is_said_before_anything_is_read(tmp_path: Path) -> No
         hub_folder(None)
 
 
+def test_the_hubs_folder_is_read_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    commit = "a" * 40
+    hub(tmp_path / "datasets--ylsung--VL-Adapter-datasets" / "snapshots" / commit)
+    (found,) = gather(hub_folder(commit), "COCO", [IDS[7]], SHAPE)
+    assert found[0] == IDS[7] and np.array_equal(found[1], numbers_of(IDS[7]))
+
+
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut short": (lambda f: f.write_bytes(f.read_bytes()[:-100]), "part-00001.parquet: not a whole parquet file"),
     "damaged": (
@@ -116,8 +126,7 @@ def test_a_broken_shard_is_named(what: str, tmp_path: Path) -> None:
 
 
 def test_a_broken_file_of_the_archive_is_named(tmp_path: Path) -> None:
-    import h5py
-
+    h5py = pytest.importorskip("h5py")
     root = archive(tmp_path)
     folder = root / "COCO" / "clip_features" / VARIANT
 
