@@ -9,12 +9,11 @@ protocol card uses (a phrase, or a phrase for each value), and what `validate` a
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from typing import Annotated, Any, Literal, get_type_hints
@@ -31,14 +30,19 @@ from dora_lab.io.limits import (
     KNOWN_PROTOCOLS,
     NOT_EMPTY,
     NOT_NEGATIVE,
+    PATTERN,
+    PATTERNS,
     POSITIVE,
     PROBABILITY,
     RANKS,
     RESCALES,
     SEED,
     SHARE,
+    TASK_SIZES,
+    task_sizes,
 )
-from dora_lab.io.values import coerce, parse, parts
+from dora_lab.io.text import did_you_mean
+from dora_lab.io.values import coerce, leaves, parse, parts
 
 
 class SpecError(ValueError):
@@ -143,6 +147,9 @@ class Method(_Checked):
     alpha_pattern: Annotated[tuple[str, ...], "alphas by pattern", ALPHAS] = since(2, ())
     # DoRA: leaf names (table 6)
     magnitude_modules: Annotated[tuple[str, ...], "modules of which the magnitude alone is trained"] = since(2, ())
+    # regular expressions that are found in full names: of a module (narrows both lists above); of the base's parameters
+    scope: Annotated[str | None, "adapted modules only where the full name has", PATTERN] = since(6, None)
+    also_train: Annotated[tuple[str, ...], "parameters that train whole, by name", PATTERNS] = since(6, ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,9 +176,12 @@ class Optim(_Checked):
     # "PATTERN=FACTOR:DECAY", the pattern a regular expression that is found in the parameter's full name, e.g.
     # "lora_B=16" (LoRA+), "magnitude=1:0.01"; the first that fits counts. What is trained, the method says
     groups: Annotated[tuple[str, ...], "parameters with a rate or decay of their own", GROUPS] = since(4, ())
+    # "TASK=ITEMS", of all tasks: every optimiser step is of one task, in as many micro-batches as `batch_size` gives;
+    # an epoch has all steps of all tasks, in an order of its own
+    task_batch_sizes: Annotated[tuple[str, ...], "items per step, each of one task", TASK_SIZES] = since(6, ())
 
     def steps(self, items: int) -> int:
-        """Optimiser steps on `items`: epochs x items, in full batches (the last one is filled from the next epoch)."""
+        """Optimiser steps on `items`, tasks mixed: epochs x items, in full batches (the next epoch fills the last)."""
         return max(1, math.ceil(items * self.epochs / self.batch_size))
 
 
@@ -219,13 +229,6 @@ class Spec(_Checked):
     evaluation: Evaluation
 
 
-def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Words for an error message: the nearest of `choices` if one is near, and all of them."""
-    known = sorted(choices)
-    near = difflib.get_close_matches(name, known, n=1)
-    return (f"did you mean '{near[0]}'? " if near else "") + "choices: " + (", ".join(known) or "none")
-
-
 def pattern_matches(pattern: str, module: str) -> bool:
     """Whether a `rank_pattern` names a module, as in PEFT: the pattern is the end of its name, from a dot on."""
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
@@ -243,14 +246,6 @@ def from_dict(values: Mapping[str, Any]) -> Spec:
     with a `since` mark may be) or of the wrong type. Ranges are `validate`'s: an old record stays readable.
     """
     return _read(Spec, values, "")
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings (a spec as `to_dict` writes it, a record) by their dotted paths."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return found
 
 
 @cache
@@ -317,7 +312,10 @@ def _combinations(spec: Spec) -> list[tuple[str, object, bool, str]]:
         micro = optim.micro_batch_size
         divides = micro >= 1 and optim.batch_size % micro == 0
         keeps = optim.keep == "last" or (optim.eval_steps is not None and spec.data.validation_items > 0)
+        sizes = task_sizes(optim.task_batch_sizes) if TASK_SIZES.holds(optim.task_batch_sizes) else {}
+        odd = [task for task, size in sizes.items() if divides and size % (optim.batch_size // micro)]
         rules += [
+            ("optim.task_batch_sizes", odd, not odd, "so many items that micro-batches are as many as in batch_size"),
             ("optim.micro_batch_size", micro, divides, f"a divisor of optim.batch_size = {optim.batch_size}"),
             ("optim.keep", optim.keep, keeps, "last, unless optim.eval_steps and data.validation_items are given"),
         ]

@@ -1,4 +1,4 @@
-"""How many parameters every method of tables 1, 5, 6, 7 and 15 trains on the paper's models, beside what it prints.
+"""How many parameters every method of tables 1 to 3, 5 to 7 and 15 trains on the paper's models, beside what it prints.
 
 It trains nothing and loads no weights, so it has no specs: `make parameters`, or
 
@@ -33,6 +33,11 @@ SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 BARE = ("o_proj", "gate_proj", "up_proj", "down_proj")  # of table 6: their magnitude alone is trained
 BOTTLENECK = 256  # width of Series (on down_proj) and Parallel (on up_proj and down_proj) adapters
 PREFIX = {"LLaMA-7B": 30, "LLaMA-13B": 10}  # virtual tokens
+FEATURES = {"Table 2": 2048, "Table 3": 512}  # numbers of a region (CLIP RN101) and of a frame (CLIP ViT)
+# of the released scripts the one for DoRA on images alone trains layer norms; the percentages prove it
+NORMS = {
+    (source, method): (source, method) == ("Table 2", "DoRA") for source in FEATURES for method in ("LoRA", "DoRA")
+}
 MODULES, ARITHMETIC = "inject, meta device", "layer shapes"
 
 
@@ -84,6 +89,49 @@ def counted(shape: Shape, method: Method) -> dict[str, int]:
     return inject(model, method, seed=0)
 
 
+def vl_bart_method(name: str, *, norms: bool, rank: int = 128) -> Method:
+    """LoRA or DoRA on every q_proj and v_proj of VL-BART, as the released scripts have it.
+
+    Beside it the visual embedding and all biases train, and with `norms` the layer norms; DoRA's norm is in the graph.
+    """
+    also = ("visual_embedding", r"\.bias$", *(("layer_?norm",) if norms else ()))
+    shape: dict[str, Any] = {"rank": rank, "alpha": float(rank), "target_modules": ("q_proj", "v_proj")}
+    graph: dict[str, Any] = {"detach_norm": False} if name == "dora" else {}
+    return Method(name=name, **shape, **graph, scope=r"\.layers\.", also_train=also)
+
+
+@cache
+def of_vl_bart(source: str, name: str, norms: bool | None = None) -> dict[str, int]:
+    """`inject`'s count on VL-BART, BART-base with 200 tokens more; norms: of its layer norms, None: as released."""
+    from transformers import BartConfig
+
+    from dora_lab.models.vl_bart import VLBart
+
+    config = BartConfig(
+        vocab_size=50_465, d_model=768, encoder_layers=6, decoder_layers=6, encoder_ffn_dim=3072, decoder_ffn_dim=3072,
+        encoder_attention_heads=12, decoder_attention_heads=12, max_position_embeddings=1024,
+        feature_size=FEATURES[source],
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = VLBart(config)
+    norms = NORMS[source, name] if norms is None else norms
+    return inject(model, vl_bart_method(name.lower(), norms=norms), seed=0)
+
+
+def count_vl_bart() -> list[dict[str, Any]]:
+    """A row for every percentage that the paper prints for an adapter of VL-BART."""
+    printed = paper.claims()
+    printed = printed[(printed["kind"] == "number") & (printed["model"] == "VL-BART")]
+    printed = printed[printed["source"].isin(list(FEATURES)) & printed["method"].isin(["LoRA", "DoRA"])]
+    keys = ["source", "method", "rank", "trainable_percent"]
+    return [
+        {"source": source, "model": "VL-BART", "method": name, "setting": None, "rank": int(rank)}
+        | of_vl_bart(source, name)
+        | {"printed_percent": percent, "counted_by": MODULES}
+        for source, name, rank, percent in printed[keys].drop_duplicates().itertuples(index=False)
+    ]
+
+
 def count() -> list[dict[str, Any]]:
     """A row for every line of the paper's tables that prints a percentage for one of its language models."""
     printed = paper.claims()
@@ -113,7 +161,9 @@ def main(argv: list[str] | None = None) -> None:
     file = parser.parse_args(argv).results / "bench" / "parameters.jsonl"
     about = {"code": provenance.code(), "packages": provenance.packages()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, "".join(json.dumps(row | about, ensure_ascii=False) + "\n" for row in count()))
+    write_text(
+        file, "".join(json.dumps(row | about, ensure_ascii=False) + "\n" for row in [*count(), *count_vl_bart()])
+    )
     print(file)
 
 

@@ -98,10 +98,13 @@ def test_methods_that_cannot_be_counted_are_refused() -> None:
 
 def test_the_command_and_its_table(rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parameters, "count", lambda: rows)
+    every = [*rows, *parameters.count_vl_bart()]
     assert table.build(tmp_path) == []
     parameters.main(["--results", str(tmp_path)])
     written = (tmp_path / "bench" / "parameters.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(written) == len(rows) and json.loads(written[0])["code"].keys() == {"commit", "diff"}
+    assert len(written) == len(every) and json.loads(written[0])["code"].keys() == {"commit", "diff"}
     text = table.build(tmp_path)[0].read_text(encoding="utf-8")
     assert "| LLaMA-7B | DoRA | 32 | 56,975,360 | 0.838 | 0.84 | equal | modules |" in text
+    assert "| VL-BART | DoRA | 128 | 8,838,912 | 5.962 | 5.96 | equal | modules |" in text
+    assert "| VL-BART | LoRA | 128 | 7,607,040 | 5.173 | 5.17 | equal | modules |" in text
     assert "| LLaMA3-8B | DoRA† | 16 | 29,097,984 | 0.361 | 0.35 | differs: 0.361 | modules |" in text

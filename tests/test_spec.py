@@ -60,6 +60,8 @@ def test_every_field_has_its_part_in_the_id() -> None:
         "model.pad": "zero", "model.adapter": "a", "model.adapter_revision": "a", "data.truncation": "right",
         "data.eos": "if_shorter", "data.holdout": "mixed", "evaluation.weights": "merged",
         "evaluation.text": "pretraining", "optim.optimizer": "sgd", "optim.groups": "lora_B=16",
+        "method.scope": "layers", "method.also_train": "bias",
+        "optim.task_batch_sizes": "boolq=32",
     }  # fmt: skip
     seen = {specs.spec_id(DORA)}
     for path in specs._paths():
@@ -147,6 +149,14 @@ def test_derive_parses_by_the_fields_type() -> None:
         (DORA, "optim.keep", "best_loss", "unless optim.eval_steps"),
         (DORA, "model.adapter", "org/adapter", "model.adapter = 'org/adapter': must be None for training"),
         (DORA, "data.pad_to_multiple_of", "0", "at least 1"),
+        (DORA, "optim.task_batch_sizes", "boolq=0", "TASK=ITEMS each, ITEMS at least 1, a task once"),
+        (DORA, "optim.task_batch_sizes", "boolq=4, boolq=8", "TASK=ITEMS each"),
+        (
+            DORA,
+            "optim.task_batch_sizes",
+            "boolq=5",
+            "optim.task_batch_sizes = ['boolq']: must be so many items that micro-",
+        ),
     ],
 )
 def test_derive_refuses(spec: Spec, path: str, value: str, words: str) -> None:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import dora_lab
 from dora_lab.formats import manifest
 from dora_lab.formats.manifest import MANIFEST
-from dora_lab.formats.neutral import CONFIG, OWN, PREFIX, WEIGHTS, Adapter, Factors, refuse_not_finite
-from dora_lab.formats.peft import write_config, write_tensors
+from dora_lab.formats.neutral import CONFIG, OWN, WEIGHTS, Adapter, Factors, refuse_not_finite
+from dora_lab.formats.peft import trains_biases, write_config, write_tensors, write_whole
 from dora_lab.formats.read import read_adapter
 from dora_lab.io.atomic import disk_errors, replacing, write_text
 from dora_lab.io.errors import CheckpointError
@@ -116,14 +116,16 @@ def load_adapter(model: nn.Module, path: Path | str, *, allow_pickle: bool = Fal
             return _as_itself(path, model, adapter)
         layers = {name: _layer(path, modules, name, factors, adapter) for name, factors in adapter.layers.items()}
         _refuse_other_words(path, bare(model), adapter)
+        _refuse_lost_biases(path, layers, adapter)
         model.requires_grad_(False)
+        attach(model, layers)
         try:
-            put(bare(model), adapter.saved)
+            put(bare(model), adapter.saved)  # after: a layer's bias may be among them
         except ValueError as error:
             raise CheckpointError(
                 f"{path}: {error}; of another vocabulary, resize the base's embeddings first (resize_token_embeddings)"
             ) from None
-        return attach(model, layers)
+        return model
 
 
 def export(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> Path:
@@ -209,24 +211,21 @@ def _written(
     targets = _targets(model, [name for name, factors in held.items() if factors.A is not None])
     dropout = max(layer.dropout for layer in found.values())
     shapes = {name: _shape(layer) for name, layer in found.items()}
-    kept = {bare_name(name): own.detach().cpu() for name, (_, own) in saved(model).items()}
-    kept_state = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in kept.items()}
+    kept = {bare_name(name): own.detach().cpu().contiguous() for name, (_, own) in saved(model).items()}
+    every = {bare_name(name) for name, _ in model.named_parameters(remove_duplicate=False)} - _of_layers(model).keys()
     for one in (format,) if format else ("peft", "authors") if strange is None else ():
         try:
             config = write_config(held, one, targets, base_model_name_or_path=base, lora_dropout=dropout)
-            if kept and one != "peft":
-                raise CheckpointError(f"'{min(kept)}' is saved whole, which format '{one}' cannot hold")
-            if kept:
-                config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in kept})
-            return one, config, write_tensors(held, one, shapes) | kept_state
+            more, whole = write_whole(one, kept, every, set(held))
+            return one, config | more, write_tensors(held, one, shapes) | whole
         except CheckpointError:
             if format is not None:
                 raise
     name, layer = next(iter(found.items()))
-    if kept:
-        raise CheckpointError(f"'{name}' and '{min(kept)}', which is saved whole, are held by no format together")
     if layer.method is None:
         raise CheckpointError(f"'{name}' is of no method, so nothing could load it: put it on the model with `inject`")
+    if kept and not layer.method.also_train:
+        raise CheckpointError(f"'{name}' and '{min(kept)}', which is saved whole, are held by no format together")
     config = {"peft_type": OWN, "base_model_name_or_path": base, "method": asdict(layer.method)}
     state = {name: part.detach().cpu().clone().contiguous() for name, part in _state(model).items()}
     refuse_not_finite(state)
@@ -262,15 +261,19 @@ def _shape(layer: AdaptedLinear) -> tuple[int, ...]:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """What the layers of an adapter say that they hold, by the names that it has in the model."""
+    """All that an adapter holds, by the names that it has in the model: its layers' own, and what it brings whole."""
+    return _of_layers(model) | {bare_name(name): own for name, (_, own) in saved(bare(model)).items()}
+
+
+def _of_layers(model: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.{part}": held for name, layer in adapted(model) for part, held in layer.trained_state().items()}
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    own, before = _state(model), saved(bare(model))
-    for whole, tensor in bare(model).state_dict().items():
-        name = bare_name(whole)
-        tensor = before.get(whole, (tensor, None))[0]
+    own = _of_layers(model)
+    base: dict[str, Tensor] = {bare_name(name): now for name, now in bare(model).state_dict().items()}
+    base |= {bare_name(name): before for name, (before, _) in saved(bare(model)).items()}
+    for name, tensor in base.items():
         if name not in own and tensor.is_floating_point():
             yield name.replace(".frozen.", "."), tensor
 
@@ -325,6 +328,14 @@ def _refuse_other_words(path: Path, model: nn.Module, adapter: Adapter) -> None:
                 f"{path}: the '{name}' that it was trained on is in it, and is not this model's: load the base it was "
                 "trained on (of the same vocabulary)"
             )
+
+
+def _refuse_lost_biases(path: Path, layers: Mapping[str, AdaptedLinear], adapter: Adapter) -> None:
+    """Some versions of PEFT train the biases of adapted layers and do not write them."""
+    for name, layer in layers.items():
+        if trains_biases(adapter.config) and layer.offset is not None and f"{name}.bias" not in adapter.saved:
+            said = f"bias = '{adapter.config['bias']}' in {CONFIG}"
+            raise CheckpointError(f"{path}: {said}, and the trained bias of '{name}' is not in the file")
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,35 @@ def write_tensors(
     return {key: tensor.contiguous() for key, tensor in found.items()}
 
 
+def write_whole(
+    format: str, kept: Mapping[str, Tensor], parameters: Collection[str], adapted: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What parameters that are saved whole add to configuration and tensors.
+
+    PEFT saves modules whole (``modules_to_save``), and by themselves the biases of adapted modules or all there are.
+
+    Args: kept: by name; parameters, adapted: names of the base's parameters, and of the modules that are adapted.
+    Raises CheckpointError for what the format cannot hold.
+    """
+    if kept and format != "peft":
+        raise CheckpointError(f"'{min(kept)}' is saved whole, which format '{format}' cannot hold")
+    owners = {name: name.rpartition(".")[0] for name in parameters}
+    partly = {*adapted, *(owners[name] for name in parameters if name not in kept)}
+    modules = sorted({owners[name] for name in kept} - partly)
+    for module in modules:
+        if any(owner != module and f"{owner}.".startswith(f"{module}.".lstrip(".")) for owner in owners.values()):
+            raise CheckpointError(f"'{module}' is saved whole but for the modules in it, which PEFT has no form for")
+    loose = {name for name in kept if owners[name] in partly}
+    biases = {name for name in parameters if name.rpartition(".")[2] == "bias"}
+    bias = "lora_only" if loose == {name for name in biases if owners[name] in adapted} else "all"
+    if loose and bias == "all" and not (loose <= biases <= kept.keys()):
+        raise CheckpointError(f"'{min(loose)}' is saved whole; PEFT takes all of a module's parameters, or all biases")
+    config: dict[str, Any] = {"bias": bias} if loose else {}
+    inside = {name: f"{owners[name]}.base_layer.bias" for name in kept if owners[name] in adapted}
+    tensors = {PREFIX + inside.get(name, name): tensor for name, tensor in kept.items()}
+    return config | ({"modules_to_save": modules} if modules else {}), tensors
+
+
 def read_peft(
     folder: Path, file: Path, tensors: Mapping[str, Tensor], config: dict[str, Any]
 ) -> tuple[dict[str, Factors], dict[str, Tensor]]:
@@ -109,7 +138,13 @@ _SILENT = {
     "alpha_pattern", "megatron_core", "qalora_group_size", "ensure_weight_tying", "eva_config", "runtime_config",
     "corda_config", "loftq_config",  # read by the starts of these names alone, which _STARTS does not have
 }  # fmt: skip
+_BIASES = ("all", "lora_only")
 _STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others (pissa, olora, corda, loftq) change the base
+
+
+def trains_biases(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration says that biases of adapted modules were trained, so that the file has to hold them."""
+    return config.get("bias") in _BIASES
 
 
 MOST_PATTERNS = 20_000  # of one kind in a configuration
@@ -142,7 +177,7 @@ def _peft_settings(folder: Path, config: dict[str, Any]) -> _Settings:
             f"{where}: peft_type is {config.get('peft_type')!r}; LORA (with or without use_dora) is read"
         )
     strange = [name for name, value in config.items() if name not in _SILENT and value]
-    strange += ["bias"] if config.get("bias", "none") != "none" else []
+    strange += ["bias"] if config.get("bias", "none") not in ("none", *_BIASES) else []
     start = config.get("init_lora_weights", True)
     strange += ["init_lora_weights"] if not any(start is known or start == known for known in _STARTS) else []
     if strange:

@@ -49,9 +49,10 @@ def read_adapter(path: Path, modules: Iterable[str] = (), *, allow_pickle: bool 
     if "weight_m_wdecomp" in keys:
         return Adapter("authors", peft.read_authors(path, file, tensors, config), {}, config)
     layers, saved = peft.read_peft(path, file, tensors, config)
-    # PEFT writes the frozen weight of an adapted embedding or head beside its factors
+    # PEFT writes the frozen weight of an adapted embedding or head beside its factors, and the bias that it trained
     frozen = {name.replace(".base_layer.", "."): saved.pop(name) for name in list(saved) if ".base_layer." in name}
-    return Adapter("peft", layers, saved, config, frozen=frozen)
+    biases = [name for name in frozen if name.endswith(".bias") and peft.trains_biases(config)]
+    return Adapter("peft", layers, saved | {name: frozen.pop(name) for name in biases}, config, frozen=frozen)
 
 
 def read_tensors(file: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:

@@ -23,6 +23,13 @@ def _pairs(value: str) -> Callable[[tuple[str, ...]], bool]:
     return lambda pairs: all(re.fullmatch(f".+={value}", pair) for pair in pairs)
 
 
+def _are_patterns(texts: tuple[str, ...]) -> bool:
+    try:
+        return all(re.compile(text).pattern for text in texts)
+    except re.error:
+        return False
+
+
 PROTOCOLS = ("generate", "loglikelihood", "cloze", "builtin")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 COUNT = Limit("at least 1", lambda number: number >= 1)
@@ -39,6 +46,9 @@ DISTINCT = Limit("distinct, not empty", _distinct)
 RANKS = Limit("pattern=rank each", _pairs(r"[1-9]\d*"))
 ALPHAS = Limit("pattern=alpha each", _pairs(r"(?=.*[1-9])\d+(\.\d+)?"))  # above zero
 GROUPS = Limit("PATTERN=FACTOR or PATTERN=FACTOR:DECAY each, factors above 0", lambda texts: _groups(texts))
+TASK_SIZES = Limit("TASK=ITEMS each, ITEMS at least 1, a task once", lambda texts: _task_sizes(texts))
+PATTERN = Limit("a regular expression", lambda text: _are_patterns((text,)))
+PATTERNS = Limit("distinct regular expressions", lambda texts: not texts or (_distinct(texts) and _are_patterns(texts)))
 RESCALES = Limit(
     "KIND=FACTOR/FACTOR/... each, a factor above 0 for every layer, of q_proj, v_proj, up_proj", lambda x: _rescales(x)
 )
@@ -71,6 +81,24 @@ def _groups(texts: tuple[str, ...]) -> bool:
     try:
         return len({group_of(text).pattern for text in texts}) == len(texts)
     except (ValueError, re.error):
+        return False
+
+
+def task_sizes(texts: tuple[str, ...]) -> dict[str, int]:
+    """The numbers of items, by task, that "TASK=ITEMS" of each say; raises ValueError for another text."""
+    found = {}
+    for text in texts:
+        task, _, items = text.rpartition("=")
+        if not task or task in found or not re.fullmatch(r"[1-9]\d*", items):
+            raise ValueError(text)
+        found[task] = int(items)
+    return found
+
+
+def _task_sizes(texts: tuple[str, ...]) -> bool:
+    try:
+        return len(task_sizes(texts)) == len(texts)
+    except ValueError:
         return False
 
 

@@ -1,8 +1,10 @@
-"""Text that came from a file, made fit to be shown."""
+"""Text for people: of a file, made fit to be shown; of an error, with the near names."""
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import TypeVar
 
 Value = TypeVar("Value")
@@ -28,3 +30,10 @@ def no_formula(value: Value) -> Value | str:
     if not isinstance(value, str) or not _FORMULA.match(value) or _NUMBER.fullmatch(value):
         return value
     return f"'{value}"
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Words for an error message: the nearest of `choices` if one is near, and all of them."""
+    known = sorted(choices)
+    near = difflib.get_close_matches(name, known, n=1)
+    return (f"did you mean '{near[0]}'? " if near else "") + "choices: " + (", ".join(known) or "none")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import types
+from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 _NAMES = {float: "a finite number", int: "a whole number", str: "text", bool: "true or false"}
@@ -51,6 +52,14 @@ def parse(kind: Any, value: Any) -> Any:
         return kind(value) if kind in (int, float) else value
     except ValueError:
         return value
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings (a spec as `to_dict` writes it, a record) by their dotted paths."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
 
 
 def _name(kind: Any) -> str:

@@ -57,6 +57,8 @@ def _train_items(spec: Spec, known: Mapping[str, int]) -> int | None:
     """How many items are trained on, None if that is only known once the data is there."""
     if spec.optim is None:
         return 0
+    if spec.optim.task_batch_sizes:  # how many of each task is not known
+        return None
     if spec.data.train_items is None and spec.data.name in known:
         return known[spec.data.name] - spec.data.validation_items
     return spec.data.train_items
@@ -66,7 +68,8 @@ def _steps(spec: Spec, known: Mapping[str, int]) -> str:
     """Optimiser steps and how they are made."""
     if spec.optim is None:
         return "no training"
-    how = f"learning rate {spec.optim.learning_rate:g}, batch {spec.optim.batch_size}"
+    batch = ", ".join(spec.optim.task_batch_sizes) or str(spec.optim.batch_size)
+    how = f"learning rate {spec.optim.learning_rate:g}, batch {batch}"
     items = _train_items(spec, known)
     if items is None:
         return f"{spec.optim.epochs:g} epochs of all items, {how}"

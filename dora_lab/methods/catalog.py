@@ -3,7 +3,8 @@
 A file here that defines `prepare` is a method. It says what it is in plain literals at the top of the file, all but the
 first of which may be left out:
 
-- ``FIELDS``: the fields of `dora_lab.spec.Method`, besides the name, that the method reads;
+- ``FIELDS``: the fields of `dora_lab.spec.Method`, besides the name, that the method reads; ``target_modules`` stands
+  for ``scope`` and ``also_train`` as well, which `inject.wrap` reads for every method;
 - ``PARAMETERS``: how many it trains, as arithmetic: of each adapted module with its ``rank`` (0 where the magnitude
   alone is trained), ``inputs`` and ``outputs``; of a method without target modules with ``model``, all parameters of
   the base. Without it a dry run has no estimate;
@@ -89,7 +90,7 @@ def entry_of(name: str) -> Entry:
 def is_counted(method: Method) -> bool:
     """Whether the parameters that a method trains follow from the shapes of the base alone."""
     entry = catalog().get(method.name)
-    if entry is None or entry.parameters is None or method.rank_pattern:
+    if entry is None or entry.parameters is None or method.rank_pattern or method.scope or method.also_train:
         return False
     return method.rank is not None or "rank" not in entry.parameters
 
@@ -104,6 +105,8 @@ def _entry(name: str) -> Entry:
     said: dict[str, Any] = {"label": name} | _literals(file)
     if "fields" not in said:
         raise ValueError(f"{file}: no FIELDS; say which fields of spec.Method the method reads, () for none")
+    if "target_modules" in said["fields"]:
+        said["fields"] = (*said["fields"], "scope", "also_train")
     return Entry(name=name, **({"words": said["label"], "colour": spare_colour(said["label"])} | said))
 
 

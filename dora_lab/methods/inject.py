@@ -15,6 +15,7 @@ method by name.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from types import ModuleType
@@ -27,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from dora_lab.methods.catalog import catalog, entry_of
 from dora_lab.methods.contract import AdaptedLinear
 from dora_lab.methods.readers import Watch, reader_of, refuse_read
-from dora_lab.methods.saved import put, saved, take_off
+from dora_lab.methods.saved import put, saved, take_off, whole_parameters
 from dora_lab.spec import Method, did_you_mean, pattern_matches
 
 _KEPT = "_adapted"  # where a merged layer keeps the adapted one
@@ -159,41 +160,64 @@ def attach(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> nn.Module:
 def wrap(model: nn.Module, method: Method, make: Callable[[str, nn.Module, Method], AdaptedLinear]) -> None:
     """Freeze `model` and replace, in place, each layer that `method` names by ``make(name, layer, settings)``.
 
-    Named are the modules whose leaf name is in `target_modules` or `magnitude_modules`; `settings` is `method` with the
-    rank and alpha that `rank_pattern` and `alpha_pattern` give this layer. A module that stands in two places is
-    replaced in both. Nothing is changed if anything is refused.
+    Named are the modules whose leaf name is in `target_modules` or `magnitude_modules` and whose full name has `scope`
+    in it; `settings` is `method` with the rank and alpha that `rank_pattern` and `alpha_pattern` give this layer. A
+    module that stands in two places is replaced in both. What `also_train` names gets a trained parameter in the place
+    of the base's own (see `saved`). Nothing is changed if anything is refused.
 
     Raises ValueError if a name or pattern matches nothing (with near misses), or a layer that cannot be adapted.
     """
+    named = {bare_name(name): module for name, module in bare(model).named_modules()}
+    found = _targets(named, method)
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        layers = {name: _adapted_layer(model, method, name, module, make) for name, module in found.items()}
+        whole = whole_parameters(named, method.also_train, layers)
+    except ValueError:
+        for parameter, flag in trained.items():
+            parameter.requires_grad_(flag)
+        raise
+    model.requires_grad_(False)
+    _exchange(model, {found[name]: layer for name, layer in layers.items()})
+    put(bare(model), {name: nn.Parameter(parameter.detach().clone()) for name, parameter in whole.items()})
+
+
+def _adapted_layer(
+    model: nn.Module, method: Method, name: str, module: nn.Module, make: Callable[..., AdaptedLinear]
+) -> AdaptedLinear:
+    try:
+        if isinstance(module, AdaptedLinear):
+            raise ValueError("is adapted already and adapters do not add up: detach(model) or merge(model) first")
+        refuse_read(bare(model), name)
+        layer = make(name, module, _settings(method, name))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    layer.method = method
+    return layer
+
+
+def _targets(named: Mapping[str, nn.Module], method: Method) -> dict[str, nn.Module]:
+    """The modules that `method` names, out of all of a model by name; raises ValueError as `wrap` does."""
     targets = (*method.target_modules, *method.magnitude_modules)
-    named = {bare_name(name): module for name, module in bare(model).named_modules() if name}
-    found = {name: module for name, module in named.items() if _leaf(name) in targets}
-    linear = {_leaf(name) for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
+    everywhere = {name: module for name, module in named.items() if _leaf(name) in targets}
+    found = {name: module for name, module in everywhere.items() if re.search(method.scope or "", name)}
+    linear = {_leaf(name) for name, module in named.items() if type(module) in (nn.Linear, Conv1D)}
     if not targets:
         raise ValueError(f"method '{method.name}': target_modules is empty; {did_you_mean('', linear)}")
     for target in targets:
-        if target not in {_leaf(name) for name in found}:
+        if not (places := [name for name in everywhere if _leaf(name) == target]):
             raise ValueError(f"target_modules: no module is named '{target}'; {did_you_mean(target, linear)}")
+        if not found.keys() & {*places}:
+            raise ValueError(
+                f"scope: '{method.scope}' is in the full name of no module '{target}'; there are {len(places)}, the "
+                f"first is '{places[0]}'"
+            )
         if targets.count(target) > 1:
             raise ValueError(f"target_modules: '{target}' is named twice (magnitude_modules included)")
     for pattern, _ in (*_patterns(method.rank_pattern), *_patterns(method.alpha_pattern)):
         if not any(pattern_matches(pattern, name) for name in found):
             raise ValueError(f"pattern '{pattern}' matches none of the target modules")
-    frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    layers: dict[str, AdaptedLinear] = {}
-    try:
-        for name, module in found.items():
-            if isinstance(module, AdaptedLinear):
-                raise ValueError("is adapted already and adapters do not add up: detach(model) or merge(model) first")
-            refuse_read(bare(model), name)
-            layers[name] = make(name, module, _settings(method, name))
-            layers[name].method = method
-    except ValueError as error:
-        for path, parameter in model.named_parameters():
-            parameter.requires_grad_(frozen[path])
-        raise ValueError(f"{name}: {error}") from None
-    model.requires_grad_(False)
-    _exchange(model, {found[name]: layer for name, layer in layers.items()})
+    return found
 
 
 def _settings(method: Method, name: str) -> Method:

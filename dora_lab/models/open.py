@@ -23,7 +23,7 @@ def open_model(folder: Path, dtype: str) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
-    return _filled(folder, AutoModelForCausalLM, dtype, refuse_unsafe(folder))[0]
+    return fill(folder, AutoModelForCausalLM, dtype, refuse_unsafe(folder))[0]
 
 
 def open_as_saved(folder: Path) -> PreTrainedModel:
@@ -44,7 +44,7 @@ def open_as_saved(folder: Path) -> PreTrainedModel:
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise CheckpointError(f"{folder}: architectures = {names!r} in config.json is no model that transformers knows")
-    model, report = _filled(folder, kind, "auto", tensors)
+    model, report = fill(folder, kind, "auto", tensors)
     if left := sorted(report.get("unexpected_keys") or ()):
         raise CheckpointError(
             f"{folder}: {len(left)} tensors of the file, the first is '{left[0]}', have no place in a {name}; correct "
@@ -53,16 +53,24 @@ def open_as_saved(folder: Path) -> PreTrainedModel:
     return model
 
 
-def _filled(folder: Path, kind: Any, dtype: str, tensors: int) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """(model, transformers' report of the loading) of a folder with so many tensors as a class."""
+def fill(
+    folder: Path, kind: Any, dtype: str, tensors: int, *, drawn: str | None = None, **how: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """(model, transformers' report of the loading) of a folder with so many tensors as a class.
+
+    drawn: the beginning of the names that the folder may leave out, and then all of them: transformers draws these.
+    """
     import torch
 
     from dora_lab.models.layout import at_most
 
     wide = getattr(torch, dtype) if dtype != "auto" else "auto"
-    how: dict[str, Any] = {"dtype": wide, "use_safetensors": True, "output_loading_info": True}
+    how |= {"dtype": wide, "use_safetensors": True, "output_loading_info": True}
     with at_most(tensors, folder):
         model, report = _call(folder, kind.from_pretrained, **how)
+    missing = {*report["missing_keys"]}
+    if drawn is not None and missing == {name for name, _ in model.named_parameters() if name.startswith(drawn)}:
+        report["missing_keys"] = missing = set()
     if wrong := {key: report[key] for key in ("missing_keys", "mismatched_keys") if report.get(key)}:
         raise CheckpointError(f"{folder}: the weights do not fill the model ({wrong}); fetch the model again")
     for name, weight in model.named_parameters():

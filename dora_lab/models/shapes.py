@@ -55,13 +55,14 @@ class Shape:
         """Parameters that `method` trains, by the arithmetic that its file gives (see `methods.catalog`).
 
         Raises ValueError for a method that is not there or gives none, a module that is no linear layer of the model,
-        and for ranks that differ by module (`rank_pattern`).
+        and for ranks that differ by module (`rank_pattern`), a `scope` and parameters that train whole (`also_train`).
         """
         if not is_counted(method):
             counted = ", ".join(name for name, entry in catalog().items() if entry.parameters is not None)
             raise ValueError(
-                f"method '{method.name}' with rank {method.rank} and rank_pattern {method.rank_pattern}: parameters "
-                f"are counted for {counted}, with one rank where there is a rank"
+                f"method '{method.name}' with rank {method.rank}, rank_pattern {method.rank_pattern}, scope "
+                f"{method.scope}, also_train {method.also_train}: parameters are counted for {counted}, with one rank "
+                "where there is a rank and none of the other three"
             )
         known = entry_of(method.name)
         if not known.adapts:

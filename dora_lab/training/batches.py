@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import array
 import hashlib
+import math
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dora_lab.spec import Data, Optim
+from dora_lab.io.limits import task_sizes
+from dora_lab.spec import Data, Optim, SpecError
 from dora_lab.tasks import ItemError, train_prefix
 from dora_lab.tasks.limits import NO_LIMITS, Limits
 from dora_lab.tasks.tokens import code
@@ -29,8 +33,9 @@ IGNORED = -100  # label of a token without loss
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised item: token ids and, for each, its label (the id itself, or IGNORED)."""
+    """One tokenised item: its task, token ids and, for each, its label (the id itself, or IGNORED)."""
 
+    task: str
     ids: tuple[int, ...]
     labels: tuple[int, ...]
 
@@ -69,7 +74,7 @@ def encode(
             answers_cut += kept.answer_dropped
             # nothing predicts the first token
             labels = [IGNORED] * (len(kept.ids) - learnt) + list(kept.ids[len(kept.ids) - learnt :])
-            examples.append(Example(ids=kept.ids, labels=(IGNORED, *labels[1:])))
+            examples.append(Example(task=task, ids=kept.ids, labels=(IGNORED, *labels[1:])))
     return Encoded(examples, shortened, answers_cut)
 
 
@@ -113,7 +118,7 @@ def _refuse_beyond(ids: Sequence[int], limits: Limits, where: str) -> None:
         )
 
 
-def order(items: int, seed: int, length: int) -> list[int]:
+def order(items: int, seed: int | str, length: int) -> list[int]:
     """The first `length` item indices of the run: one permutation per epoch, each from (seed, epoch) alone."""
     indices: list[int] = []
     epoch = 0
@@ -125,24 +130,65 @@ def order(items: int, seed: int, length: int) -> list[int]:
     return indices[:length]
 
 
+def steps_by_task(counts: Mapping[str, int], optim: Optim, seed: int) -> list[list[int]]:
+    """The item indices of every optimiser step, each of one task; items are numbered task after task, in `counts`.
+
+    A task has epochs x items, in full steps, the last one filled from its next epoch; items come as in `order`. Which
+    task's turn it is comes from (seed, epoch) alone: every epoch has its share of each task's steps, shuffled. Raises
+    SpecError where `optim.task_batch_sizes` names other tasks than there are.
+    """
+    sizes = task_sizes(optim.task_batch_sizes)
+    if sizes.keys() != counts.keys():
+        raise SpecError(
+            f"optim.task_batch_sizes names {', '.join(sizes)}; trained are {', '.join(counts)}: name each of them once"
+        )
+    first = dict(zip(counts, accumulate(counts.values(), initial=0), strict=False))
+    last = {task: max(1, math.ceil(counts[task] * optim.epochs / sizes[task])) for task in counts}
+    found: list[list[int]] = []
+    done = dict.fromkeys(counts, 0)
+    items = {task: order(counts[task], f"{seed} {task}", last[task] * sizes[task]) for task in counts}
+    for epoch in range(math.ceil(optim.epochs)):
+        due = {task: min(last[task], math.ceil(counts[task] * (epoch + 1) / sizes[task])) for task in counts}
+        turns = [task for task in counts for _ in range(due[task] - done[task])]
+        random.Random(f"{seed} turns {epoch}").shuffle(turns)
+        for task in turns:
+            start = done[task] * sizes[task]
+            found.append([first[task] + index for index in items[task][start : start + sizes[task]]])
+            done[task] += 1
+    return found
+
+
 class MicroBatches(Dataset[dict[str, Tensor]]):
     """All micro-batches of a run in training order; one dataset entry is one of them, ready for the model.
+
+    Examples are those of one task after those of another, as `encode` has them.
 
     The items of one optimiser step are sorted by length before they are cut into micro-batches: less padding, and
     since the loss is a mean over the step's tokens, the same gradient.
     """
 
     def __init__(self, examples: Sequence[Example], optim: Optim, seed: int, pad: int, multiple: int = 1) -> None:
-        self.examples, self.optim, self.pad, self.multiple = examples, optim, pad, multiple
-        self.steps = optim.steps(len(examples))
-        self.indices = order(len(examples), seed, self.steps * optim.batch_size)
+        self.examples, self.pad, self.multiple = examples, pad, multiple
+        if optim.task_batch_sizes:
+            self._steps = steps_by_task(Counter(example.task for example in examples), optim, seed)
+        else:
+            mixed = order(len(examples), seed, optim.steps(len(examples)) * optim.batch_size)
+            self._steps = [mixed[at : at + optim.batch_size] for at in range(0, len(mixed), optim.batch_size)]
+        self.steps, self._parts = len(self._steps), optim.batch_size // optim.micro_batch_size
+
+    @property
+    def indices(self) -> list[int]:
+        """The items of all steps, one step after another."""
+        return [index for step in self._steps for index in step]
 
     def __len__(self) -> int:
-        return len(self.indices) // self.optim.micro_batch_size
+        return self.steps * self._parts
 
     def sha256(self) -> str:
         """Hash of what is trained on: the tokens and labels of every item, and their order."""
-        content = hashlib.sha256(array.array("q", self.indices).tobytes())
+        content = hashlib.sha256()
+        for step in self._steps:
+            content.update(array.array("q", step).tobytes())
         for example in self.examples:
             content.update(array.array("q", [len(example.ids), *example.ids, *example.labels]).tobytes())
         return content.hexdigest()
@@ -152,11 +198,10 @@ class MicroBatches(Dataset[dict[str, Tensor]]):
 
     def items_of(self, place: int) -> list[int]:
         """Indices of the items in micro-batch number `place`."""
-        size, micro = self.optim.batch_size, self.optim.micro_batch_size
-        step, part = divmod(place, size // micro)
-        chosen = self.indices[step * size : (step + 1) * size]
+        step, part = divmod(place, self._parts)
         # ties broken by place in the step, so the order is one and the same everywhere
-        chosen = sorted(chosen, key=lambda index: len(self.examples[index].ids))
+        chosen = sorted(self._steps[step], key=lambda index: len(self.examples[index].ids))
+        micro = len(chosen) // self._parts
         return chosen[part * micro : (part + 1) * micro]
 
 
