@@ -9,8 +9,8 @@ output stays (`model.rescale`). Full fine-tuning, LoRA and DoRA, Σ η λ of 0, 
 paper's panel lies at 2.4), eight seeds. Training as in `sign`. What is predicted stands in registered/sign_norms.md,
 written before.
 
-Another base: `python -m dora_lab.mini.pretrain --seed N` (52 minutes), six runs of it without decay, an entry of
-`_sign_norms.BASES` as its script prints it, with the fingerprint of its folder as revision.
+Another base: `python -m dora_lab.mini.pretrain --seed N --out FOLDER` (52 minutes), six runs of it without decay, an
+entry of `_sign_norms.BASES` as its script prints it, with the fingerprint of its folder as revision.
 """
 
 from __future__ import annotations

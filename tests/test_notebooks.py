@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -74,3 +75,10 @@ def test_any_checkpoint_on_an_adapter_of_its_own(tmp_path: Path) -> None:
     knobs = f"tuned = [{str(tmp_path / 'mine')!r}]\nkinds = ['q_proj']\naxis = 'in'"
     outputs = str([cell.get("outputs") for cell in execute("03_any_checkpoint.ipynb", knobs).cells])
     assert "adapter_config.json" in outputs and "pooled" in outputs and "v_proj" not in outputs
+
+
+def test_what_decides_the_sign_on_one_matrix_and_in_one_run() -> None:
+    outputs = str([cell.get("outputs") for cell in execute("04_what_decides_the_sign.ipynb", "items = 256").cells])
+    assert "rotation" in outputs and "image/png" in outputs
+    *_, last = re.findall(r"2\.5%((?: +-?\d\.\d+){4})\b", outputs)  # of key, query, up, value
+    assert all(float(r) < 0 for r in last.split()), "with decay every kind is negative"

@@ -15,6 +15,7 @@ import pytest
 from analysis.figures import sign as figure
 from analysis.tables import sign as table
 from analysis.tables import sign_norms as norms_table
+from dora_lab.report import statistics
 from dora_lab.spec import Spec, from_dict, spec_id, to_dict
 from experiments import sign, sign_norms
 from experiments._sign_norms import BASES, predicted
@@ -51,6 +52,12 @@ def write(
     patch.setattr(conftest, "_eval_rows", lambda *_: [])
     for spec in specs:
         conftest.write_run(results, to_dict(spec))
+
+
+@pytest.fixture(autouse=True)
+def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals by resampling layers decide nothing here."""
+    monkeypatch.setattr(statistics, "REPLICATES", 50)
 
 
 def as_predicted(cell: sign.Cell, kind: str) -> float:

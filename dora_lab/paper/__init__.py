@@ -2,6 +2,7 @@
 
 - `claims`: the rows of `experiments/claims.csv`, the paper's numbers and directional claims and those of others.
 - `registered`, `judge`: what was written down before an experiment's runs, and what they say; `verdict` is the rule.
+  `predicted`: the same of a number that was said to lie somewhere.
 - `verdicts`: each directional claim against the frames of `report.frame`; `layer_correlation` is what figure 2 shows.
 - `cells`: every number that the paper prints against runs of the same protocol, and against re-runs by others;
   `summary` counts them.
