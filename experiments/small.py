@@ -35,7 +35,12 @@ SWEEP_SEED = 100
 MIDDLE = {"ft": 1e-4, "lora": 1e-3, "dora": 1e-3}
 STEPS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # of the middle
 # results/tables/rates: the vertex of the sweep's parabola, frozen before any run of `confirmation`
-RATES: dict[tuple[str, int | None], float] = {('ft', None): 7.9e-05, ('lora', 16): 0.0011, ('dora', 16): 0.0011, ('dora', 8): 0.0013}
+RATES: dict[tuple[str, int | None], float] = {
+    ("ft", None): 7.9e-5,
+    ("lora", 16): 0.0011,
+    ("dora", 16): 0.0011,
+    ("dora", 8): 0.0013,
+}
 
 
 def specs(tier: str) -> list[Spec]:
