@@ -1,4 +1,4 @@
-"""How many parameters every method of tables 1 to 3, 5 to 7 and 15 trains on the paper's models, beside what it prints.
+"""How many parameters every method of tables 1-3, 5-7, 12 and 15 trains on the paper's models, beside what it prints.
 
 It trains nothing and loads no weights, so it has no specs: `make parameters`, or
 
@@ -132,6 +132,40 @@ def count_vl_bart() -> list[dict[str, Any]]:
     ]
 
 
+def llava_method(name: str, rank: int = 128) -> Method:
+    """LoRA or DoRA on the seven matrices of LLaVA's language model; the projector trains whole, the tower is still."""
+    shape: dict[str, Any] = {"rank": rank, "alpha": 2.0 * rank, "target_modules": SEVEN}
+    return Method(name=name, **shape, scope="language_model", also_train=("multi_modal_projector",))
+
+
+@cache
+def of_llava(name: str, vocabulary: int = 32_000) -> dict[str, int]:
+    """`inject`'s count on LLaVA-1.5-7B; vocabulary: vicuna's own, without the <image> of a model that runs."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    tower = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+        patch_size=14, projection_dim=768,
+    )  # fmt: skip
+    words = LlamaConfig(vocab_size=vocabulary)  # all else as LLaMA-7B, its defaults
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=words))
+    return inject(model, llava_method(name.lower()), seed=0)
+
+
+def count_llava() -> list[dict[str, Any]]:
+    """A row for every percentage that the paper prints for an adapter of LLaVA."""
+    printed = paper.claims()
+    printed = printed[(printed["source"] == "Table 12") & printed["method"].isin(["LoRA", "DoRA"])]
+    keys = ["source", "model", "method", "rank", "trainable_percent"]
+    return [
+        {"source": source, "model": model, "method": name, "setting": None, "rank": int(rank)}
+        | of_llava(name)
+        | {"printed_percent": percent, "counted_by": MODULES}
+        for source, model, name, rank, percent in printed[keys].drop_duplicates().itertuples(index=False)
+    ]
+
+
 def count() -> list[dict[str, Any]]:
     """A row for every line of the paper's tables that prints a percentage for one of its language models."""
     printed = paper.claims()
@@ -161,9 +195,8 @@ def main(argv: list[str] | None = None) -> None:
     file = parser.parse_args(argv).results / "bench" / "parameters.jsonl"
     about = {"code": provenance.code(), "packages": provenance.packages()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(
-        file, "".join(json.dumps(row | about, ensure_ascii=False) + "\n" for row in [*count(), *count_vl_bart()])
-    )
+    rows = [*count(), *count_vl_bart(), *count_llava()]
+    write_text(file, "".join(json.dumps(row | about, ensure_ascii=False) + "\n" for row in rows))
     print(file)
 
 

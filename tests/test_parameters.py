@@ -62,6 +62,22 @@ def test_arithmetic_from_shapes_is_what_the_modules_have(rows: list[dict[str, An
     assert checked == 34
 
 
+@pytest.mark.parametrize(
+    ("method", "trainable", "total", "printed", "word"),
+    [("LoRA", 340_795_392, 7_382_718_464, 4.61, "cut off"), ("DoRA", 342_155_264, 7_384_078_336, 4.63, "equal")],
+)
+def test_llava_is_counted_as_the_paper_prints_it(
+    method: str, trainable: int, total: int, printed: float, word: str
+) -> None:
+    (row,) = (row for row in parameters.count_llava() if row["method"] == method)
+    assert row["printed_percent"] == printed and row["rank"] == 128
+    assert parameters.of_llava(method) == {"trainable": trainable, "total": total}
+    assert table.comparison(trainable, total, printed) == word
+    # the <image> token: a row of the embeddings and one of the head; 64 rows on the hub
+    runs = [parameters.of_llava(method, rows)["total"] - total for rows in (32_001, 32_064)]
+    assert runs == [2 * 4096, 64 * 2 * 4096]
+
+
 def test_a_wrong_count_is_told() -> None:
     assert table.comparison(838, 100_000, 0.84) == "equal"
     assert table.comparison(838, 100_000, 0.83) == "cut off"
@@ -98,7 +114,7 @@ def test_methods_that_cannot_be_counted_are_refused() -> None:
 
 def test_the_command_and_its_table(rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parameters, "count", lambda: rows)
-    every = [*rows, *parameters.count_vl_bart()]
+    every = [*rows, *parameters.count_vl_bart(), *parameters.count_llava()]
     assert table.build(tmp_path) == []
     parameters.main(["--results", str(tmp_path)])
     written = (tmp_path / "bench" / "parameters.jsonl").read_text(encoding="utf-8").splitlines()
@@ -107,4 +123,5 @@ def test_the_command_and_its_table(rows: list[dict[str, Any]], tmp_path: Path, m
     assert "| LLaMA-7B | DoRA | 32 | 56,975,360 | 0.838 | 0.84 | equal | modules |" in text
     assert "| VL-BART | DoRA | 128 | 8,838,912 | 5.962 | 5.96 | equal | modules |" in text
     assert "| VL-BART | LoRA | 128 | 7,607,040 | 5.173 | 5.17 | equal | modules |" in text
+    assert "| LLaVA-1.5-7B | LoRA | 128 | 340,795,392 | 4.616 | 4.61 | cut off | modules |" in text
     assert "| LLaMA3-8B | DoRA† | 16 | 29,097,984 | 0.361 | 0.35 | differs: 0.361 | modules |" in text
