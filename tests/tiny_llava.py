@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image
 
 WORDS = """A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful,
-detailed, and polite answers to the user's questions. USER: ASSISTANT: What colour is it? red green blue yes no Yes, one.
-A probe? And text? No: 2 Answer the question using a single word or phrase. Is it"""
+detailed, and polite answers to the user's questions. USER: ASSISTANT: What colour is it? red green blue yes no
+Yes, one. A probe? And text? No: 2 Answer the question using a single word or phrase. Is it"""
 COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250)}
 SIZE, PATCH = 28, 7  # pixels of an image's side and a patch's: 16 tokens
 
