@@ -28,27 +28,42 @@ def read_conversations(file: Path, images: Path) -> dict[str, list[Item]]:
     not there or lies outside the folder.
     """
     pools: dict[str, list[Item]] = {WITH: [], WITHOUT: []}
-    for number, row in enumerate(_rows(file)):
+    rows = read_json(file)
+    if not isinstance(rows, list) or not rows:
+        raise ItemError(f"{file}: expected a list of conversations, not empty; fetch it again")
+    for number, row in enumerate(rows):
         item = _item(row, f"{file}, item {number}", Path(images))
         pools[WITHOUT if item["image"] is None else WITH].append(item)
     return {name: pool for name, pool in pools.items() if pool}
 
 
-def _rows(file: Path) -> list[Any]:
+def read_json(file: Path) -> Any:
+    """The value in a JSON file; raises ItemError for a file that is none."""
+    return parsed(_content(file), str(file))
+
+
+def read_lines(file: Path) -> list[Any]:
+    """The values of a file with one JSON text a line, empty lines left out; raises ItemError likewise."""
+    lines = enumerate(_content(file).splitlines(), start=1)
+    return [parsed(line, f"{file}, line {number}") for number, line in lines if line.strip()]
+
+
+def parsed(content: bytes, at: str) -> Any:
+    """The value of a JSON text; ItemError says where it breaks."""
     try:
-        rows = parse_json(Path(file).read_bytes())
+        return parse_json(content)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ItemError(f"{at}: broken or truncated JSON at {where} ({error.msg}); fetch it again") from None
+    except ValueError as error:
+        raise ItemError(f"{at}: {error}; correct it or fetch it again") from None
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return Path(file).read_bytes()
     except OSError as error:
         raise ItemError(f"{file} cannot be read ({error.strerror}); fetch it or correct the path") from None
-    except json.JSONDecodeError as error:
-        raise ItemError(
-            f"{file}: broken or truncated JSON at line {error.lineno}, column {error.colno} ({error.msg}); fetch it "
-            "again"
-        ) from None
-    except ValueError as error:
-        raise ItemError(f"{file}: {error}; correct it or fetch it again") from None
-    if not isinstance(rows, list) or not rows:
-        raise ItemError(f"{file}: expected a list of conversations, not empty; fetch it again")
-    return rows
 
 
 def _item(row: Any, at: str, images: Path) -> Item:

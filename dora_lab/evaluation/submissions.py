@@ -1,0 +1,88 @@
+"""Answers as the servers of VQAv2, VizWiz and MMBench take them, where the right ones are not given away.
+
+What LLaVA's scripts send (c121f04): short answers normalised by rule m4c, MMBench's as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dora_lab.io.atomic import replacing, write_text
+from dora_lab.metrics.check import ScoreError
+from dora_lab.metrics.vqa import normalise
+
+DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")  # of MMBench's table
+PREDICTION = 6  # place of the answer's column among those that are left
+
+
+def write_vqav2(file: Path, outputs: Mapping[str, str], asked: Sequence[str], every: Sequence[str]) -> Path:
+    """VQAv2 test-dev: [{"question_id", "answer"}, ...] of every question of the test set, as its server wants it.
+
+    Args: outputs by question; asked: the questions of test-dev, which have to have one; every: those of the whole test
+    set. The others' answer is empty: the server does not look at it.
+    """
+    _complete(file, outputs, asked)
+    if unknown := {*asked} - {*every}:
+        raise ScoreError(f"{file}: question '{min(unknown)}' is not in the test set; fetch both files again")
+    rows = [
+        {"question_id": int(name), "answer": normalise(outputs[name], "m4c") if name in outputs else ""}
+        for name in every
+    ]
+    return _write(file, rows)
+
+
+def write_vizwiz(file: Path, outputs: Mapping[str, str], images: Mapping[str, str]) -> Path:
+    """VizWiz test: [{"image", "answer"}, ...]; images: the file's name of each question's."""
+    _complete(file, outputs, list(images))
+    return _write(file, [{"image": image, "answer": normalise(outputs[name], "m4c")} for name, image in images.items()])
+
+
+def write_mmbench(file: Path, outputs: Mapping[str, str], questions: Path) -> Path:
+    """MMBench: its table without pictures and categories, with a column `prediction`, as an Excel sheet.
+
+    Raises ScoreError where openpyxl is missing (extra `vision`), or an answer holds what no cell can.
+    """
+    try:
+        from openpyxl import Workbook
+        from openpyxl.utils.exceptions import IllegalCharacterError
+    except ImportError:
+        raise ScoreError(f"{file}: sheets are written with openpyxl: pip install 'dora-lab[vision]'") from None
+    import pandas as pd
+
+    table = pd.read_table(questions, dtype=str)
+    _complete(file, outputs, table["index"].tolist())
+    kept = table.drop(columns=[name for name in DROPPED if name in table])
+    kept.insert(PREDICTION, "prediction", [outputs[name] for name in table["index"]])
+    book = Workbook()
+    sheet: Any = book.active
+    for place, row in enumerate([list(kept.columns), *kept.values.tolist()], start=1):
+        for column, value in enumerate(row, start=1):
+            text = value if isinstance(value, str) else None
+            try:
+                cell = sheet.cell(place, column, int(text) if column == 1 and place > 1 and text else text)
+            except IllegalCharacterError:
+                raise ScoreError(
+                    f"{file}, row {place}: {text!r:.80} holds a sign that no cell can; answer anew"
+                ) from None
+            if isinstance(cell.value, str):
+                cell.data_type = "s"  # a text, though it may begin with "="
+    with replacing(file) as temporary:
+        book.save(temporary)
+    return file
+
+
+def _complete(file: Path, outputs: Mapping[str, str], asked: Sequence[str]) -> None:
+    if missing := [name for name in asked if name not in outputs]:
+        raise ScoreError(
+            f"{file}: {len(missing)} questions have no answer, the first is '{missing[0]}'; answer them all"
+        )
+    if unknown := {*outputs} - {*asked}:
+        raise ScoreError(f"{file}: '{min(unknown)}' was not asked; give this set's own outputs")
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> Path:
+    write_text(file, json.dumps(rows, ensure_ascii=False))
+    return file
