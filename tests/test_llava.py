@@ -16,7 +16,9 @@ from tiny_llava import save_image, save_llava, save_mix
 from dora_lab.forms.llava import IGNORED, Llava, opened
 from dora_lab.io.errors import CheckpointError
 from dora_lab.models.llava import open_llava
+from dora_lab.spec import Data, SpecError
 from dora_lab.tasks import ItemError
+from dora_lab.tasks.limits import Limits
 from dora_lab.tasks.conversations import read_conversations
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,6 +48,10 @@ def pools(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return read_conversations(folder / "data" / "llava_v1_5_mix665k.json", folder / "data")
 
 
+def cut_at(tokens: int) -> Data:
+    return Data(name="mix", tasks=(), cutoff=tokens, truncation="right")
+
+
 def texts(form: Llava, example: Any) -> tuple[str, list[str]]:
     """The prompt as the model sees it, an image's tokens as one, and what is learnt of it."""
     learnt, runs = False, []
@@ -64,7 +70,7 @@ def texts(form: Llava, example: Any) -> tuple[str, list[str]]:
 def test_prompts_and_masks_are_those_of_vicuna(folder: Path, loaded: tuple[Any, Any, Llava]) -> None:
     form, read = loaded[2], pools(folder)
     assert [len(pool) for pool in read.values()] == [8, 4]
-    found = form.encode(read, 2048)
+    found = form.encode(read, cut_at(2048))
     assert (found.shortened, found.answers_cut) == (0, 0)
     seen, plain = found.examples[0], found.examples[8]
     assert texts(form, seen) == (
@@ -82,7 +88,7 @@ def test_prompts_and_masks_are_those_of_vicuna(folder: Path, loaded: tuple[Any, 
 def test_it_is_what_the_processor_of_transformers_gives(folder: Path, loaded: tuple[Any, Any, Llava]) -> None:
     _, processor, form = loaded
     items = [item for pool in pools(folder).values() for item in pool]
-    for item, example in zip(items, form.encode(pools(folder), 2048).examples, strict=True):
+    for item, example in zip(items, form.encode(pools(folder), cut_at(2048)).examples, strict=True):
         said = [
             {"role": role, "content": text}
             for turn in item["turns"]
@@ -128,16 +134,20 @@ def test_what_is_cut_is_counted_and_never_the_image_or_all_answers(
     folder: Path, loaded: tuple[Any, Any, Llava]
 ) -> None:
     form, read = loaded[2], pools(folder)
-    (whole,) = form.encode({"image": read["image"][:1]}, 2048).examples
-    cut = form.encode({"image": read["image"][:1]}, len(whole.ids) - 1)
+    (whole,) = form.encode({"image": read["image"][:1]}, cut_at(2048)).examples
+    cut = form.encode({"image": read["image"][:1]}, cut_at(len(whole.ids) - 1))
     assert (cut.shortened, cut.answers_cut) == (1, 1) and cut.examples[0].ids == whole.ids[:-1]
     first = next(number for number, label in enumerate(whole.labels) if label != IGNORED)
     with pytest.raises(ItemError, match=r"mix665k\.json, item 0: no token of an answer is among its first"):
-        form.encode({"image": read["image"][:1]}, first)
+        form.encode({"image": read["image"][:1]}, cut_at(first))
     item = {**read["image"][0], "turns": [("Is it?", "red"), ("<image>\nWhat?", "red")]}
     with pytest.raises(ItemError, match=r"item 0: 3 <image> tokens within .*, its image has 16"):
-        start = form.encode({"image": [item]}, 2048).examples[0].ids.index(form.image_id)
-        form.encode({"image": [item]}, start + 3)
+        start = form.encode({"image": [item]}, cut_at(2048)).examples[0].ids.index(form.image_id)
+        form.encode({"image": [item]}, cut_at(start + 3))
+    with pytest.raises(ItemError, match="item 0: 50 tokens exceed the model's 49 positions; lower data"):
+        form.encode({"image": [item]}, cut_at(50), None, Limits(49, 999))
+    with pytest.raises(SpecError, match="cut on the right, as released"):
+        form.encode({"image": [item]}, Data(name="mix", tasks=()))
 
 
 # --- images
@@ -146,7 +156,7 @@ def test_what_is_cut_is_counted_and_never_the_image_or_all_answers(
 def test_an_image_is_padded_to_a_square_with_the_mean_colour(folder: Path, loaded: tuple[Any, Any, Llava]) -> None:
     form = loaded[2]
     file = save_image(folder / "tall.png", "red", (28, 56))
-    (example,) = form.encode({"image": [item_of(file)]}, 2048).examples
+    (example,) = form.encode({"image": [item_of(file)]}, cut_at(2048)).examples
     pixels = form.collate([example])["pixel_values"][0]
     mean, sd = torch.tensor(form.images.image_mean)[:, None], torch.tensor(form.images.image_std)[:, None]
     edge = pixels[:, :, 0] * sd + mean  # a quarter of the width on each side
@@ -184,7 +194,7 @@ def test_answers_and_likelihoods_do_not_depend_on_the_batch(folder: Path, loaded
     alone = form.answers(model, questions, 1, 6)
     assert form.answers(model, questions, 5, 6) == alone and len(set(alone)) > 1
     assert form.answers(model, questions[8:], 4, 6) == alone[8:]  # a batch without an image
-    examples = form.encode(read, 2048).examples
+    examples = form.encode(read, cut_at(2048)).examples
     one, many = form.nll(model, examples, 1), form.nll(model, examples, 5)
     assert [count for _, count in one] == [count for _, count in many]
     torch.testing.assert_close([value for value, _ in one], [value for value, _ in many], rtol=1e-4, atol=1e-4)

@@ -9,9 +9,10 @@ Shape suffixes: B items, T tokens of the longest of them (padded on the left), N
 
 from __future__ import annotations
 
+import array
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,8 +23,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dora_lab.spec import Data, SpecError
 from dora_lab.tasks.conversations import IMAGE, Item
 from dora_lab.tasks.items import ItemError
+from dora_lab.tasks.limits import NO_LIMITS, Limits
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -41,6 +44,10 @@ class Example:
     labels: tuple[int, ...]
     image: Path | bytes | None
     where: str
+
+    def content(self) -> bytes:
+        """What is learnt, for a hash; of the image its name."""
+        return array.array("q", [len(self.ids), *self.ids, *self.labels]).tobytes() + str(self.image).encode()
 
 
 @dataclass(frozen=True)
@@ -76,17 +83,26 @@ class Llava:
                 f"{IMAGE} where an image has {self.tokens}; give the tokenizer of LLaVA as tokenizer.json"
             )
 
-    def encode(self, pools: dict[str, list[Item]], cutoff: int) -> Encoded:
+    def encode(
+        self, items: Mapping[str, list[Item]], data: Data, tokenizer: Any = None, limits: Limits = NO_LIMITS
+    ) -> Encoded:
         """Examples of conversations, by pool; labels on the answers and their end of sequence, cut on the right.
 
-        Raises ItemError, naming the item: where nothing that is learnt is left within `cutoff` tokens, or not the whole
-        image is.
+        Raises ItemError, naming the item: where nothing that is learnt is left within `data.cutoff` tokens, or not the
+        whole image is; SpecError for another `data.truncation` than "right", as released.
         """
-        found, shortened, answers_cut = [], 0, 0
-        for task, pool in pools.items():
+        if data.truncation != "right":
+            raise SpecError("data.truncation: LLaVA's items are cut on the right, as released; set it to 'right'")
+        found, shortened, answers_cut, cutoff = [], 0, 0, data.cutoff
+        for task, pool in items.items():
             for item, (ids, mask) in zip(pool, self._coded(pool), strict=True):
                 if len(list(_runs(ids, mask))) != len(item["turns"]):
                     raise ItemError(f"{item['where']}: not every answer has tokens of its own; correct or remove it")
+                if limits.exceeded(min(len(ids), cutoff)):
+                    raise ItemError(
+                        f"{item['where']}: {min(len(ids), cutoff)} tokens exceed the model's {limits.positions} "
+                        "positions; lower data.cutoff to that"
+                    )
                 kept = mask[:cutoff]
                 if not any(kept[1:]):
                     raise ItemError(
@@ -111,7 +127,7 @@ class Llava:
         (ids, _) = next(self._coded([{"turns": [(item["text"], None)], "where": item["where"]}]))
         return Example("", tuple(ids), (IGNORED,) * len(ids), item["image"], item["where"])
 
-    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[Example], epochs: Sequence[int] = ()) -> dict[str, Tensor]:
         """Tensors (B, T) input_ids, attention_mask, position_ids and labels; pixel_values (N, C, H, W) if any image."""
 
         def padded(rows: Iterator[Sequence[int]], fill: int) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dora_lab.forms.llava import Llava
 from dora_lab.io.limits import task_sizes
 from dora_lab.spec import Data, Optim, SpecError
 from dora_lab.tasks import ItemError, train_prefix
@@ -38,6 +39,10 @@ class Example:
     task: str
     ids: tuple[int, ...]
     labels: tuple[int, ...]
+
+    def content(self) -> bytes:
+        """What is learnt, for a hash."""
+        return array.array("q", [len(self.ids), *self.ids, *self.labels]).tobytes()
 
 
 @dataclass(frozen=True)
@@ -167,8 +172,10 @@ class MicroBatches(Dataset[dict[str, Tensor]]):
     since the loss is a mean over the step's tokens, the same gradient.
     """
 
-    def __init__(self, examples: Sequence[Example], optim: Optim, seed: int, pad: int, multiple: int = 1) -> None:
-        self.examples, self.pad, self.multiple = examples, pad, multiple
+    def __init__(
+        self, examples: Sequence[Any], optim: Optim, seed: int, pad: int, multiple: int = 1, form: Llava | None = None
+    ) -> None:
+        self.examples, self.pad, self.multiple, self.form = examples, pad, multiple, form
         if optim.task_batch_sizes:
             self._steps = steps_by_task(Counter(example.task for example in examples), optim, seed)
         else:
@@ -190,11 +197,15 @@ class MicroBatches(Dataset[dict[str, Tensor]]):
         for step in self._steps:
             content.update(array.array("q", step).tobytes())
         for example in self.examples:
-            content.update(array.array("q", [len(example.ids), *example.ids, *example.labels]).tobytes())
+            content.update(example.content())
         return content.hexdigest()
 
     def __getitem__(self, place: int) -> dict[str, Tensor]:
-        return collate([self.examples[index] for index in self.items_of(place)], self.pad, self.multiple)
+        return self.batch([self.examples[index] for index in self.items_of(place)])
+
+    def batch(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """Examples as a micro-batch."""
+        return self.form.collate(examples) if self.form else collate(examples, self.pad, self.multiple)
 
     def items_of(self, place: int) -> list[int]:
         """Indices of the items in micro-batch number `place`."""

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from transformers import TrainerCallback
+from transformers import ProcessorMixin, TrainerCallback
 
 from dora_lab import distributed
+from dora_lab.forms.llava import Llava
 from dora_lab.runs.checkpoints import Checkpoints, read_manifest, step_of
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.record import read_record
@@ -38,7 +39,7 @@ class Interrupted(KeyboardInterrupt):
 def train(
     spec: Spec,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     items: Items,
     run: RunDir,
     stop: threading.Event | None = None,
@@ -48,6 +49,7 @@ def train(
 ) -> dict[str, Any]:
     """Fine-tune `model` in place as `spec` says, resuming from the newest whole checkpoint of `run`.
 
+    A LLaVA is given with its processor; its items are conversations (see `tasks.conversations`).
     Parameters that require a gradient are trained; adapters are to be injected before. Appends rows to the streams
     metrics (step, tokens, loss in nats per token, learning_rate, grad_norm; and step, eval_loss) and timing (step,
     seconds of training so far) of `run`; what they and the probe hold beyond the resumed step is dropped, and with it
@@ -58,10 +60,12 @@ def train(
     """
     if spec.optim is None:
         raise ValueError(f"method '{spec.method.name}' has optim None and is not trained")
-    encoded = encode(items.train, spec.data, tokenizer, limits(model))
-    held = encode(items.validation, spec.data, tokenizer, limits(model))
+    form = Llava(tokenizer) if isinstance(tokenizer, ProcessorMixin) else None
+    words, coded = (form.tokenizer, form.encode) if form else (tokenizer, encode)
+    encoded = coded(items.train, spec.data, words, limits(model))
+    held = coded(items.validation, spec.data, words, limits(model))
     batches = MicroBatches(
-        encoded.examples, spec.optim, spec.seed, cast(int, tokenizer.pad_token_id), spec.data.pad_to_multiple_of
+        encoded.examples, spec.optim, spec.seed, cast(int, words.pad_token_id), spec.data.pad_to_multiple_of, form
     )
     note = refuse_in_vain(spec.optim, batches.steps)
     if note and note not in read_record(run.path).get("notes", []):

@@ -36,7 +36,7 @@ from dora_lab.runs.errors import ResumeError
 from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Optim, Spec
 from dora_lab.training import trained_weights
-from dora_lab.training.batches import IGNORED, Example, MicroBatches, collate
+from dora_lab.training.batches import IGNORED, MicroBatches
 from dora_lab.training.optimizer import make_optimizer
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class RunTrainer(Trainer):
         spec: Spec,
         model: PreTrainedModel,
         batches: MicroBatches,
-        held: list[Example],
+        held: list[Any],
         run: RunDir,
         checkpoints: Checkpoints,
         arguments: TrainingArguments,
@@ -262,9 +262,7 @@ class RunTrainer(Trainer):
         total, count = 0.0, 0
         with torch.no_grad():
             for start in range(0, len(self.held), micro):
-                inputs = self._prepare_inputs(
-                    collate(self.held[start : start + micro], self.batches.pad, self.batches.multiple)
-                )
+                inputs = self._prepare_inputs(cast(Any, self.batches.batch(self.held[start : start + micro])))
                 tokens = int(inputs["labels"].ne(IGNORED).sum())
                 with self.compute_loss_context_manager():
                     total += float(self.compute_loss(self.network, cast(Any, inputs))) * tokens
