@@ -18,8 +18,8 @@ from dora_lab.io.errors import CheckpointError
 from dora_lab.models.llava import open_llava
 from dora_lab.spec import Data, SpecError
 from dora_lab.tasks import ItemError
-from dora_lab.tasks.limits import Limits
 from dora_lab.tasks.conversations import read_conversations
+from dora_lab.tasks.limits import Limits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,6 +1,7 @@
 """Adapter files read, whoever wrote them; the format is recognised by its keys.
 
 - "peft": a folder as PEFT writes it, "authors": one of the DoRA authors' release (both: see `peft`);
+  Of LLaVA's the names are brought to transformers', and the projector beside it belongs to it (see `llava`);
 - "lycoris": a safetensors file (see `lycoris`);
 - "tensors": a folder of the lab's own, for a method that none of these holds: the trained state of its layers by name,
   and in the configuration the method, whole, that makes such layers.
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dora_lab.formats import lycoris, peft
+from dora_lab.formats import llava, lycoris, peft
 from dora_lab.formats.neutral import CONFIG, OWN, PICKLE, WEIGHTS, Adapter, refuse_not_finite
 from dora_lab.formats.shards import read_pickle
 from dora_lab.io.errors import CheckpointError
@@ -31,7 +32,13 @@ def read_adapter(path: Path, modules: Iterable[str] = (), *, allow_pickle: bool 
 
     Raises CheckpointError for anything missing, broken, ambiguous, or beyond what the lab computes.
     """
-    path = Path(path)
+    found, beside = _read(Path(path), modules, allow_pickle), llava.beside(path)
+    if beside is None:
+        return found
+    return llava.as_in_transformers(found, beside, read_tensors(beside, allow_pickle=allow_pickle))
+
+
+def _read(path: Path, modules: Iterable[str], allow_pickle: bool) -> Adapter:
     if path.is_dir():
         config, file = _read_config(inside(path, CONFIG, path)), _weights_in(path)
     else:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.safetensors*")
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.*", "dora_lab.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.*", "non_lora_trainables.*", "dora_lab.json")
 CONVERT = 'python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained(IN).save_pretrained(OUT)"'
 
 
