@@ -79,7 +79,7 @@ def build(results: Path) -> list[Path]:
 
 def of_small(results: Path) -> pd.DataFrame:
     """The probe rows of the tier's complete runs, with the column `cell`."""
-    data = frame(results, "sign", "record")
+    data = frame(results, "sign", "record").reindex(columns=["tier", "data.sha256"])
     hashes = data[data["tier"] == "small"]["data.sha256"].unique()
     if len(hashes) > 1:
         raise ValueError(f"experiment sign, tier small: runs on {len(hashes)} sets of data; move one of them away")
