@@ -14,7 +14,6 @@ from dora_lab.launch.experiments import declared_specs, experiment_names
 from dora_lab.runs.survey import verified
 from dora_lab.spec import SpecError, did_you_mean
 
-
 YOURS = " (yours)"
 
 
