@@ -94,7 +94,7 @@ def hash_data(folder: Path) -> str:
     """SHA-256 (64 hex digits) of the data files of a folder in the LLM-Adapters layout: their names and contents."""
     found = _files(folder)
     if not found:
-        wanted = ", ".join(task.folder for task in all_tasks())
+        wanted = ", ".join(task.folder for task in _asked())
         raise LoadError(f"{folder} has no <task>/train.json or <task>/test.json; tasks: {wanted}")
     return hash_files(found)
 
@@ -102,7 +102,7 @@ def hash_data(folder: Path) -> str:
 def tasks_in(folder: Path) -> list[str]:
     """Names of the tasks whose ``test.json`` is in a folder of the LLM-Adapters layout, in the paper's order."""
     found = _files(folder)
-    return [task.name for task in all_tasks() if f"{task.folder}/test.json" in found]
+    return [task.name for task in _asked() if f"{task.folder}/test.json" in found]
 
 
 def data_identity(data: Data, source: str, data_dir: Path | None) -> dict[str, Any]:
@@ -119,10 +119,15 @@ def data_identity(data: Data, source: str, data_dir: Path | None) -> dict[str, A
 def _files(folder: Path) -> dict[str, Path]:
     """The data files of a folder in the LLM-Adapters layout, by their names in it."""
     root = _tasks_folder(folder)
-    names = [f"{task.folder}/{split}.json" for task in all_tasks() for split in ("train", "test")]
+    names = [f"{task.folder}/{split}.json" for task in _asked() for split in ("train", "test")]
     found = {name: root / name for name in names if (root / name).exists()}
     mix = _mix_file(folder)
     return found | ({mix.name: mix} if mix else {})
+
+
+def _asked() -> list[Task]:
+    """The tasks whose items are in the LLM-Adapters format."""
+    return [task for task in all_tasks() if task.read is None]
 
 
 def _tasks_folder(folder: Path) -> Path:
