@@ -17,7 +17,7 @@ from transformers import BartConfig, BartForConditionalGeneration, BartTokenizer
 from analysis.tables.parameters import comparison
 from dora_lab import inject, load_adapter, paper, save_adapter
 from dora_lab.io.errors import CheckpointError
-from dora_lab.models.vl_bart import TOKENS, VLBart, open_vl_bart, pooled
+from dora_lab.models.vl_bart import TOKENS, VLBart, open_vl_bart
 from experiments import parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -300,18 +300,3 @@ def test_an_adapter_as_released_is_saved_whole(name: str, folder: Path, tmp_path
         torch.testing.assert_close(theirs(**inputs).logits, logits, rtol=1e-4, atol=1e-5)
     with pytest.raises(CheckpointError, match="made for the base"):  # its tokens and visual embedding are part of it
         load_adapter(open_vl_bart(folder, WIDTH, seed=1)[0], tmp_path)
-
-
-# --- features
-
-
-def test_pooling_is_the_largest_of_each_cell() -> None:
-    grid = torch.randn(2, 3, 49, 5)
-    own = torch.empty(2, 3, 36, 5)
-    for row in range(6):
-        for column in range(6):
-            rows, columns = ((slice(at * 7 // 6, -(-(at + 1) * 7 // 6))) for at in (row, column))
-            own[..., row * 6 + column, :] = grid.view(2, 3, 7, 7, 5)[..., rows, columns, :].amax((2, 3))
-    assert torch.equal(pooled(grid), own) and torch.equal(pooled(own), own)
-    with pytest.raises(ValueError, match="48 regions are no square grid"):
-        pooled(grid[:, :, :48])
