@@ -206,6 +206,10 @@ class Optim(_Checked):
         """Optimiser steps on `items`, tasks mixed: epochs x items, in full batches (the next epoch fills the last)."""
         return max(1, math.ceil(items * self.epochs / self.batch_size))
 
+    def warmup(self, steps: int) -> int:
+        """Warm-up steps of `steps` in all."""
+        return self.warmup_steps or int(self.warmup_fraction * steps)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Probe(_Checked):

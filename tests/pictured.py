@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,38 @@ def annotations(keys: dict[str, list[str]]) -> dict[str, Any]:
         ]
     }
     return files
+
+
+def save_bart(where: Path, sentences: Sequence[str]) -> Path:
+    """A random BART with the files that facebook/bart-base has on the hub, and its ids of special tokens."""
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import BartConfig, BartForConditionalGeneration, BartTokenizer, GenerationConfig
+
+    where.mkdir(parents=True, exist_ok=True)
+    words = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    words.train_from_iterator([*sentences] * 20, vocab_size=300, special_tokens=special, show_progress=False)
+    words.save_model(str(where))
+    tokenizer = BartTokenizer.from_pretrained(where)
+    tokenizer.save_pretrained(where)
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=len(tokenizer), d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=24,
+        decoder_ffn_dim=24, encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=64,
+        init_std=0.3, forced_eos_token_id=None,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases begin at zero, norms at one: a lost one would not be seen
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+    model.generation_config = GenerationConfig(num_beams=4, no_repeat_ngram_size=3, **_ids(config))
+    model.save_pretrained(where)
+    return where
+
+
+def _ids(config: Any) -> dict[str, int]:
+    return {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")} | {
+        "decoder_start_token_id": config.decoder_start_token_id
+    }
