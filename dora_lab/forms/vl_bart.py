@@ -160,8 +160,7 @@ class VLBartForm(Form):
 
 def prompt(task: Task, template: str, item: Mapping[str, Any]) -> str:
     """What the encoder reads of an item's text: before it, the word that says the task."""
-    word = task.prompt if task.released_prompt is None or template != "published" else task.released_prompt
-    return ("" if template == "bare" else word) + item["text"]
+    return task.word(template) + item["text"]
 
 
 def token_nll(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

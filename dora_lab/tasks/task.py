@@ -49,6 +49,12 @@ class Task:
         found = re.search(self.pattern, answer_part(output))
         return found.group() if found else None
 
+    def word(self, template: str) -> str:
+        """What says the task before an item's text (tasks about pictures): nothing with template "bare"."""
+        if template == "bare":
+            return ""
+        return self.prompt if self.released_prompt is None or template != "published" else self.released_prompt
+
     def options(self, item: dict[str, Any]) -> tuple[str, ...]:
         """The labels offered by this item (a few ARC items have 3 or 5), from the end of its instruction.
 
