@@ -15,8 +15,8 @@ import pytest
 from dora_lab import metrics
 from dora_lab.mini import vl
 from dora_lab.mini.vl import corpus, families
+from dora_lab.mini.vl.cells import projection
 from dora_lab.mini.vl.draw import PAINT
-from dora_lab.mini.vl.features import projection
 from dora_lab.mini.vl.questions import plural
 from dora_lab.mini.vl.scenes import COLOURS, COLUMNS, HELD_OUT, ROWS, SHAPES, SIZES, Scene, Thing, prose, scene
 from dora_lab.tasks.features import gather

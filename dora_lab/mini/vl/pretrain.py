@@ -45,7 +45,10 @@ SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", MASK]  # bart-base's words for them;
 
 
 def make_tokenizer(n_documents: int = 20_000) -> PreTrainedTokenizerFast:
-    """A byte-level BPE in which every word of the world is one token, wherever it stands, and every digit is alone."""
+    """A byte-level BPE in which every word of the world is one token, wherever it stands, and every digit is alone.
+
+    A folder that has a tokenizer keeps it: `pretrain` makes one only where there is none.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.normalizer = normalizers.Prepend(" ")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
