@@ -16,7 +16,7 @@ from dora_lab.mini.vl.scenes import COLOURS, SHAPES, SIZES, Scene, scene
 
 Row = dict[str, Any]
 SPLITS = ("train", "validation", "test", "novel")
-COUNTS = {"train": 4800, "validation": 256, "test": 512, "novel": 256}  # questions of a family
+COUNTS = {"train": 4800, "validation": 256, "test": 512, "novel": 256}  # questions of a family, twice the statements
 PICTURES = {"train": 960, "validation": 128, "test": 256, "novel": 128}  # with captions, five each
 ANNOTATORS, REFERENCES = 10, 5
 SLIPS = 0.08  # share of a person's answers that are not the right one

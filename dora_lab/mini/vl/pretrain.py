@@ -44,7 +44,7 @@ MASK = AddedToken("<mask>", lstrip=True, rstrip=True, special=True)
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", MASK]  # bart-base's words for them; ids 0 to 4
 
 
-def make_tokenizer(n_documents: int = 20_000) -> PreTrainedTokenizerFast:
+def make_tokenizer(n_documents: int = 5_000) -> PreTrainedTokenizerFast:
     """A byte-level BPE in which every word of the world is one token, wherever it stands, and every digit is alone.
 
     A folder that has a tokenizer keeps it: `pretrain` makes one only where there is none.
@@ -159,6 +159,13 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 200, 0.02 + 0.98 * left)
 
 
+def make_model(words: int) -> BartForConditionalGeneration:
+    """A BART of the base's sizes with so many words; random."""
+    config = BartConfig(**SIZES, vocab_size=words, forced_eos_token_id=None)
+    config._attn_implementation = "eager"  # the guided heads' probabilities are needed
+    return BartForConditionalGeneration(config)
+
+
 def optimizers(model: BartForConditionalGeneration, learning_rate: float) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for the hidden matrices, AdamW for all else."""
     inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "shared" not in n]
@@ -169,10 +176,13 @@ def optimizers(model: BartForConditionalGeneration, learning_rate: float) -> tup
     )
 
 
-def pretrain(steps: int, out: Path, learning_rate: float = 0.003, threads: int = 1, seed: int = 0) -> None:
+def pretrain(
+    steps: int, out: Path, learning_rate: float = 0.003, threads: int = 1, seed: int = 0, questions: int = 1000
+) -> None:
     """Pretrain from scratch for `steps` batches and write the folder `out` with its record.
 
-    Checkpoints every 250 steps; a later call with the same `out` goes on. The seed draws the initial weights.
+    Checkpoints every 250 steps; a later call with the same `out` goes on. The seed draws the initial weights. The gate
+    is in the record: shares of right answers to `questions` unread questions of each kind.
     """
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
@@ -181,9 +191,7 @@ def pretrain(steps: int, out: Path, learning_rate: float = 0.003, threads: int =
     if not (out / "tokenizer.json").exists():
         make_tokenizer().save_pretrained(out)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
-    config = BartConfig(**SIZES, vocab_size=len(tokenizer), forced_eos_token_id=None)
-    config._attn_implementation = "eager"  # the guided heads' probabilities are needed
-    model = BartForConditionalGeneration(config).train()
+    model = make_model(len(tokenizer)).train()
     both = optimizers(model, learning_rate)
     step, log, saved, spent = 0, list[dict[str, Any]](), out / "checkpoint.pt", 0.0
     if saved.exists():
@@ -221,9 +229,10 @@ def pretrain(steps: int, out: Path, learning_rate: float = 0.003, threads: int =
             torch.save(state | {"log": log, "seconds": time.time() - began}, saved)
     save(model, out, {
         "steps": steps, "batch": BATCH, "peak_learning_rate": learning_rate, "seed": seed, "threads": threads,
-        "documents": steps * BATCH, "seconds": round(time.time() - began, 1), "gate": gate(model, tokenizer),
-        "parameters": sum(p.numel() for p in model.parameters()), "machine": platform.processor() or platform.machine(),
-        "packages": {"torch": torch.__version__}, "log": log[::10] + log[-1:],
+        "documents": steps * BATCH, "seconds": round(time.time() - began, 1), "questions": questions,
+        "gate": gate(model, tokenizer, questions), "parameters": sum(p.numel() for p in model.parameters()),
+        "machine": platform.processor() or platform.machine(), "packages": {"torch": torch.__version__},
+        "log": log[::10] + log[-1:],
     })  # fmt: skip
     saved.unlink(missing_ok=True)
 
@@ -233,25 +242,34 @@ class Learned(NamedTuple):
     right: list[bool]  # each document: is every token of the answer the likeliest, given those before it?
 
 
+def own_words(model: BartForConditionalGeneration, output: Any, batch: Batch) -> Tensor:
+    """Loss of each word of the prose, said from what the encoder's last layer has at its place.
+
+    Without it the encoder keeps what the first questions ask for (colour, shape) and loses size and place, layer by
+    layer, so that a decoder that looks at the right sentence still reads nothing there.
+    """
+    logits_NV = model.lm_head(output.encoder_last_hidden_state[batch.prose_BS])
+    return torch.nn.functional.cross_entropy(logits_NV.float(), batch.ids_BS[batch.prose_BS])
+
+
 def learn(model: BartForConditionalGeneration, batch: Batch, guided: bool) -> Learned:
-    """Forward and backward of one batch: mean over documents of the mean over their tokens, and the guidance."""
+    """Forward and backward of one batch: mean over documents of the mean over their tokens, and what it is shown."""
     with torch.autocast("cpu", torch.bfloat16):
         output = model(
             input_ids=batch.ids_BS, attention_mask=batch.ids_BS.ne(1), labels=batch.labels_BT, use_cache=False,
             output_attentions=guided,
         )  # fmt: skip
+        words = own_words(model, output, batch)
     logits_BTV, said_BT = output.logits.float(), batch.labels_BT.ne(-100)
     losses_BT = torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), batch.labels_BT, reduction="none")
     loss = (losses_BT.sum(1) / said_BT.sum(1)).mean()
-    (loss + 0.1 * guidance(output, batch) if guided else loss).backward()
+    (loss + 0.3 * words + (0.1 * guidance(output, batch) if guided else 0.0)).backward()
     right_B = (logits_BTV.argmax(2).eq(batch.labels_BT) | ~said_BT).all(1)
     return Learned(loss.item(), right_B.tolist())
 
 
 @torch.no_grad()
-def gate(
-    model: BartForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, count: int = 1000
-) -> dict[str, float]:
+def gate(model: BartForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, float]:
     """Share of right answers to `count` unread questions of each kind about prose, generated greedily."""
     model.eval()
     kinds = [kind for kind in corpus.SHARES if kind not in corpus.OPEN]
@@ -284,9 +302,10 @@ def save(model: BartForConditionalGeneration, out: Path, record: dict[str, Any])
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--out", type=Path, default=HERE / "base")
     parser.add_argument("--learning-rate", type=float, default=0.003)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--questions", type=int, default=1000)
     pretrain(**vars(parser.parse_args()))
