@@ -55,11 +55,12 @@ def verify(
         for lost in survey(results, experiment).left_out:
             say(f"left out: {lost.why}", err=True)
         bar.update()
-        declared, rows = declared_specs(), []
-        for stream in ("eval", "probe"):
-            rows.append(report.frame(results, experiment, stream, declared))
-            bar.update()
-    found = verifying.verdicts(*rows, verifying.claims(experiment))
+        declared = declared_specs()
+        evals = report.frame(results, experiment, "eval", declared)
+        bar.update()
+        probes = report.frame(results, experiment, "probe", declared)
+        bar.update()
+    found = verifying.verdicts(evals, probes, verifying.claims(experiment))
     counts, ran = verifying.summary(verifying.cells(results, verifying.claims(), published_specs()), experiment)
     groups = found.groupby(["tier", "model", "data"], sort=False, dropna=False) if len(found) else ()
     views = [(", ".join(map(str, key)) if pd.notna(key[0]) else "no runs", _claims(rows)) for key, rows in groups]

@@ -211,7 +211,7 @@ def texts(model: Any, form: VLBartForm, tokenizer: Any, how: GenerationConfig, s
 @torch.no_grad()
 def logits(
     model: Any, form: VLBartForm, tokenizer: Any, words: Sequence[str], some: Sequence[Any]
-) -> list[list[float]]:
+) -> list[dict[str, float]]:
     """Of each example the logits of these words' first tokens, at the first place of an answer (behind its begin)."""
     firsts = [first_token(tokenizer, word) for word in words]
     inputs = {name: value.to(model.device) for name, value in form.inputs(some).items()}

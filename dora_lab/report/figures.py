@@ -92,8 +92,9 @@ def _few_colours(png: BytesIO) -> bytes:
 
     told, out = PngImagePlugin.PngInfo(), BytesIO()
     with Image.open(png) as image:
-        for key, text in image.text.items():
-            told.add_text(key, text)
+        for key in ("Title", "Description", "Comment"):
+            if key in image.info:
+                told.add_text(key, image.info[key])
         small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
         small.save(out, "PNG", optimize=True, pnginfo=told, dpi=image.info["dpi"])
     return out.getvalue()
