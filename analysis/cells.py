@@ -19,7 +19,7 @@ import pandas as pd
 
 from analysis import frame
 from dora_lab import report
-from dora_lab.paper.predicted import Prediction, judge, together
+from dora_lab.paper.predicted import together
 from dora_lab.report import Block, correlations, interval, number, statistics
 
 WINDOWS = {"late": 0.7, "early": 0.25}  # the first checkpoint that is pooled, as a share of the training
@@ -95,9 +95,11 @@ def per_doubling(levels: Mapping[float, Mapping[int, float]]) -> dict[int, float
     return {seed: float(np.polyfit(log, [z[seed] for z in levels.values()], 1)[0]) for seed in sorted(seeds)}
 
 
-def judged(predictions: Sequence[Prediction], seeds: int, parts: Mapping[str, str]) -> tuple[list[Block], pd.DataFrame]:
-    """Two blocks, the outcome of every part of the registered file and of every prediction in it; and their rows."""
-    rows = judge(predictions, seeds)
+def judged(
+    rows: Sequence[Mapping[str, Any]], parts: Mapping[str, str], rule: str = RULE
+) -> tuple[list[Block], pd.DataFrame]:
+    """Two blocks, the outcome of every part of the registered file and of every prediction in it (rows of
+    `paper.predicted.judge`); and the rows as a frame."""
     outcomes = {part: [row["outcome"] for row in rows if row["part"] == part] for part in parts}
     whole = pd.DataFrame(
         [{"Part": part, "What": said, "Outcome": together(outcomes[part])} for part, said in parts.items()]
@@ -112,16 +114,16 @@ def judged(predictions: Sequence[Prediction], seeds: int, parts: Mapping[str, st
     return [
         Block(title="Registered predictions, by part", cells=whole, text=tuple(whole)),
         Block(title="Registered predictions, one by one", cells=shown, text=("Part", "Prediction", "Of", "Outcome"),
-              notes=(RULE,)),
+              notes=(rule,)),
     ], pd.DataFrame(rows)  # fmt: skip
 
 
-def shown(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> pd.DataFrame:
+def shown(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], kinds: Sequence[str] = KINDS) -> pd.DataFrame:
     """The rows of `measured` as a table, a line per cell and kind; names: column -> head of what tells cells apart."""
     lines = []
     by_place: dict[tuple[Any, str], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
-        if row["kind"] in KINDS:
+        if row["kind"] in kinds:
             by_place.setdefault((row["cell"], row["kind"]), {})[row["window"]] = row
     for windows in by_place.values():
         first = next(iter(windows.values()))

@@ -14,14 +14,16 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Annotated, Any, Literal, get_type_hints
 
+from dora_lab.io.combinations import combinations
 from dora_lab.io.limits import (
     A_DTYPE,
     ALPHAS,
     COUNT,
+    CUTOFFS,
     DISTINCT,
     GROUPS,
     IN_EXPERIMENTS,
@@ -37,12 +39,13 @@ from dora_lab.io.limits import (
     RANKS,
     RESCALES,
     SEED,
+    SHAPE,
     SHARE,
+    SQUARE,
     TASK_SIZES,
-    task_sizes,
 )
 from dora_lab.io.text import did_you_mean
-from dora_lab.io.values import coerce, leaves, parse, parts
+from dora_lab.io.values import coerce, field_types, leaves, nested, parse, parts, plain, read
 
 
 class SpecError(ValueError):
@@ -59,7 +62,7 @@ class _Checked:
 
     def __post_init__(self) -> None:
         prefix = "" if isinstance(self, Spec) else f"{type(self).__name__.lower()}."
-        for name, kind in _types(type(self)).items():
+        for name, kind in field_types(type(self)).items():
             try:
                 object.__setattr__(self, name, coerce(kind, getattr(self, name), prefix + name))
             except ValueError as error:
@@ -85,13 +88,18 @@ class Model(_Checked):
     # hub commit, or the folder's fingerprint
     adapter_revision: Annotated[str | None, "revision of that adapter"] = since(3, None)
     rescale: Annotated[tuple[str, ...], "layers of the base rescaled", RESCALES] = since(4, ())  # see models/rescale.py
+    family: Annotated[Literal["decoder", "vl_bart"], {  # what it is fed with, and how it is asked: see forms/
+        "decoder": "causal language model",
+        "vl_bart": "BART that reads a text and frozen features of pictures",
+    }] = since(7, "decoder")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data(_Checked):
     """What is trained and evaluated on."""
 
-    # "mini" = the embedded world; "commonsense_170k" = hub; "llm_adapters" = a folder in that layout
+    # "mini" = the embedded world; "commonsense_170k" = hub; "llm_adapters" = a folder in that layout; "vl_adapter" =
+    # annotations and features of pictures: a folder, else the hub's
     name: Annotated[str, "training data"]
     tasks: Annotated[tuple[str, ...], "tasks", DISTINCT]  # evaluated, by their names: "boolq", ..., "ARC-Easy", ...
     sha256: Annotated[str | None, "hash of the data folder"] = None
@@ -99,10 +107,11 @@ class Data(_Checked):
     train_items: Annotated[int | None, "training items (none: all there are)", COUNT] = None  # in all
     validation_items: Annotated[int, "items held out of training", NOT_NEGATIVE] = 0  # in all
     test_items: Annotated[int | None, "test items per task (none: all there are)", COUNT] = None
-    template: Annotated[Literal["clean", "published", "cloze"], {  # published = byte for byte as released
+    template: Annotated[Literal["clean", "published", "cloze", "bare"], {  # published = byte for byte as released
         "clean": "clean prompt template, the same in training and evaluation",
         "published": "published prompt template, whose training and evaluation texts differ in whitespace",
         "cloze": "the question alone as prompt, the text of the right option as answer",
+        "bare": "the question alone, without a word that says the task",
     }] = "clean"  # fmt: skip
     cutoff: Annotated[int, "tokens per training item at most", COUNT] = 256
     train_on_prompt: Annotated[bool, {True: "loss on prompt and answer", False: "loss on the answer alone"}] = False
@@ -123,6 +132,17 @@ class Data(_Checked):
     pad_to_multiple_of: Annotated[int, "length of a training batch is a multiple of", COUNT] = since(3, 1)
     # of each task; 1: random labels
     label_noise: Annotated[float, "share of training items whose label is drawn anew", SHARE] = since(5, 0.0)
+    feature_shape: Annotated[tuple[int, ...], "regions of a picture, width of their features", SHAPE] = since(7, ())
+    features_sha256: Annotated[str | None, "hash of the features that are read"] = since(7, None)
+    # the largest of each cell of a coarser grid; None: the regions as they are
+    visual_tokens: Annotated[int | None, "visual tokens per picture", SQUARE] = since(7, None)
+    # "TASK=TEXT/ANSWER", narrower than `cutoff`; both are cut on the right
+    cutoffs: Annotated[tuple[str, ...], "tokens of text and answer at most, by task", CUTOFFS] = since(7, ())
+    loss: Annotated[Literal["token_mean", "item_mean", "scored"], {  # scored: as released
+        "token_mean": "loss: mean over all answer tokens of a step",
+        "item_mean": "loss: mean over the items of a step, each the mean over its tokens",
+        "scored": "loss: mean over the items of a step, each the mean over its tokens times its answer's score",
+    }] = since(7, "token_mean")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,10 +199,16 @@ class Optim(_Checked):
     # "TASK=ITEMS", of all tasks: every optimiser step is of one task, in as many micro-batches as `batch_size` gives;
     # an epoch has all steps of all tasks, in an order of its own
     task_batch_sizes: Annotated[tuple[str, ...], "items per step, each of one task", TASK_SIZES] = since(6, ())
+    adam_eps: Annotated[float, "epsilon of AdamW", POSITIVE] = since(7, 1e-8)
+    warmup_fraction: Annotated[float, "share of all steps that is warm-up", PROBABILITY] = since(7, 0.0)
 
     def steps(self, items: int) -> int:
         """Optimiser steps on `items`, tasks mixed: epochs x items, in full batches (the next epoch fills the last)."""
         return max(1, math.ceil(items * self.epochs / self.batch_size))
+
+    def warmup(self, steps: int) -> int:
+        """Warm-up steps of `steps` in all."""
+        return self.warmup_steps or int(self.warmup_fraction * steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +234,11 @@ class Evaluation(_Checked):
         "merged": "adapter merged into the base's type, rounded",
         "unmerged": "adapter beside the base",
     }] = since(3, "exact")  # fmt: skip
+    task_beams: Annotated[tuple[str, ...], "beams of single tasks", TASK_SIZES] = since(7, ())  # "TASK=BEAMS"
+    no_repeat_ngram_size: Annotated[int, "n-grams that no answer has twice, n", NOT_NEGATIVE] = since(7, 0)  # 0: any
+    early_stopping: Annotated[bool, {  # of several beams
+        True: "beams end with as many answers as there are beams", False: "beams go on while a better answer may come",
+    }] = since(7, False)  # fmt: skip
     text: Annotated[Literal["none", "pretraining"], {  # of bases whose corpus is known here
         "none": "no text besides the tasks",
         "pretraining": "held-out text of the base's pretraining scored before and after",
@@ -236,7 +267,7 @@ def pattern_matches(pattern: str, module: str) -> bool:
 
 def to_dict(spec: Spec) -> dict[str, Any]:
     """The spec as plain JSON values (tuples become lists), every field present; `from_dict` reads it back."""
-    return _plain(spec, omit_defaults=False)
+    return plain(spec, omit_defaults=False)
 
 
 def from_dict(values: Mapping[str, Any]) -> Spec:
@@ -245,7 +276,10 @@ def from_dict(values: Mapping[str, Any]) -> Spec:
     Raises SpecError, with the dotted path and the nearest known name, for a key that is unknown, missing (only fields
     with a `since` mark may be) or of the wrong type. Ranges are `validate`'s: an old record stays readable.
     """
-    return _read(Spec, values, "")
+    try:
+        return read(Spec, values)
+    except ValueError as error:
+        raise SpecError(str(error)) from None
 
 
 @cache
@@ -257,7 +291,7 @@ def words() -> dict[str, str | dict[Any, str]]:
 def canonical_json(spec: Spec) -> str:
     """The text that `spec_id` hashes: sorted keys, no spaces, ASCII; a field marked `since` left out at its default."""
     return json.dumps(
-        _plain(spec, omit_defaults=True), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+        plain(spec, omit_defaults=True), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     )
 
 
@@ -287,46 +321,10 @@ def validate(spec: Spec) -> None:
         for limit in notes[1:]
         if values.get(path) is not None
     ]
-    rules = single + _combinations(spec)
+    rules = single + combinations(spec, untrained=spec.method.name == "base")
     wrong = [f"{path} = {value!r}: must be {allowed}" for path, value, ok, allowed in rules if not ok]
     if wrong:
         raise SpecError("spec refused: " + "; ".join(wrong))
-
-
-def _combinations(spec: Spec) -> list[tuple[str, object, bool, str]]:
-    """What no field can say alone: (dotted path, value, whether it is right, what is allowed)."""
-    method, optim, adapter, split = spec.method, spec.optim, spec.model.adapter, spec.evaluation.split
-    untrained = method.name == "base"
-    own = {*spec.evaluation.protocols} - {"builtin"}
-    fits = own <= {"cloze"} if spec.data.template == "cloze" else "cloze" not in own
-    asks_own = split == "test" or "builtin" not in spec.evaluation.protocols
-    rules: list[tuple[str, object, bool, str]] = [
-        ("model.adapter", adapter, not adapter or untrained, "None for training"),
-        ("method.alpha", method.alpha, (method.alpha is None) == (method.rank is None), "given exactly with a rank"),
-        ("evaluation.protocols", spec.evaluation.protocols, fits, "cloze (or builtin) just with data.template cloze"),
-        ("evaluation.split", split, asks_own, "test with protocol builtin, whose items are lm-eval's"),
-        ("optim", optim, (optim is None) == untrained, "None for method base, given for every other"),
-        ("probe", spec.probe, not (untrained and spec.probe), "None for method base"),
-    ]
-    if optim is not None:
-        micro = optim.micro_batch_size
-        divides = micro >= 1 and optim.batch_size % micro == 0
-        keeps = optim.keep == "last" or (optim.eval_steps is not None and spec.data.validation_items > 0)
-        sizes = task_sizes(optim.task_batch_sizes) if TASK_SIZES.holds(optim.task_batch_sizes) else {}
-        odd = [task for task, size in sizes.items() if divides and size % (optim.batch_size // micro)]
-        rules += [
-            ("optim.task_batch_sizes", odd, not odd, "so many items that micro-batches are as many as in batch_size"),
-            ("optim.micro_batch_size", micro, divides, f"a divisor of optim.batch_size = {optim.batch_size}"),
-            ("optim.keep", optim.keep, keeps, "last, unless optim.eval_steps and data.validation_items are given"),
-        ]
-    return rules
-
-
-@cache
-def _types(cls: type) -> dict[str, Any]:
-    """Field name to resolved type, in the order of the fields."""
-    hints = get_type_hints(cls)
-    return {item.name: hints[item.name] for item in fields(cls)}
 
 
 @cache
@@ -336,52 +334,18 @@ def _fields() -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
     def walk(cls: type, prefix: str) -> None:
         hints = get_type_hints(cls, include_extras=True)
-        for name, kind in _types(cls).items():
+        for name, kind in field_types(cls).items():
             found[prefix + name] = kind, getattr(hints[name], "__metadata__", ())
-            if nested := _nested(kind):
-                walk(nested, f"{prefix}{name}.")
+            if inner := nested(kind):
+                walk(inner, f"{prefix}{name}.")
 
     walk(Spec, "")
     return found
 
 
-def _plain(value: Any, *, omit_defaults: bool) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        named = ((item, getattr(value, item.name)) for item in fields(value))
-        return {
-            item.name: _plain(inner, omit_defaults=omit_defaults)
-            for item, inner in named
-            if not (omit_defaults and "since" in item.metadata and inner == item.default)
-        }
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _read(cls: Any, values: Any, prefix: str) -> Any:
-    where = prefix.rstrip(".") or "spec"
-    if not isinstance(values, Mapping):
-        raise SpecError(f"{where}: expected a JSON object, got {values!r}")
-    known = {item.name: item for item in fields(cls)}
-    for key in values:
-        if key not in known:
-            raise SpecError(f"unknown field '{prefix}{key}'; {did_you_mean(str(key), known)}")
-    given: dict[str, Any] = {}
-    for name, kind in _types(cls).items():
-        if name in values:
-            nested, inner = _nested(kind), values[name]
-            given[name] = _read(nested, inner, f"{prefix}{name}.") if nested and inner is not None else inner
-        elif "since" not in known[name].metadata:
-            raise SpecError(f"missing field '{prefix}{name}'; a spec names every field, add it")
-    return cls(**given)
-
-
-def _nested(kind: Any) -> Any:
-    """The spec class that a field holds, or None."""
-    return next((part for part in parts(kind) if is_dataclass(part)), None)
-
-
 def _paths() -> list[str]:
     """Every dotted path that `derive` can set."""
-    return [path for path, (kind, _) in _fields().items() if not _nested(kind) or type(None) in parts(kind)]
+    return [path for path, (kind, _) in _fields().items() if not nested(kind) or type(None) in parts(kind)]
 
 
 def _set(spec: Spec, path: str, value: Any) -> Spec:

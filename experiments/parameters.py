@@ -27,6 +27,7 @@ from dora_lab.methods.inject import inject
 from dora_lab.models.shapes import PAPER, Shape
 from dora_lab.runs import provenance
 from dora_lab.spec import Method
+from experiments.image_text import adapter
 
 FIVE = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -94,10 +95,8 @@ def vl_bart_method(name: str, *, norms: bool, rank: int = 128) -> Method:
 
     Beside it the visual embedding and all biases train, and with `norms` the layer norms; DoRA's norm is in the graph.
     """
-    also = ("visual_embedding", r"\.bias$", *(("layer_?norm",) if norms else ()))
-    shape: dict[str, Any] = {"rank": rank, "alpha": float(rank), "target_modules": ("q_proj", "v_proj")}
-    graph: dict[str, Any] = {"detach_norm": False} if name == "dora" else {}
-    return Method(name=name, **shape, **graph, scope=r"\.layers\.", also_train=also)
+    graph = {"detach_norm": False} if name == "dora" else {}
+    return adapter(name, norms=norms, rank=rank, **graph)
 
 
 @cache

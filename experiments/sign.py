@@ -43,19 +43,34 @@ class Cell(NamedTuple):
     decay: float  # δ of the full fine-tuning whose Σ η λ (under `SAME`: whose λ) it has
 
 
+class SmallCell(NamedTuple):
+    """What a run of the small tier is one of, but for its seed."""
+
+    method: str
+    ratio: float  # of `RATIOS`
+    norms: str  # "found", or of `RESCALED`
+
+
 SAME = "same λ"  # as full fine-tuning: at an adapter's rate it takes more
 M_ALONE, FACTORS_ALONE, MATRICES, CONSTANT = "m alone", "A and B alone", "matrices alone", "constant rate"
 
 
 def specs(tier: str) -> list[Spec]:
     """All runs, seed by seed."""
-    return [spec for seed in MINI_SEEDS for _, spec in _mini(seed)] if tier == "mini" else _small()
+    return (
+        [spec for seed in MINI_SEEDS for _, spec in _mini(seed)] if tier == "mini" else [spec for _, spec in _small()]
+    )
 
 
 @cache
 def cells() -> dict[str, Cell]:
     """The cell of every run of the mini tier, by its id."""
     return {spec_id(spec): cell for seed in MINI_SEEDS for cell, spec in _mini(seed)}
+
+
+def small_cells(sha256: str | None = None) -> dict[str, SmallCell]:
+    """The cell of every run of the small tier on data of that hash, by its id."""
+    return {spec_id(replace(spec, data=replace(spec.data, sha256=sha256))): cell for cell, spec in _small()}
 
 
 def _mini(seed: int) -> Iterator[tuple[Cell, Spec]]:
@@ -104,16 +119,18 @@ def _sum(decay: float) -> float:
     return -math.log(1 - decay) or 0.0
 
 
-def _small() -> list[Spec]:
-    decayed = [_of_small("ft", None, ratio, seed) for seed in SEEDS for ratio in RATIOS]
-    decayed += [_of_small("lora", 16, RATIOS[-1], seed) for seed in SEEDS]
-    normed = [
-        replace(spec, model=replace(spec.model, rescale=entries))
-        for seed in SEEDS[:2]
-        for entries in RESCALED.values()
-        for spec in [_of_small("ft", None, 2.5, seed)]
-    ]
-    return [*decayed, *normed, *(_of_small("dora", 16, ratio, 0) for ratio in (0.0, 2.5))]
+def _small() -> Iterator[tuple[SmallCell, Spec]]:
+    for seed in SEEDS:
+        for ratio in RATIOS:
+            yield SmallCell("ft", ratio, "found"), _of_small("ft", None, ratio, seed)
+    for seed in SEEDS:
+        yield SmallCell("lora", RATIOS[-1], "found"), _of_small("lora", 16, RATIOS[-1], seed)
+    for seed in SEEDS[:2]:
+        for norms, entries in RESCALED.items():
+            spec = _of_small("ft", None, 2.5, seed)
+            yield SmallCell("ft", 2.5, norms), replace(spec, model=replace(spec.model, rescale=entries))
+    for ratio in (0.0, 2.5):
+        yield SmallCell("dora", ratio, "found"), _of_small("dora", 16, ratio, 0)
 
 
 def _of_small(method: str, rank: int | None, ratio: float, seed: int) -> Spec:

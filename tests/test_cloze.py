@@ -12,6 +12,8 @@ import torch
 from tiny import arc_items, boolq_items, make_spec, save_data, save_model
 
 from dora_lab.evaluation.evaluate import evaluate
+from dora_lab.forms.decoder import encode
+from dora_lab.forms.form import IGNORED
 from dora_lab.io.errors import LoadError
 from dora_lab.launch.experiments import load_experiment
 from dora_lab.launch.select import chosen
@@ -22,7 +24,6 @@ from dora_lab.spec import Spec, SpecError, validate
 from dora_lab.tasks import ItemError, load_task, prompt
 from dora_lab.tasks.cloze import as_cloze
 from dora_lab.tasks.sources import items as read
-from dora_lab.training.batches import IGNORED, encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

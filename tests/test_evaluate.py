@@ -22,6 +22,8 @@ from dora_lab import mini
 from dora_lab.evaluation import nll
 from dora_lab.evaluation.evaluate import evaluate, prepare
 from dora_lab.evaluation.protocols import PROTOCOLS
+from dora_lab.forms.decoder import encode
+from dora_lab.forms.form import IGNORED
 from dora_lab.io import limits
 from dora_lab.models.base import model_and_tokenizer
 from dora_lab.models.open import open_tokenizer
@@ -30,7 +32,6 @@ from dora_lab.runs.item_values import number_of, unpack
 from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Spec
 from dora_lab.tasks import ItemError, load_task, prompt
-from dora_lab.training.batches import IGNORED, encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ITEMS = {"boolq": boolq_items(9), "ARC-Easy": arc_items(6)}

@@ -112,13 +112,13 @@ def test_every_step_is_of_one_modality_and_reads_its_images(folder: Path) -> Non
     assert spec.optim is not None
     form = Llava(open_llava(folder / "model")[1])
     examples = form.encode(items(folder).train, spec.data).examples
-    batches = MicroBatches(examples, spec.optim, 0, 0, form=form)
+    batches = MicroBatches(examples, spec.optim, 0, form)
     for step in range(batches.steps):
         places = [2 * step, 2 * step + 1]
         (kind,) = {examples[index].task for place in places for index in batches.items_of(place)}
         for place in places:
             assert ("pixel_values" in batches[place]) == (kind == "image")
-    other = MicroBatches([*examples[:-1], examples[0]], spec.optim, 0, 0, form=form)
+    other = MicroBatches([*examples[:-1], examples[0]], spec.optim, 0, form)
     assert batches.sha256() != other.sha256() == other.sha256()
 
 

@@ -151,3 +151,16 @@ def test_nothing_is_said_of_rows_that_differ_in_method_alone(tmp_path: Path) -> 
         write_run(tmp_path, conftest_spec(name, 8, 0))
     runs = report.frame(tmp_path)
     assert report.sets_apart(runs, runs) is None
+
+
+def test_seeds_without_a_probe_are_seeds_of_their_cell(tmp_path: Path) -> None:
+    runs = load_experiment("small").confirmation(seeds=(0, 5))  # rows of the first five are kept
+    assert len({spec.probe for spec in runs if spec.method.name == "lora"}) == 2
+    found = frame(tree(tmp_path, runs), "small", "record").groupby("label")["spec_id"].nunique()
+    assert found.to_dict() == {"Base": 1, "FT": 2, "LoRA": 2, "DoRA": 2, "DoRA†": 2}
+
+
+def test_one_seed_with_two_probes_is_two_rows(tmp_path: Path) -> None:
+    first, *_ = specs(only=["method.name=lora"])
+    again = derive(first, {"probe.fractions": (1.0,)})
+    assert len(labels(tree(tmp_path, [first, again]))) == 2

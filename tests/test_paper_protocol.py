@@ -15,6 +15,8 @@ from tiny import boolq_items, make_spec, save_data, save_model
 from transformers import TrainingArguments
 
 from dora_lab.evaluation.evaluate import evaluate
+from dora_lab.forms.decoder import Decoder, collate, encode
+from dora_lab.forms.form import IGNORED
 from dora_lab.launch.experiments import load_experiment
 from dora_lab.methods.inject import adapted, inject, merge
 from dora_lab.models.base import model_and_tokenizer
@@ -22,7 +24,7 @@ from dora_lab.runs.directory import RunDir
 from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Method, Spec
 from dora_lab.tasks import ItemError, prompt, sources, train_text
-from dora_lab.training.batches import IGNORED, MicroBatches, collate, encode
+from dora_lab.training.batches import MicroBatches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAPER: Spec = load_experiment("commonsense").specs("paper")[0]
@@ -100,7 +102,7 @@ def test_padding_is_on_the_left_with_token_zero_to_a_multiple_of_eight() -> None
     assert batch["input_ids"][0, :11].tolist() == [0] * 11 and batch["input_ids"][0, 11] == 1
     assert batch["labels"][0, :12].eq(IGNORED).all() and batch["attention_mask"].sum(1).tolist() == [61, 67, 72]
     assert PAPER.optim is not None and PAPER.data.pad_to_multiple_of == 8
-    batches = MicroBatches(examples * 16, PAPER.optim, 0, 0, PAPER.data.pad_to_multiple_of)
+    batches = MicroBatches(examples * 16, PAPER.optim, 0, Decoder(0, PAPER.data.pad_to_multiple_of))
     assert all(batches[place]["input_ids"].shape[1] % 8 == 0 for place in range(len(batches)))
 
 

@@ -195,3 +195,30 @@ def test_the_command_draws_runs_experiments_and_files(results: Path, tmp_path: P
         refused = drawn(*options)
         assert isinstance(refused.exception, ValueError) and words in str(refused.exception)
         assert "\n" not in str(refused.exception)
+
+
+def test_mine_stand_beside_the_committed_and_are_marked(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, out = tmp_path / "mine", tmp_path / "both.png"
+    write_run(mine, make_spec("dora", 8, 0))  # a run that is committed, too
+    write_run(mine, make_spec("dora", 8, 7))
+    monkeypatch.setattr(plot, "RESULTS", results)
+
+    def drawn(*options: str) -> Any:
+        return CliRunner().invoke(app, ["plot", *options, "--beside", "--out", str(out)])
+
+    assert drawn("commonsense", "--results", str(mine)).exit_code == 0
+    seeds = pd.read_csv(tmp_path / "both.data.csv").groupby("label")["seed"].unique().map(set).to_dict()
+    assert seeds == {"LoRA": {0, 1}, "DoRA": {0, 1}, "DoRA (yours)": {0, 7}}
+    one = drawn("commonsense", "--results", str(mine), "--label", "DoRA")
+    assert one.exit_code == 0, one.output
+    assert set(pd.read_csv(tmp_path / "both.data.csv")["label"]) == {"DoRA", "DoRA (yours)"}
+    committed = next((results / "runs" / "commonsense").iterdir())
+    for options, words in (
+        (("commonsense", "--results", str(results)), "holds the committed runs themselves"),
+        ((str(committed), "--results", str(mine)), "is a committed run"),
+        (("ranks", "--results", str(mine)), "no complete run"),
+    ):
+        refused = drawn(*options)
+        assert isinstance(refused.exception, ValueError) and words in str(refused.exception), refused.exception

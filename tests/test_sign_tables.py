@@ -13,8 +13,10 @@ import pandas as pd
 import pytest
 
 from analysis.figures import sign as figure
+from analysis.figures import sign_small as small_figure
 from analysis.tables import sign as table
 from analysis.tables import sign_norms as norms_table
+from analysis.tables import sign_small as small_table
 from dora_lab.report import statistics
 from dora_lab.spec import Spec, from_dict, spec_id, to_dict
 from experiments import sign, sign_norms
@@ -180,3 +182,33 @@ def test_norms_set_by_hand_are_judged_by_what_is_registered(tmp_path: Path, monk
     assert parts(tmp_path / "few", "sign_norms") == ["5 of 8 seeds"] * 5
     text = (tmp_path / "few" / "tables" / "sign_norms.md").read_text(encoding="utf-8")
     assert "−0.83 [−0.94, −0.68]" in text  # the law's, beside r
+
+
+def _as_registered(cell: sign.SmallCell, kind: str) -> float:
+    """Half a tilt is r near 0; beyond it r falls with ΔD."""
+    if cell.method == "lora" or cell.norms == "with":
+        return 0.0
+    return 1.0 if cell.norms == "against" or cell.ratio >= 2.5 else 0.0
+
+
+def test_the_small_tier_is_judged_by_its_registered_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranges = small_table.predicted()
+    assert len(ranges) == 35 and ranges["v_proj", 2.5] == (-0.14, -0.31, 0.02, -0.14)  # as the file prints them
+    assert ranges["q_proj", 0.0] == (0.80, 0.66, 0.89, 0.93)
+    write(tmp_path, sign.specs("small"), sign.small_cells(), _as_registered, monkeypatch)
+    rows = outcomes(tmp_path, small_table).set_index("statement")
+    assert (rows.loc[rows["part"] == "1", "outcome"] == "holds").all()
+    by_hand = rows[rows["part"] == "3"]  # two seeds: an interval may be wide
+    assert len(by_hand) == 9 and (by_hand["agree"] == "2/2").all()
+    assert set(by_hand["outcome"]) <= {"holds", "undecided"}
+    sure = rows.loc["FT: the predicted sign, share of cells"]  # rows are of four kinds: three of seven are not there
+    assert sure["outcome"] == "not run"
+    assert rows.loc["LoRA's z falls less than FT's by 0.2 or more", "outcome"] == "not run"
+    assert len(small_figure.build(tmp_path)) == 6
+
+
+def test_norms_that_do_nothing_refute_the_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tilts = {"against": 0.0, "with": 1.0, "found": 0.5}
+    write(tmp_path, sign.specs("small"), sign.small_cells(), lambda cell, _: tilts[cell.norms], monkeypatch)
+    rows = outcomes(tmp_path, small_table)
+    assert (rows[rows["statement"].str.contains("with less against")]["outcome"] == "refuted").all()

@@ -61,7 +61,8 @@ def test_every_field_has_its_part_in_the_id() -> None:
         "data.eos": "if_shorter", "data.holdout": "mixed", "evaluation.weights": "merged",
         "evaluation.text": "pretraining", "optim.optimizer": "sgd", "optim.groups": "lora_B=16",
         "method.scope": "layers", "method.also_train": "bias",
-        "optim.task_batch_sizes": "boolq=32",
+        "optim.task_batch_sizes": "boolq=32", "model.family": "vl_bart", "data.cutoffs": "boolq=20/10",
+        "data.loss": "scored", "evaluation.task_beams": "boolq=5", "evaluation.early_stopping": True,
     }  # fmt: skip
     seen = {specs.spec_id(DORA)}
     for path in specs._paths():
@@ -118,7 +119,7 @@ def test_a_later_field_keeps_old_ids_and_old_records(monkeypatch: pytest.MonkeyP
     assert specs.spec_id(later) == specs.spec_id(DORA)
     assert specs.to_dict(later)["evaluation"]["temperature"] == 0.0
     assert specs.spec_id(replace(DORA, evaluation=Later(temperature=0.5))) != specs.spec_id(DORA)
-    assert specs._read(Later, old["evaluation"], "evaluation.") == Later()
+    assert specs.read(Later, old["evaluation"], "evaluation.") == Later()
 
 
 def test_derive_parses_by_the_fields_type() -> None:
@@ -179,3 +180,33 @@ def test_the_package_imports_no_torch() -> None:
 
     code = "import sys, dora_lab.runs.directory; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+PICTURED = replace(
+    DORA,
+    model=Model(name="facebook/bart-base", family="vl_bart"),
+    data=Data(name="vl_adapter", tasks=("vqa", "nlvr2"), feature_shape=(49, 2048), visual_tokens=36, loss="scored"),
+    optim=replace(DORA.optim, task_batch_sizes=("vqa=4", "nlvr2=2")),  # type: ignore[type-var]
+)
+
+
+def test_what_a_family_of_models_does_not_read_stays_at_its_default() -> None:
+    specs.validate(PICTURED)
+    for changes, words in (
+        ({"model.family": "decoder"}, "one that reads data.feature_shape, data.visual_tokens, data.loss (else leave"),
+        ({"data.eos": "if_shorter"}, "model.family = 'vl_bart': must be one that reads data.eos"),
+        ({"data.template": "cloze"}, "data.template = 'cloze': must be one of clean, published, bare"),
+        ({"data.feature_shape": ()}, "data.feature_shape = (): must be given with model.family vl_bart"),
+        ({"data.feature_shape": "49"}, "data.feature_shape = [49]: must be empty, or regions and width"),
+        ({"data.visual_tokens": 35}, "data.visual_tokens = 35: must be a square number"),
+        ({"data.cutoffs": "vqa=20"}, "data.cutoffs = ['vqa=20']: must be TASK=TEXT/ANSWER each"),
+        ({"data.train_on_prompt": True}, "data.train_on_prompt = True: must be false with vl_bart"),
+        ({"evaluation.protocols": "loglikelihood"}, "generate alone with model.family vl_bart"),
+        ({"optim.task_batch_sizes": ""}, "given for several tasks"),
+        ({"optim.warmup_fraction": 0.1}, "optim.warmup_steps = 10: must be 0 with optim.warmup_fraction"),
+    ):
+        with pytest.raises(SpecError) as caught:
+            specs.derive(PICTURED, changes)
+        assert words in str(caught.value)
+    with pytest.raises(SpecError, match=r"data\.template = 'bare': must be one of clean, published, cloze"):
+        specs.derive(DORA, {"data.template": "bare"})

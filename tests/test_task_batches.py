@@ -15,9 +15,10 @@ import torch
 from test_train import KillAt, Killed, StopAt, go, rows
 from tiny import arc_items, make_spec, save_data, save_model
 
+from dora_lab.forms.decoder import Decoder, Example
 from dora_lab.launch import plan
 from dora_lab.spec import SpecError
-from dora_lab.training.batches import Example, MicroBatches, order, steps_by_task
+from dora_lab.training.batches import MicroBatches, order, steps_by_task
 from dora_lab.training.fit import Interrupted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,19 +83,19 @@ def test_the_last_step_of_a_task_is_filled(epochs: float) -> None:
 def test_tasks_have_to_be_those_that_there_are() -> None:
     for sizes in (("boolq=4",), ("boolq=4", "ARC-Easy=10", "piqa=4"), ("boolq=4", "arc=10")):
         with pytest.raises(SpecError, match=r"task_batch_sizes names .*; trained are boolq, ARC-Easy: name each"):
-            MicroBatches(examples(), optim(task_batch_sizes=sizes), 0, 0)
+            MicroBatches(examples(), optim(task_batch_sizes=sizes), 0, Decoder(0))
 
 
 def test_micro_batches_cover_each_step() -> None:
     some = examples()
-    batches = MicroBatches(some, optim(), 0, 0)
+    batches = MicroBatches(some, optim(), 0, Decoder(0))
     assert len(batches) == 2 * batches.steps == 24
     for step, wanted in enumerate(steps_by_task(COUNTS, optim(), seed=0)):
         one, two = batches.items_of(2 * step), batches.items_of(2 * step + 1)
         assert len(one) == len(two) and sorted(one + two) == sorted(wanted)
         lengths = [len(some[index].ids) for index in one + two]
         assert lengths == sorted(lengths)
-    mixed = MicroBatches(some, optim(task_batch_sizes=()), 0, 0)
+    mixed = MicroBatches(some, optim(task_batch_sizes=()), 0, Decoder(0))
     assert mixed.indices == order(42, 0, 88) and mixed.steps == 11  # as before there were steps of one task
     assert mixed.sha256() != batches.sha256()
 

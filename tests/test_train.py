@@ -14,6 +14,8 @@ from tiny import boolq_items, make_spec, save_data, save_model
 from torch import Tensor, nn
 from transformers import TrainerCallback, get_scheduler
 
+from dora_lab.forms.decoder import Decoder, collate, encode
+from dora_lab.forms.form import IGNORED
 from dora_lab.io.errors import LoadError
 from dora_lab.methods.inject import inject
 from dora_lab.models.base import model_and_tokenizer
@@ -24,7 +26,7 @@ from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Spec
 from dora_lab.tasks import ItemError, sources
 from dora_lab.tasks.limits import limits
-from dora_lab.training.batches import IGNORED, MicroBatches, collate, encode, order
+from dora_lab.training.batches import MicroBatches, order
 from dora_lab.training.checks import rate_reached
 from dora_lab.training.fit import Interrupted, train
 from dora_lab.training.trained_weights import trained_weights
@@ -186,7 +188,7 @@ def test_micro_batches_cover_each_step(model_dir: Path) -> None:
     _, tokenizer = model_and_tokenizer(spec, model_dir)
     examples = encode({"boolq": boolq_items(40)}, spec.data, tokenizer).examples
     assert spec.optim is not None
-    batches = MicroBatches(examples, spec.optim, 0, 0)
+    batches = MicroBatches(examples, spec.optim, 0, Decoder(0))
     assert batches.steps == 20
     for step in range(batches.steps):
         both = batches.items_of(2 * step) + batches.items_of(2 * step + 1)

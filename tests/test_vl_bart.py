@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pictured import save_bart
 from safetensors.torch import load_file, save_file
-from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
-from transformers import BartConfig, BartForConditionalGeneration, BartTokenizer, GenerationConfig
 
 from analysis.tables.parameters import comparison
 from dora_lab import inject, load_adapter, paper, save_adapter
 from dora_lab.io.errors import CheckpointError
-from dora_lab.models.vl_bart import TOKENS, VLBart, open_vl_bart, pooled
+from dora_lab.models.vl_bart import TOKENS, VLBart, open_vl_bart
 from experiments import parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,34 +27,7 @@ SENTENCES = ("what is red", "how many rings are there in this picture", "yes")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random BART with the files that facebook/bart-base has on the hub, and its ids of special tokens."""
-    where = tmp_path_factory.mktemp("bart")
-    words = ByteLevelBPETokenizer()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    words.train_from_iterator(SENTENCES * 20, vocab_size=300, special_tokens=special, show_progress=False)
-    words.save_model(str(where))
-    tokenizer = BartTokenizer.from_pretrained(where)
-    tokenizer.save_pretrained(where)
-    torch.manual_seed(0)
-    config = BartConfig(
-        vocab_size=len(tokenizer), d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=24,
-        decoder_ffn_dim=24, encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=64,
-        init_std=0.3, forced_eos_token_id=None,
-    )  # fmt: skip
-    model = BartForConditionalGeneration(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # biases begin at zero, norms at one: a lost one would not be seen
-                parameter.add_(0.3 * torch.randn(parameter.shape))
-    model.generation_config = GenerationConfig(num_beams=4, no_repeat_ngram_size=3, **_ids(config))
-    model.save_pretrained(where)
-    return where
-
-
-def _ids(config: Any) -> dict[str, int]:
-    return {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")} | {
-        "decoder_start_token_id": config.decoder_start_token_id
-    }
+    return save_bart(tmp_path_factory.mktemp("bart"), SENTENCES)
 
 
 def opened(folder: Path, seed: int = 0, **how: Any) -> tuple[VLBart, Any]:
@@ -300,18 +272,3 @@ def test_an_adapter_as_released_is_saved_whole(name: str, folder: Path, tmp_path
         torch.testing.assert_close(theirs(**inputs).logits, logits, rtol=1e-4, atol=1e-5)
     with pytest.raises(CheckpointError, match="made for the base"):  # its tokens and visual embedding are part of it
         load_adapter(open_vl_bart(folder, WIDTH, seed=1)[0], tmp_path)
-
-
-# --- features
-
-
-def test_pooling_is_the_largest_of_each_cell() -> None:
-    grid = torch.randn(2, 3, 49, 5)
-    own = torch.empty(2, 3, 36, 5)
-    for row in range(6):
-        for column in range(6):
-            rows, columns = ((slice(at * 7 // 6, -(-(at + 1) * 7 // 6))) for at in (row, column))
-            own[..., row * 6 + column, :] = grid.view(2, 3, 7, 7, 5)[..., rows, columns, :].amax((2, 3))
-    assert torch.equal(pooled(grid), own) and torch.equal(pooled(own), own)
-    with pytest.raises(ValueError, match="48 regions are no square grid"):
-        pooled(grid[:, :, :48])

@@ -14,7 +14,7 @@ import pandas as pd
 from analysis import isnt, script
 from analysis.cells import READ, ZS, judged, less, measured, of_cells, per_doubling, shown, zs
 from dora_lab import report
-from dora_lab.paper.predicted import Prediction
+from dora_lab.paper.predicted import Prediction, judge
 from dora_lab.report import Block, law
 from experiments import sign
 from experiments.sign import CONSTANT, DECAYS, FACTORS_ALONE, M_ALONE, MATRICES, SAME, Cell
@@ -37,7 +37,7 @@ def build(results: Path) -> list[Path]:
     probes = of_cells(results, "sign", sign.cells())
     if not len(probes):
         return []
-    blocks, outcomes = judged(list(predictions(zs(probes))), len(sign.MINI_SEEDS), PARTS)
+    blocks, outcomes = judged(judge(list(predictions(zs(probes))), len(sign.MINI_SEEDS)), PARTS)
     rows = with_decay(probes)
     for method in report.METHODS:
         if mine := [row | _texts(row) for row in rows if row["cell"].method == method]:

@@ -17,7 +17,7 @@ import pandas as pd
 from analysis import isnt, script
 from analysis.cells import READ, ZS, judged, less, measured, of_cells, shown, zs
 from dora_lab import report
-from dora_lab.paper.predicted import Prediction
+from dora_lab.paper.predicted import Prediction, judge
 from dora_lab.report import Block, number
 from experiments import sign_norms
 from experiments._sign_norms import BASES, predicted
@@ -48,7 +48,7 @@ def build(results: Path) -> list[Path]:
         mine = probes[probes["model.name"] == base]
         if not len(mine):
             continue
-        made, outcomes = judged(list(predictions(base, zs(mine))), len(MINI_SEEDS), PARTS)
+        made, outcomes = judged(judge(list(predictions(base, zs(mine))), len(MINI_SEEDS)), PARTS)
         rows = [row | row["cell"]._asdict() for row in measured(mine)]
         rows = [row | _by_law(row) for row in sorted(rows, key=_place)]
         for method, look in report.METHODS.items():

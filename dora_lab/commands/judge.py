@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dora_lab.commands.app import LOCAL, RESULTS, ReadOption, app, examples, experiment_names, results_folder, say
+from dora_lab.commands.app import (
+    LOCAL,
+    RESULTS,
+    ReadOption,
+    app,
+    examples,
+    experiment_names,
+    progress_bar,
+    results_folder,
+    say,
+)
 from dora_lab.commands.show import Format, FormatOption, show
 from dora_lab.launch.experiments import declared_specs, experiment_name, published_specs
 from dora_lab.runs.survey import survey
@@ -41,10 +51,15 @@ def verify(
     about = sorted(verifying.claims()["experiment"].unique())
     if experiment is not None:
         experiment = experiment_name(experiment, {*experiment_names(), *about})
-    for lost in survey(results, experiment).left_out:
-        say(f"left out: {lost.why}", err=True)
-    declared = declared_specs()
-    evals, probes = (report.frame(results, experiment, stream, declared) for stream in ("eval", "probe"))
+    with progress_bar("reading runs", total=3, unit="stream") as bar:
+        for lost in survey(results, experiment).left_out:
+            say(f"left out: {lost.why}", err=True)
+        bar.update()
+        declared = declared_specs()
+        evals = report.frame(results, experiment, "eval", declared)
+        bar.update()
+        probes = report.frame(results, experiment, "probe", declared)
+        bar.update()
     found = verifying.verdicts(evals, probes, verifying.claims(experiment))
     counts, ran = verifying.summary(verifying.cells(results, verifying.claims(), published_specs()), experiment)
     groups = found.groupby(["tier", "model", "data"], sort=False, dropna=False) if len(found) else ()

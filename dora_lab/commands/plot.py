@@ -14,6 +14,8 @@ from dora_lab.launch.experiments import declared_specs, experiment_names
 from dora_lab.runs.survey import verified
 from dora_lab.spec import SpecError, did_you_mean
 
+YOURS = " (yours)"
+
 
 @app.command(epilog=examples("plot commonsense --results results --kinds q_proj", "plot rows.csv --form training"))
 def plot(
@@ -25,6 +27,9 @@ def plot(
     form: Annotated[str, typer.Option(help="scatter (ΔD, ΔM), training or layers (lines of both).")] = "scatter",
     kinds: Annotated[str, typer.Option(help="Comma-separated leaf names, e.g. q_proj,v_proj; default: all.")] = "",
     label: Annotated[list[str] | None, typer.Option(help="Only these rows of tables, e.g. DoRA; default: all.")] = None,
+    beside: Annotated[
+        bool, typer.Option("--beside", help="The committed runs of the same experiments, too; yours are marked.")
+    ] = False,
     results: ResultsOption = LOCAL,
 ) -> None:
     """Draw ΔD and ΔM of runs, of what `dora-lab probe` wrote, or of rows of the callback; the numbers lie beside it."""
@@ -35,10 +40,13 @@ def plot(
     files = [text for text in what if Path(text).suffix in points.ENDINGS or Path(text).is_file()]
     if files and len(files) < len(what):
         raise ValueError(f"{files[0]}: give runs or files of rows, not both")
-    parts: list[tuple[str, Any]] = [("", _of_files(files))] if files else report.groups(_of_runs(what, results))
+    if files and beside:
+        raise ValueError(f"--beside: {files[0]} is a file of rows, of no experiment; give runs")
+    parts: list[tuple[str, Any]] = [("", _of_files(files))] if files else report.groups(_of_runs(what, results, beside))
     for suffix, rows in parts:
         rows = _chosen(rows, "kind", [kind for kind in kinds.split(",") if kind], "--kinds")
-        rows = _chosen(rows, "label", label or [], "--label")
+        rows = rows.assign(row=rows["label"].str.removesuffix(YOURS)) if label else rows
+        rows = _chosen(rows, "row", label or [], "--label").drop(columns="row", errors="ignore")
         file = out.with_stem(out.stem + suffix) if len(parts) > 1 else out
         try:
             report.plot(rows, file, form=form, paper=PANELS, source=None if files else report.provenance(rows))
@@ -64,8 +72,10 @@ def _of_files(files: Sequence[str]) -> Any:
     return pd.concat(parts, ignore_index=True)
 
 
-def _of_runs(names: Sequence[str], results: Path) -> Any:
-    """Probe rows of complete runs, labelled as in the tables."""
+def _of_runs(names: Sequence[str], results: Path, beside: bool) -> Any:
+    """Probe rows of complete runs, labelled as in the tables; with `beside` those are "(yours)", and the committed runs
+    of their experiments that share a panel with one of them stand beside.
+    """
     import pandas as pd
 
     from dora_lab import report
@@ -79,7 +89,8 @@ def _of_runs(names: Sequence[str], results: Path) -> Any:
     parts = []
     for name in names:
         if name in experiment_names():
-            root = next((root for root in (results, RESULTS) if (root / "runs" / name).is_dir()), results)
+            roots = (results,) if beside else (results, RESULTS)
+            root = next((root for root in roots if (root / "runs" / name).is_dir()), results)
             rows = frame(root, name)
             if not len(rows):
                 raise SpecError(
@@ -87,6 +98,8 @@ def _of_runs(names: Sequence[str], results: Path) -> Any:
                 )
         else:
             path = find_run(name, results).absolute()
+            if beside and path.parents[2] == RESULTS.absolute():
+                raise SpecError(f"--beside: {path} is a committed run; give one of yours, with --results")
             record = verified(path)
             rows = frame(path.parents[2], path.parent.name)
             rows = rows[rows["spec_id"] == path.name]
@@ -96,7 +109,17 @@ def _of_runs(names: Sequence[str], results: Path) -> Any:
                     "a complete run, or the file probe.jsonl itself"
                 )
         parts.append(rows)
-    return pd.concat(parts).drop_duplicates(["spec_id", "step", "fraction", "module"])
+    yours = pd.concat(parts).drop_duplicates(["spec_id", "step", "fraction", "module"])
+    if not beside:
+        return yours
+    if results.absolute() == RESULTS.absolute():
+        raise SpecError(f"--beside: {results} holds the committed runs themselves; give yours with --results")
+    panels = yours[report.GROUP].drop_duplicates()
+    committed = pd.concat([frame(RESULTS, name) for name in yours["experiment"].unique()])
+    committed = committed.merge(panels, on=report.GROUP) if len(committed) else committed
+    if not len(committed):
+        raise SpecError(f"--beside: no committed run of {', '.join(yours['experiment'].unique())} has probe rows")
+    return pd.concat([committed, yours.assign(label=yours["label"] + YOURS)])
 
 
 def _chosen(rows: Any, column: str, wanted: Sequence[str], option: str) -> Any:

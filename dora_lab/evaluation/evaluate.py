@@ -7,11 +7,8 @@ back. lm-eval's answer cache is not used (it does not tell two models apart).
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
 import math
 import threading
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,21 +18,14 @@ from dora_lab.evaluation import nll
 from dora_lab.evaluation.lm_eval_model import Model, quiet, undisturbed
 from dora_lab.evaluation.protocols import PROTOCOLS
 from dora_lab.evaluation.protocols.protocol import Item, Protocol, Question, Sample
-from dora_lab.io.atomic import write_text
+from dora_lab.evaluation.rows import Progress, Tick, through
 from dora_lab.runs.directory import RunDir
-from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Spec
 from dora_lab.tasks import Task, load_task
 from dora_lab.tasks.limits import limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Progress = Callable[[int, int], None]  # batches done, batches in all (estimated)
-
-
-class Stopped(KeyboardInterrupt):
-    """The evaluation was asked to stop; rows of whole tasks are kept, and the next call goes on after them."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +39,16 @@ class Part:
     @property
     def prompt_sha256(self) -> str:
         return hashlib.sha256("\0".join(question["prompt"] for question in self.questions).encode()).hexdigest()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Fields of its row that say what was asked."""
+        return {
+            "task": self.task.name,
+            "protocol": self.protocol.name,
+            "n": len(self.questions),
+            "prompt_sha256": self.prompt_sha256,
+        }
 
     def batches(self, size: int) -> int:
         options = sum(len(question["options"]) for question in self.questions)
@@ -77,22 +77,12 @@ def evaluate(
     itself, so that its numbers do not depend on which others were done in one go.
     """
     parts = prepare(spec, model, tokenizer, items)
-    rows = _kept(run, parts)
-    batches = [part.batches(spec.evaluation.batch_size) for part in parts]
-    for place, part in list(enumerate(parts))[len(rows) :]:
-        begun = itertools.count(1 + sum(batches[:place]))
 
-        def tick(begun: itertools.count[int] = begun, most: int = sum(batches[: place + 1])) -> None:
-            if stop is not None and stop.is_set():
-                raise Stopped("stopped while evaluating")
-            if progress:
-                progress(min(next(begun), most), sum(batches))
-
+    def score(part: Part, tick: Tick) -> tuple[dict[str, Any], list[Sample]]:
         samples = answers(spec, model, tokenizer, part, tick)
-        row = _row(part, samples, spec.evaluation.split == "test")
-        _write_samples(run, row, samples)
-        run.append("eval", row)
-        rows.append(row)
+        return _row(part, samples, spec.evaluation.split == "test"), samples
+
+    rows = through(parts, score, run, spec.evaluation.batch_size, stop, progress)
     tasks = len(parts) // len(spec.evaluation.protocols)
     return {
         protocol: sum(row["value"] for row in rows if row["protocol"] == protocol) / tasks
@@ -118,21 +108,8 @@ def prepare(
     return parts
 
 
-def _kept(run: RunDir, parts: Sequence[Part]) -> list[dict[str, Any]]:
-    """Rows of an evaluation that was cut short: those of the first parts; none if any is of other questions."""
-    rows = read_stream(run.path, "eval")
-    fits = len(rows) <= len(parts) and all(
-        (row["protocol"], row["task"], row["n"], row["prompt_sha256"])
-        == (part.protocol.name, part.task.name, len(part.questions), part.prompt_sha256)
-        for row, part in zip(rows, parts, strict=False)
-    )
-    if not fits:
-        run.cut("eval")
-    return rows if fits else []
-
-
 def answers(
-    spec: Spec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: Part, tick: Callable[[], None]
+    spec: Spec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: Part, tick: Tick
 ) -> list[Sample]:
     """What the model answered: index, prompt, output, parsed, gold, correct and what else the protocol keeps."""
     name = part.task.name
@@ -182,9 +159,3 @@ def _row(part: Part, samples: list[Sample], items: bool) -> dict[str, Any]:
     if not part.protocol.generates:
         row |= nll.columns(samples, [question.get("fact") for question in part.questions], items)
     return row | part.protocol.more(part.task, samples)
-
-
-def _write_samples(run: RunDir, row: dict[str, Any], samples: list[Sample]) -> None:
-    run.samples.mkdir(parents=True, exist_ok=True)
-    file = run.samples / f"{row['task']}.{row['protocol']}.jsonl"
-    write_text(file, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))

@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from dora_lab.forms.decoder import answer_loss, labelled
+from dora_lab.forms.form import IGNORED, Encoded, Form, Pools, refuse_beyond
 from dora_lab.spec import Data, SpecError
 from dora_lab.tasks.conversations import IMAGE, Item
 from dora_lab.tasks.items import ItemError
@@ -31,7 +33,6 @@ from dora_lab.tasks.limits import NO_LIMITS, Limits
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
-IGNORED = -100  # label of a token without loss
 AT_ONCE = 1000  # conversations tokenised in one call
 
 
@@ -50,16 +51,7 @@ class Example:
         return array.array("q", [len(self.ids), *self.ids, *self.labels]).tobytes() + str(self.image).encode()
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Examples, and how many of them did not fit into the cutoff as they were."""
-
-    examples: list[Example]
-    shortened: int
-    answers_cut: int
-
-
-class Llava:
+class Llava(Form):
     """The form for one processor (`models.llava.open_llava`).
 
     Raises ItemError where the tokenizer's mask of a probe is not its answers: then it would learn something else.
@@ -83,9 +75,7 @@ class Llava:
                 f"{IMAGE} where an image has {self.tokens}; give the tokenizer of LLaVA as tokenizer.json"
             )
 
-    def encode(
-        self, items: Mapping[str, list[Item]], data: Data, tokenizer: Any = None, limits: Limits = NO_LIMITS
-    ) -> Encoded:
+    def encode(self, items: Pools, data: Data, tokenizer: Any = None, limits: Limits = NO_LIMITS) -> Encoded:
         """Examples of conversations, by pool; labels on the answers and their end of sequence, cut on the right.
 
         Raises ItemError, naming the item: where nothing that is learnt is left within `data.cutoff` tokens, or not the
@@ -98,11 +88,7 @@ class Llava:
             for item, (ids, mask) in zip(pool, self._coded(pool), strict=True):
                 if len(list(_runs(ids, mask))) != len(item["turns"]):
                     raise ItemError(f"{item['where']}: not every answer has tokens of its own; correct or remove it")
-                if limits.exceeded(min(len(ids), cutoff)):
-                    raise ItemError(
-                        f"{item['where']}: {min(len(ids), cutoff)} tokens exceed the model's {limits.positions} "
-                        "positions; lower data.cutoff to that"
-                    )
+                refuse_beyond(ids[:cutoff], limits, item["where"])
                 kept = mask[:cutoff]
                 if not any(kept[1:]):
                     raise ItemError(
@@ -142,6 +128,14 @@ class Llava:
         }
         seen = [opened(example.image, example.where) for example in examples if example.image is not None]
         return found | ({"pixel_values": self.images(seen, return_tensors="pt")["pixel_values"]} if seen else {})
+
+    def count(self, batch: Mapping[str, Tensor]) -> int:
+        """Labelled tokens."""
+        return labelled(batch)
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Cross-entropy in nats, summed over the labelled tokens."""
+        return answer_loss(model, batch)
 
     @torch.no_grad()
     def answers(

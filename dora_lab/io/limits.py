@@ -47,6 +47,9 @@ RANKS = Limit("pattern=rank each", _pairs(r"[1-9]\d*"))
 ALPHAS = Limit("pattern=alpha each", _pairs(r"(?=.*[1-9])\d+(\.\d+)?"))  # above zero
 GROUPS = Limit("PATTERN=FACTOR or PATTERN=FACTOR:DECAY each, factors above 0", lambda texts: _groups(texts))
 TASK_SIZES = Limit("TASK=ITEMS each, ITEMS at least 1, a task once", lambda texts: _task_sizes(texts))
+CUTOFFS = Limit("TASK=TEXT/ANSWER each, numbers of at least 3, a task once", lambda texts: _cutoffs(texts))
+SHAPE = Limit("empty, or regions and width", lambda sizes: not sizes or (len(sizes) == 2 and min(sizes) > 0))
+SQUARE = Limit("a square number", lambda number: number >= 1 and math.isqrt(number) ** 2 == number)
 PATTERN = Limit("a regular expression", lambda text: _are_patterns((text,)))
 PATTERNS = Limit("distinct regular expressions", lambda texts: not texts or (_distinct(texts) and _are_patterns(texts)))
 RESCALES = Limit(
@@ -98,6 +101,25 @@ def task_sizes(texts: tuple[str, ...]) -> dict[str, int]:
 def _task_sizes(texts: tuple[str, ...]) -> bool:
     try:
         return len(task_sizes(texts)) == len(texts)
+    except ValueError:
+        return False
+
+
+def cutoffs(texts: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """Tokens of the text and of the answer at most, by task, that "TASK=TEXT/ANSWER" of each say; else ValueError."""
+    found = {}
+    for text in texts:
+        task, _, numbers = text.rpartition("=")
+        sizes = [int(number) for number in numbers.split("/")]
+        if not task or task in found or len(sizes) != 2 or min(sizes) < 3:  # the begin, a token, the end
+            raise ValueError(text)
+        found[task] = (sizes[0], sizes[1])
+    return found
+
+
+def _cutoffs(texts: tuple[str, ...]) -> bool:
+    try:
+        return len(cutoffs(texts)) == len(texts)
     except ValueError:
         return False
 

@@ -1,6 +1,7 @@
 """Values of JSON, and text that somebody typed, in the type that an annotation names: `int | None`, `tuple[str, ...]`.
 
-Known are bool, int, float, str, `Literal`, homogeneous tuples, classes, and each of them or None.
+Known are bool, int, float, str, `Literal`, homogeneous tuples, classes, and each of them or None. Dataclasses are read
+from JSON objects and written as such, field by field; a field whose metadata has "since" may be missing.
 """
 
 from __future__ import annotations
@@ -8,7 +9,11 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Mapping
-from typing import Any, Literal, Union, get_args, get_origin
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from dora_lab.io.text import did_you_mean
 
 _NAMES = {float: "a finite number", int: "a whole number", str: "text", bool: "true or false"}
 
@@ -16,6 +21,49 @@ _NAMES = {float: "a finite number", int: "a whole number", str: "text", bool: "t
 def parts(kind: Any) -> tuple[Any, ...]:
     """The members of a union, or the type itself."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+@cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Field name to resolved type, in the order of the fields."""
+    hints = get_type_hints(cls)
+    return {item.name: hints[item.name] for item in fields(cls)}
+
+
+def nested(kind: Any) -> Any:
+    """The dataclass that a field holds, or None."""
+    return next((part for part in parts(kind) if is_dataclass(part)), None)
+
+
+def plain(value: Any, *, omit_defaults: bool) -> Any:
+    """A dataclass as JSON values, tuples as lists; omit_defaults: without later fields that are at their default."""
+    if is_dataclass(value) and not isinstance(value, type):
+        named = ((item, getattr(value, item.name)) for item in fields(value))
+        return {
+            item.name: plain(inner, omit_defaults=omit_defaults)
+            for item, inner in named
+            if not (omit_defaults and "since" in item.metadata and inner == item.default)
+        }
+    return list(value) if isinstance(value, tuple) else value
+
+
+def read(cls: Any, values: Any, prefix: str = "") -> Any:
+    """The dataclass that `plain` wrote; ValueError, with the dotted path, for a key that is unknown or missing."""
+    where = prefix.rstrip(".") or "spec"
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: expected a JSON object, got {values!r}")
+    known = {item.name: item for item in fields(cls)}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown field '{prefix}{key}'; {did_you_mean(str(key), known)}")
+    given: dict[str, Any] = {}
+    for name, kind in field_types(cls).items():
+        if name in values:
+            inner = values[name]
+            given[name] = read(nested(kind), inner, f"{prefix}{name}.") if nested(kind) and inner is not None else inner
+        elif "since" not in known[name].metadata:
+            raise ValueError(f"missing field '{prefix}{name}'; a spec names every field, add it")
+    return cls(**given)
 
 
 def coerce(kind: Any, value: Any, path: str) -> Any:

@@ -202,7 +202,7 @@ def _evaluation_flops(spec: Spec, shape: Shape, items: int, length: int) -> floa
         if protocol == "generate":
             positions = (length + spec.evaluation.max_new_tokens) * spec.evaluation.num_beams
         else:
-            options = [1 / load_task(task).chance for task in spec.data.tasks]
+            options = [1 / (load_task(task).chance or 1) for task in spec.data.tasks]
             positions = length * sum(options) / len(options)
         total += items * positions * forward_flops(shape, length)
     return total

@@ -72,6 +72,7 @@ def _steps(spec: Spec, known: Mapping[str, int]) -> str:
     how = f"learning rate {spec.optim.learning_rate:g}, batch {batch}"
     items = _train_items(spec, known)
     if items is None:
-        return f"{spec.optim.epochs:g} epochs of all items, {how}"
+        steps = " in steps of one task" if spec.optim.task_batch_sizes else ""
+        return f"{spec.optim.epochs:g} epochs of all items{steps}, {how}"
     about = "about " if spec.data.train_items is None else ""
     return f"{about}{spec.optim.steps(items)} steps, {how}"

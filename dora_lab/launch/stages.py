@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from dora_lab import distributed
-from dora_lab.evaluation import protocols, text
+from dora_lab.evaluation import pictured, protocols, text
 from dora_lab.evaluation.evaluate import evaluate, prepare
 from dora_lab.formats.live import load_adapter, save_trained
 from dora_lab.io.errors import LoadError
@@ -34,6 +34,9 @@ from dora_lab.training.trained_weights import fill_trained, trained_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+KINDS = {"decoder": None, "vl_bart": ("q_proj", "v_proj")}  # what is probed; None: what is trained
 
 
 @dataclass
@@ -60,7 +63,7 @@ def load(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir) -> Loaded:
         items = sources.items(spec, paths.data_dir)
         protocols.ready(spec)  # now, not after days of training
         model, tokenizer = model_and_tokenizer(spec, paths.model_dir)
-        prepare(spec, model, tokenizer, items.split(spec.evaluation.split))  # what it could not score, likewise
+        _prepare(spec, model, tokenizer, items)  # what it could not score, likewise
         asked = spec.evaluation.text == "pretraining"
         text_NT = text.held_out(model_folder(spec.model, paths.model_dir), tokenizer) if asked else None
     if text_NT is not None:
@@ -71,7 +74,8 @@ def load(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir) -> Loaded:
         "sources": list(items.sources),
         "registered": provenance.registered(spec.experiment),
     }
-    run.record(inputs={**found, **told, **tokens})
+    seen = {} if items.pictures is None else {"features": {"sha256": items.pictures.sha256}}
+    run.record(inputs={**found, **told, **tokens, **seen})
     return Loaded(model, tokenizer, items, text_NT)
 
 
@@ -106,10 +110,20 @@ def score(spec: Spec, runtime: Runtime, run: RunDir, loaded: Loaded) -> None:
     weights = spec.evaluation.weights
     if weights == "merged" or (weights == "exact" and spec.model.dtype == "float32"):  # narrower types round
         merge(loaded.model, keep=False)
-    evaluate(
-        spec, loaded.model, loaded.tokenizer, loaded.items.split(spec.evaluation.split), run, runtime.stop,
-        lambda done, of: runtime.progress("evaluate", done, of, None),
+    asked, pictures = loaded.items.split(spec.evaluation.split), loaded.items.pictures
+    ask = evaluate if pictures is None else partial(pictured.evaluate, pictures=pictures)
+    ask(
+        spec, loaded.model, loaded.tokenizer, asked, run=run, stop=runtime.stop,
+        progress=lambda done, of: runtime.progress("evaluate", done, of, None),
     )  # fmt: skip
+
+
+def _prepare(spec: Spec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: sources.Items) -> None:
+    asked = items.split(spec.evaluation.split)
+    if items.pictures is None:
+        prepare(spec, model, tokenizer, asked)
+    else:
+        pictured.prepare(spec, model, tokenizer, asked, items.pictures)
 
 
 def _put_on(model: PreTrainedModel, spec: Spec, paths: Paths, runtime: Runtime) -> dict[str, int]:
@@ -150,7 +164,7 @@ def _probes(spec: Spec, paths: Paths, run: RunDir, model: PreTrainedModel) -> It
         initial = partial(_initial, files, spec)
         # of a Llama all seven matrices, as published, also those that a method leaves alone; else what is trained
         leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-        kinds = LLAMA_KINDS if leaves.issuperset(LLAMA_KINDS) else None
+        kinds = LLAMA_KINDS if leaves.issuperset(LLAMA_KINDS) else KINDS[spec.model.family]
         yield [
             DecompositionCallback(lambda row: run.append("probe", _rounded(row)), spec.probe.fractions, kinds, initial)
         ]
@@ -163,6 +177,7 @@ def _rounded(row: dict[str, Any]) -> dict[str, Any]:
 
 def _initial(files: dict[str, safe_open], spec: Spec, name: str) -> Any:
     """W0 as the run loaded it: in `model.dtype`, and rescaled where the run's base is."""
+    name = name if name in files else name.removeprefix("model.")  # a model saved without its head
     if name not in files:
         raise LoadError(f"'{name}' is not in the base model's files, so its change cannot be measured")
     W0 = files[name].get_tensor(name).to(getattr(torch, spec.model.dtype))

@@ -63,6 +63,8 @@ def model_and_tokenizer(spec: Spec, model_dir: Path | None = None) -> tuple[PreT
     """
     folder = model_folder(spec.model, model_dir)
     try:
+        if spec.model.family == "vl_bart":
+            return _vl_bart(spec, folder)
         tokenizer = open_tokenizer(folder)
         _prepare_tokenizer(tokenizer, spec.model.pad, folder)
         model = open_model(folder, spec.model.dtype)  # transformers' own default is the file's type
@@ -79,6 +81,20 @@ def model_and_tokenizer(spec: Spec, model_dir: Path | None = None) -> tuple[PreT
                 + (", or set model.pad to zero" if name == "pad" else "")
             )
     model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def _vl_bart(spec: Spec, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """VL-BART of a folder with BART; texts begin and end with a token of their own, and are padded on the right."""
+    from dora_lab.models.vl_bart import open_vl_bart
+
+    model, tokenizer = open_vl_bart(folder, spec.data.feature_shape[1], spec.seed, spec.model.dtype)
+    tokenizer.padding_side = "right"
+    ids = cast("list[int]", tokenizer("a")["input_ids"])
+    if tokenizer.pad_token_id is None or (ids[0], ids[-1]) != (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        raise LoadError(f"{folder}: the tokenizer does not begin and end texts as BART's does; save BART's with it")
+    if spec.model.rescale or spec.model.pad != "own":
+        raise LoadError(f"{folder}: model.rescale and model.pad are for causal models; leave them at their defaults")
     return model, tokenizer
 
 

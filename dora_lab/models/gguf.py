@@ -6,8 +6,11 @@ What comes out is another model than the one that was quantised, and its manifes
 from __future__ import annotations
 
 import copy
+import io
 import json
 import shutil
+import sys
+from contextlib import nullcontext, redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,10 +36,12 @@ def dequantise(file: Path, out: Path, source: dict[str, Any]) -> Path:
     shutil.rmtree(half, ignore_errors=True)  # of a call that was cut short
     half.mkdir(parents=True)
     try:
-        model, tokenizer = _open(file)
-        with disk_errors(half):
-            model.save_pretrained(half)
-            tokenizer.save_pretrained(half)
+        # transformers draws its bars wherever it is: a log gets none
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+            model, tokenizer = _open(file)
+            with disk_errors(half):
+                model.save_pretrained(half)
+                tokenizer.save_pretrained(half)
         _without_version(half / "config.json")
         about = source | {"gguf": file.name, "gguf_sha256": sha256(file), "types": kinds}
         files = {path.name: sha256(path) for path in sorted(half.iterdir())}

@@ -10,7 +10,6 @@ F numbers of a feature, W words, D width of the model.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -138,13 +137,3 @@ def open_vl_bart(
         if len(tokenizer) > cast(nn.Embedding, model.get_input_embeddings()).num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # as transformers 4.2.1 did
     return cast(VLBart, model), tokenizer
-
-
-def pooled(features: Tensor, side: int = 6) -> Tensor:
-    """(..., n x n, F) -> (..., side x side, F): the largest of each cell of a coarser grid (`AdaptiveMaxPool2d`)."""
-    *outer, regions, size = features.shape
-    grid = math.isqrt(regions)
-    if grid * grid != regions:
-        raise ValueError(f"{regions} regions are no square grid")
-    cells = features.reshape(-1, grid, grid, size).permute(0, 3, 1, 2)
-    return F.adaptive_max_pool2d(cells, side).flatten(2).transpose(1, 2).reshape(*outer, side * side, size)

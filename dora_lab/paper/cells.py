@@ -95,9 +95,7 @@ def _runs(root: Path, protocol: set[Spec]) -> dict[_Key, list[_Run]]:
     """The runs of tier paper by the cell that they are about."""
     columns = {task.name: task.column for task in all_tasks()}
     found: dict[_Key, list[_Run]] = defaultdict(list)
-    for path, record in iter_runs(Path(root)):
-        if record["spec"]["tier"] != "paper":
-            continue
+    for path, record in iter_runs(Path(root), tier="paper"):
         spec = from_dict(record["spec"])
         name, method = shapes.printed_name(spec.model.name), spec.method
         if name is None or method.name not in catalog() or spec.evaluation.split != "test":

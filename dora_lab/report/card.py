@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dora_lab.io.combinations import READ_BY
 from dora_lab.io.files import hash_bytes
 from dora_lab.methods.catalog import catalog
 from dora_lab.models import shapes
@@ -46,17 +47,15 @@ def card(path: Path) -> str:
     """The page of one run directory, as Markdown; raises StoreError if it has no record that can be read."""
     record = read_record(path)
     spec = from_dict(record["spec"])
-    flat = leaves(to_dict(spec))
-    train, asked = TEMPLATES[spec.data.template]
+    unread = {field for family, found in READ_BY.items() if family != spec.model.family for field in found}
+    flat = {field: value for field, value in leaves(to_dict(spec)).items() if field not in unread}
     evals = read_stream(path, "eval")
     known = [*caveats(record), *record.get("notes", [])]
     parts = [
         f"# Protocol card: {name(spec)}",
         f"Run {record['spec_id']}, {record['status']}" + (f": {record['error']}" if record["error"] else "") + ".",
         _list("Model and data", [*_inputs(record), *_said(flat, ("model.", "data."))]),
-        f"## Prompt\n\nTraining text, before the answer (sha256 {_hash(train)}):\n\n{_shown(train)}\n\n"
-        f"Evaluation prompt (sha256 {_hash(asked)}):\n\n{_shown(asked)}\n\n"
-        "Every space is a ·, every end of line a ⏎. The answer follows without a space of its own.",
+        _prompts(spec),
         _list("Method", [*_said(_of_method(flat), ("method.",)), *_counts(record)]),
         _list("Training", [*_said(flat, ("seed", "optim.")), *_trained(record)]) if spec.optim else None,
         _list("Evaluation", [*_said(flat, ("evaluation.",)), *_decoding(spec)]),
@@ -67,6 +66,23 @@ def card(path: Path) -> str:
         _list("Code and machine", _machine(record)),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _prompts(spec: Spec) -> str:
+    """The texts around a question, byte for byte."""
+    if spec.data.template not in TEMPLATES or spec.model.family != "decoder":
+        words = ", ".join(f"{task}: {_word(spec, task)!r}" for task in spec.data.tasks)
+        return f"## Prompt\n\nBefore the text of an item, by task: {words}."
+    train, asked = TEMPLATES[spec.data.template]
+    return (
+        f"## Prompt\n\nTraining text, before the answer (sha256 {_hash(train)}):\n\n{_shown(train)}\n\n"
+        f"Evaluation prompt (sha256 {_hash(asked)}):\n\n{_shown(asked)}\n\n"
+        "Every space is a ·, every end of line a ⏎. The answer follows without a space of its own."
+    )
+
+
+def _word(spec: Spec, name: str) -> str:
+    return load_task(name).word(spec.data.template)
 
 
 def diff(path: Path, other: Path | Spec) -> str:
@@ -222,6 +238,9 @@ def _decoding(spec: Spec) -> list[str]:
         return []
     search = "greedy" if spec.evaluation.num_beams == 1 else f"{spec.evaluation.num_beams} beams"
     patterns = {task: load_task(task).pattern for task in spec.data.tasks}
+    if spec.model.family != "decoder":
+        rules = ", ".join(f"{task} {'/'.join(load_task(task).metrics)}" for task in spec.data.tasks)
+        return [f"decoding: {search} unless a task has beams of its own, never sampled", f"scored by: {rules}"]
     return [
         f"decoding: {search}, never sampled; attention mask, end and padding given explicitly",
         "answer: first match, case-sensitive; without one it is unparsed, counted, and wrong: "

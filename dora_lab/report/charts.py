@@ -198,7 +198,8 @@ def _panel(
     else:
         axis.locator_params("x", nbins=3)
         axis.locator_params("y", nbins=5)
-        axis.ticklabel_format(style="sci", scilimits=(-3, 4))
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
+        axis.ticklabel_format(axis="y", style="sci", scilimits=(-4, 4))  # a power over it lies under the paper's box
     axis.margins(0.1)
     axis.autoscale_view()
     for side in (axis.xaxis, axis.yaxis) if logarithmic else ():

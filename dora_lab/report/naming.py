@@ -104,6 +104,10 @@ def _tell_variants_apart(members: Sequence[Columns]) -> None:
     for runs in _grouped(members, ["label"]):
         fields = sorted({field for run in runs for field in _fields(run)})
         differing = [field for field in fields if len({repr(run.get(field)) for run in runs}) > 1]
+        # a probe changes nothing that is trained: seeds with and without one are of one cell, one seed twice is not
+        plain = [field for field in differing if not field.startswith("probe.")]
+        if len({repr([run.get(field) for field in ("seed", *plain)]) for run in runs}) == len(runs):
+            differing = plain
         for run in runs:
             if differing:
                 run["label"] += f" ({', '.join(f'{field}={run.get(field)}' for field in differing)})"

@@ -10,7 +10,7 @@ import numpy as np
 
 # float16 keeps three digits of a likelihood, enough for paired intervals; a fact is a number made of its name, the same
 # in every task, run and table
-TYPES = {"choice_nll": "<f2", "answer_nll": "<f2", "margin": "<f2", "fact": "<u4"}
+TYPES = {"choice_nll": "<f2", "answer_nll": "<f2", "margin": "<f2", "score": "<f4", "fact": "<u4"}
 
 
 def number_of(fact: str) -> int:

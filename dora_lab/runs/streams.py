@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def read_rows(path: Path, name: str) -> list[dict[str, Any]]:
     """
     rows = read_stream(path, name)
     file = Path(path) / f"{name}.jsonl"
-    wanted = stream_hash(read_record(path), name) if packs.read(Path(path), "record.json") is not None else None
+    record = packs.read(Path(path), "record.json")
+    wanted = None if record is None else _hashes(Path(path), record)[name]
     if wanted not in (None, hash_bytes(content(path, name))):
         raise StoreError(f"{file}: is not what it was when the run was finished; restore the file or run again")
     for number, row in enumerate(rows, start=1):
@@ -84,6 +86,13 @@ def read_rows(path: Path, name: str) -> list[dict[str, Any]]:
                     f"{where}: value {value} of n {n} is not what its {len(text)} answers say; restore the file"
                 )
     return rows
+
+
+@lru_cache(maxsize=4096)  # a record is asked for each of its streams, by each table
+def _hashes(path: Path, _content: bytes) -> dict[str, str | None]:
+    """`stream_hash` of every stream, of the record with that content."""
+    record = read_record(path)
+    return {name: stream_hash(record, name) for name in STREAMS}
 
 
 def stream_hash(record: Mapping[str, Any], name: str) -> str | None:

@@ -33,8 +33,8 @@ class Survey(NamedTuple):
     left_out: list[LeftOut]
 
 
-def survey(root: Path, experiment: str | None = None) -> Survey:
-    """Every run under the results folder `root`, however it ended; of one experiment if named.
+def survey(root: Path, experiment: str | None = None, tier: str | None = None) -> Survey:
+    """Every run under the results folder `root`, however it ended; of one experiment or tier if named.
 
     A folder is left out, with the reason, if `verified` refuses it. Raises nothing for what lies there.
     """
@@ -44,7 +44,8 @@ def survey(root: Path, experiment: str | None = None) -> Survey:
         found.left_out.extend(LeftOut(path, why) for path, why in wrong.items())
         for path in sorted(_paths(folder, wrong) - wrong.keys()):
             try:
-                found.runs.append((path, verified(path)))
+                if tier in (None, read_record(path)["spec"]["tier"]):  # streams of other tiers need not be read
+                    found.runs.append((path, verified(path)))
             except (StoreError, OSError) as error:
                 found.left_out.append(LeftOut(path, str(error)))
     return found
@@ -95,6 +96,6 @@ def _seen(file: Path) -> tuple[int, int, int] | None:
     return state.st_ino, state.st_size, state.st_mtime_ns
 
 
-def iter_runs(root: Path, experiment: str | None = None) -> Iterator[Run]:
+def iter_runs(root: Path, experiment: str | None = None, tier: str | None = None) -> Iterator[Run]:
     """(run directory, record) of every run of `survey`, for those who need not say what was left out."""
-    yield from survey(root, experiment).runs
+    yield from survey(root, experiment, tier).runs

@@ -11,7 +11,7 @@ from typing import Any
 from dora_lab.io.files import parse_json
 from dora_lab.tasks.task import FIELDS, Task
 
-_HALF = re.compile("[\ud800-\udfff]")
+HALF = re.compile("[\ud800-\udfff]")
 
 
 class ItemError(ValueError):
@@ -61,7 +61,7 @@ def _check_item(item: Any, task: Task | None, at: Callable[[str], str]) -> None:
             raise ItemError(f"{at(field)}: missing; an item has {', '.join(FIELDS)}")
         if not isinstance(item[field], str):
             raise ItemError(f"{at(field)}: expected text, got {item[field]!r}")
-        if half := _HALF.search(item[field]):  # JSON can say it, UTF-8 and so a tokenizer cannot
+        if half := HALF.search(item[field]):  # JSON can say it, UTF-8 and so a tokenizer cannot
             what = f"half a character ({half.group()!r}) at place {half.start()}"
             raise ItemError(f"{at(field)}: {what}; correct it or fetch the file again")
         needed = field != "input" and (task is not None or field != "answer")  # training reads the output alone

@@ -3,7 +3,8 @@
 Sources: "mini" and "mini2" (the embedded world, asked about in two ways); "llm_adapters", a folder in the layout of
 that repository (``<task>/train.json`` and ``<task>/test.json``, or these below ``dataset/``); "commonsense_170k"
 (training items only), the file
-``commonsense_170k.json`` of such a folder (in it or in ``ft-training_set/``), else the hub's copy at `data.revision`.
+``commonsense_170k.json`` of such a folder (in it or in ``ft-training_set/``), else the hub's copy at `data.revision`;
+"vl_adapter", items about pictures with their features (see `vl_adapter`).
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from dora_lab.io.errors import LoadError
 from dora_lab.io.files import hash_files
 from dora_lab.io.hub import snapshot
 from dora_lab.spec import Data, Spec, did_you_mean
-from dora_lab.tasks import Task, all_tasks, check_items, load_task, read_items
+from dora_lab.tasks import Task, all_tasks, check_items, load_task, read_items, vl_adapter
 from dora_lab.tasks.cloze import as_cloze
 from dora_lab.tasks.commonsense.released_files import MIX, describe
+from dora_lab.tasks.pictures import Pictures
 
 Item = dict[str, Any]
 Pools = dict[str, list[Item]]  # items by task
-SOURCES = (*mini.WORLDS, "llm_adapters", MIX)
+SOURCES = (*mini.WORLDS, "llm_adapters", MIX, vl_adapter.NAME)
 HUB_MIX = "zwhe99/commonsense_170k"  # the copy that public code loads
 HUB_FILES = ("*.json", "*.parquet")
 DATA_SEED = 42  # of the split and the subset: the same items for every run seed, as in the released code
@@ -44,6 +46,7 @@ class Items:
     validation: Pools = field(default_factory=dict)
     test: Pools = field(default_factory=dict)
     sources: tuple[dict[str, Any], ...] = ()  # every file that was read, as `describe` has it; none for "mini"
+    pictures: Pictures | None = None  # that the items show; None: they show none
 
     def split(self, name: str) -> Pools:
         """The items of "train", "validation" or "test"."""
@@ -79,22 +82,34 @@ def items(spec: Spec, data_dir: Path | None = None) -> Items:
         raise LoadError("evaluation.split is validation but data.validation_items is 0; set it")
     sources: list[dict[str, Any]] = []
     if (data.eval_name or data.name) not in mini.WORLDS:
-        asked = {item["instruction"] for pool in pools.values() for item in pool}
+        asked = {_question(item) for pool in pools.values() for item in pool}
         for task, found in tests.items():
-            again = sum(item["instruction"] in asked for item in found) if pools else None
-            sources.append(describe(task, "test", found) | {"used": len(test[task]), "asked_in_training": again})
+            again = sum(_question(item) in asked for item in found) if pools else None
+            told = {"used": len(test[task]), "asked_in_training": again}
+            sources.append(_described(data, task, "test", found) | told)
     if data.name not in mini.WORLDS:
         for task, pool in pools.items():
             used = len(train.get(task, ())) + len(validation.get(task, ()))
-            sources.append(describe(task, "train", pool) | {"used": used})
-    return Items(train=train, validation=validation, test=test, sources=tuple(sources))
+            sources.append(_described(data, task, "train", pool) | {"used": used})
+    seen = None
+    if data.name == vl_adapter.NAME:
+        seen = vl_adapter.pictures((train, validation, test), data, data_dir)
+    return Items(train=train, validation=validation, test=test, sources=tuple(sources), pictures=seen)
+
+
+def _question(item: Item) -> Any:
+    return item["instruction"] if "instruction" in item else (item["pictures"], item["text"])
+
+
+def _described(data: Data, task: str, split: str, items: list[Item]) -> dict[str, Any]:
+    return (vl_adapter.describe if data.name == vl_adapter.NAME else describe)(task, split, items)
 
 
 def hash_data(folder: Path) -> str:
     """SHA-256 (64 hex digits) of the data files of a folder in the LLM-Adapters layout: their names and contents."""
     found = _files(folder)
     if not found:
-        wanted = ", ".join(task.folder for task in all_tasks())
+        wanted = ", ".join(task.folder for task in _asked())
         raise LoadError(f"{folder} has no <task>/train.json or <task>/test.json; tasks: {wanted}")
     return hash_files(found)
 
@@ -102,13 +117,15 @@ def hash_data(folder: Path) -> str:
 def tasks_in(folder: Path) -> list[str]:
     """Names of the tasks whose ``test.json`` is in a folder of the LLM-Adapters layout, in the paper's order."""
     found = _files(folder)
-    return [task.name for task in all_tasks() if f"{task.folder}/test.json" in found]
+    return [task.name for task in _asked() if f"{task.folder}/test.json" in found]
 
 
 def data_identity(data: Data, source: str, data_dir: Path | None) -> dict[str, Any]:
     """What identifies a source as it is on this machine now: the hash of a local one, the commit of the hub's."""
     if source in mini.WORLDS:
         return {"revision": None, "sha256": mini.world_sha256(source)}
+    if source == vl_adapter.NAME:
+        return vl_adapter.identity(data, data_dir)
     local = source == "llm_adapters"
     if data_dir is not None and (local or _mix_file(data_dir) is not None):
         return {"revision": None, "sha256": hash_data(data_dir)}
@@ -119,10 +136,15 @@ def data_identity(data: Data, source: str, data_dir: Path | None) -> dict[str, A
 def _files(folder: Path) -> dict[str, Path]:
     """The data files of a folder in the LLM-Adapters layout, by their names in it."""
     root = _tasks_folder(folder)
-    names = [f"{task.folder}/{split}.json" for task in all_tasks() for split in ("train", "test")]
+    names = [f"{task.folder}/{split}.json" for task in _asked() for split in ("train", "test")]
     found = {name: root / name for name in names if (root / name).exists()}
     mix = _mix_file(folder)
     return found | ({mix.name: mix} if mix else {})
+
+
+def _asked() -> list[Task]:
+    """The tasks whose items are in the LLM-Adapters format."""
+    return [task for task in all_tasks() if task.read is None]
 
 
 def _tasks_folder(folder: Path) -> Path:
@@ -144,6 +166,8 @@ def _read(source: str, split: str, data: Data, data_dir: Path | None) -> Pools:
         return found
     if source == "llm_adapters":
         return _read_folder(split, data, data_dir)
+    if source == vl_adapter.NAME:
+        return vl_adapter.read(split, data, data_dir)
     if source == MIX:
         if split != "train":
             raise LoadError(f"data '{MIX}' has training items only; set data.eval_name to 'llm_adapters'")
@@ -198,11 +222,11 @@ def _formed(pools: Pools, data: Data) -> Pools:
 
 
 def _split(pools: Pools, data: Data, data_dir: Path | None) -> tuple[Pools, Pools]:
-    """Training and validation items: the embedded world has its own validation split, others hold items out."""
+    """Training and validation items: embedded worlds and VL-Adapter's data have their own, others hold items out."""
     if data.holdout == "mixed":
         return _split_mixed(pools, data)
     pools = {name: _shuffled(pool, name) for name, pool in pools.items()}
-    if data.name in mini.WORLDS:
+    if data.name in (*mini.WORLDS, vl_adapter.NAME):
         own = _formed(_read(data.name, "validation", data, data_dir), data) if data.validation_items else {}
         held = _shares(own, data.validation_items)
         validation = {name: pool[: held[name]] for name, pool in own.items()}

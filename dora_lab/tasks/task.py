@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 FIELDS = ("instruction", "input", "output", "answer")  # of an item in the LLM-Adapters format, all text
@@ -19,9 +21,15 @@ class Task:
     name: str  # folder name in the LLM-Adapters layout; the name in specs and records
     column: str  # heading in tables, the paper's where it has one
     position: int | None = None  # column number in the paper's table 1, from 0; None: not in that table
-    labels: tuple[str, ...]  # every answer that an item may have
-    chance: float  # accuracy of guessing on an ordinary item, in (0, 1)
+    labels: tuple[str, ...] = ()  # every answer that an item may have; (): any text
+    chance: float | None = None  # accuracy of guessing on an ordinary item, in (0, 1); None: not known
     builtin: str | None = None  # name of lm-eval's own task on the same data set
+    # of tasks about pictures (see `annotations`), which are not in the LLM-Adapters layout
+    metrics: tuple[str, ...] = ()  # rules of `dora_lab.metrics`; tables print the first
+    prompt: str = ""  # what says the task, before the text
+    released_prompt: str | None = None  # that of the published code, where it is another
+    # (folder, split) to items; splits are train, validation, test, and published_train where nothing is held out
+    read: Callable[[Path, str], list[dict[str, Any]]] | None = None
 
     @property
     def folder(self) -> str:
@@ -40,6 +48,12 @@ class Task:
         """
         found = re.search(self.pattern, answer_part(output))
         return found.group() if found else None
+
+    def word(self, template: str) -> str:
+        """What says the task before an item's text (tasks about pictures): nothing with template "bare"."""
+        if template == "bare":
+            return ""
+        return self.prompt if self.released_prompt is None or template != "published" else self.released_prompt
 
     def options(self, item: dict[str, Any]) -> tuple[str, ...]:
         """The labels offered by this item (a few ARC items have 3 or 5), from the end of its instruction.
@@ -61,7 +75,7 @@ class Task:
     @property
     def _usual(self) -> tuple[str, ...]:
         """The labels of an ordinary item: the first 1 / chance of them."""
-        return self.labels[: round(1 / self.chance)]
+        return self.labels if self.chance is None else self.labels[: round(1 / self.chance)]
 
 
 def answer_part(output: str) -> str:

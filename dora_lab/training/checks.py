@@ -10,7 +10,8 @@ def rate_reached(optim: Optim, steps: int) -> float:
 
     The first step of a warm-up has rate 0, the k-th (from 0) k / `warmup_steps` of the peak.
     """
-    return optim.learning_rate * (1.0 if steps > optim.warmup_steps else (steps - 1) / optim.warmup_steps)
+    warmup = optim.warmup(steps)
+    return optim.learning_rate * (1.0 if steps > warmup else (steps - 1) / warmup)
 
 
 def refuse_in_vain(optim: Optim, steps: int) -> str | None:

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 from transformers import ProcessorMixin, TrainerCallback
 
 from dora_lab import distributed
-from dora_lab.forms.llava import Llava
+from dora_lab.forms import form_of
 from dora_lab.runs.checkpoints import Checkpoints, read_manifest, step_of
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.record import read_record
 from dora_lab.spec import Spec, canonical_json
 from dora_lab.tasks.limits import limits
 from dora_lab.tasks.sources import Items
-from dora_lab.training.batches import MicroBatches, encode
+from dora_lab.training.batches import MicroBatches
 from dora_lab.training.checks import refuse_in_vain
 from dora_lab.training.trainer import WEIGHTS, Progress, RunTrainer, Watch, training_arguments
 
@@ -54,19 +54,18 @@ def train(
     metrics (step, tokens, loss in nats per token, learning_rate, grad_norm; and step, eval_loss) and timing (step,
     seconds of training so far) of `run`; what they and the probe hold beyond the resumed step is dropped, and with it
     the rows of an evaluation, unless all steps are done. Returns what belongs into the record: `steps`, `tokens`,
-    `shortened` items, `resumed_from` (step or None), `kept_step`. Raises NonFiniteError, Interrupted, ResumeError for a
+    `shortened` items, `resumed_from` (step or None), `kept_step`; of items about pictures the `unanswered` ones, too.
+    Raises NonFiniteError, Interrupted, ResumeError for a
     checkpoint of something else, SaveError where a checkpoint cannot be written; and before the first step ItemError
     for items that the model cannot take, SpecError for a learning rate that never leaves 0.
     """
     if spec.optim is None:
         raise ValueError(f"method '{spec.method.name}' has optim None and is not trained")
-    form = Llava(tokenizer) if isinstance(tokenizer, ProcessorMixin) else None
-    words, coded = (form.tokenizer, form.encode) if form else (tokenizer, encode)
-    encoded = coded(items.train, spec.data, words, limits(model))
-    held = coded(items.validation, spec.data, words, limits(model))
-    batches = MicroBatches(
-        encoded.examples, spec.optim, spec.seed, cast(int, words.pad_token_id), spec.data.pad_to_multiple_of, form
-    )
+    form = form_of(spec, model, tokenizer, items.pictures)
+    words = cast(Any, tokenizer).tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
+    encoded = form.learnt(form.encode(items.train, spec.data, words, limits(model)))
+    held = form.encode(items.validation, spec.data, words, limits(model))
+    batches = MicroBatches(encoded.examples, spec.optim, spec.seed, form)
     note = refuse_in_vain(spec.optim, batches.steps)
     if note and note not in read_record(run.path).get("notes", []):
         run.note(note)
@@ -92,6 +91,7 @@ def train(
         "tokens": trainer.tokens,
         "shortened": encoded.shortened,
         "answers_cut": encoded.answers_cut,
+        **({"unanswered": encoded.unanswered} if items.pictures else {}),
         "resumed_from": step or None,
         "kept_step": trainer.keep(spec.optim),
     }

@@ -63,4 +63,4 @@ def make_optimizer(
     ]
     if optim.optimizer == "sgd":
         return DecoupledSGD(made, lr=optim.learning_rate, momentum=MOMENTUM)
-    return torch.optim.AdamW(made, lr=optim.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    return torch.optim.AdamW(made, lr=optim.learning_rate, betas=(0.9, 0.999), eps=optim.adam_eps, fused=True)

@@ -3,10 +3,8 @@
 Differences from the Trainer's own ways, each for a reason:
 - data order from (seed, epoch) alone, never a global generator: resume is bit-exact;
 - a NaN or infinite loss, gradient or weight ends the run at that step; the Trainer would log 0.0 and go on;
-- the loss is the mean over all answer tokens of an optimiser step, however it is cut into micro-batches and processes;
+- the loss is the mean over all answer tokens (or items) of an optimiser step, however it is cut and shared out;
 - checkpoints hold the trainable weights only, and are whole, ours and unchanged or not resumed: see `runs.checkpoints`.
-
-Shape suffixes: B items, K last positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
@@ -29,6 +26,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from dora_lab import distributed
+from dora_lab.forms.form import Example
 from dora_lab.io.atomic import replacing
 from dora_lab.runs.checkpoints import Checkpoints, read_manifest
 from dora_lab.runs.directory import RunDir
@@ -36,7 +34,7 @@ from dora_lab.runs.errors import ResumeError
 from dora_lab.runs.streams import read_stream
 from dora_lab.spec import Optim, Spec
 from dora_lab.training import trained_weights
-from dora_lab.training.batches import IGNORED, MicroBatches
+from dora_lab.training.batches import MicroBatches, cut
 from dora_lab.training.optimizer import make_optimizer
 
 if TYPE_CHECKING:
@@ -69,10 +67,11 @@ def training_arguments(
         max_steps=steps,
         learning_rate=optim.learning_rate,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(optim.schedule, optim.schedule),
-        warmup_steps=optim.warmup_steps,
+        warmup_steps=optim.warmup(steps),
         weight_decay=optim.weight_decay,
         max_grad_norm=optim.max_grad_norm,
         optim="adamw_torch_fused",
+        adam_epsilon=optim.adam_eps,
         seed=spec.seed,
         data_seed=spec.seed,
         bf16=spec.model.dtype == "bfloat16",
@@ -122,7 +121,7 @@ class RunTrainer(Trainer):
         spec: Spec,
         model: PreTrainedModel,
         batches: MicroBatches,
-        held: list[Any],
+        held: list[Example],
         run: RunDir,
         checkpoints: Checkpoints,
         arguments: TrainingArguments,
@@ -166,8 +165,8 @@ class RunTrainer(Trainer):
         return SequentialSampler(self.batches)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Labelled tokens of the whole step, as a process's share of them: DDP averages over processes."""
-        labelled = sum(batch["labels"].ne(IGNORED).sum() for batch in batch_samples)
+        """Labelled tokens (or items) of the whole step, as a process's share of them: DDP averages over processes."""
+        labelled: Any = torch.tensor(sum(self.batches.form.count(batch) for batch in batch_samples))
         read = sum(int(batch["attention_mask"].sum()) for batch in batch_samples)
         if distributed.size() > 1:
             labelled, read = distributed.total([int(labelled), read], device)
@@ -184,19 +183,9 @@ class RunTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Summed cross-entropy over the labelled tokens, divided by `num_items_in_batch` (those of the whole step)."""
-        labels_BT = inputs["labels"]
-        first = int(labels_BT.ne(IGNORED).any(0).nonzero()[0, 0])  # padding is on the left: answers end together
-        keep = labels_BT.shape[1] - first + 1  # and the position before the first of them, which predicts it
-        rest = {name: value for name, value in inputs.items() if name != "labels"}
-        logits_BKV = model(**rest, logits_to_keep=keep, use_cache=False).logits
-        loss = F.cross_entropy(
-            logits_BKV[:, -keep:-1].float().flatten(0, 1),
-            labels_BT[:, first:].flatten(),
-            ignore_index=IGNORED,
-            reduction="sum",
-        )
-        return loss / (num_items_in_batch if num_items_in_batch is not None else labels_BT.ne(IGNORED).sum())
+        """The form's loss, divided by `num_items_in_batch` (the tokens or items of the whole step)."""
+        total = self.batches.form.loss(model, inputs)
+        return total / (num_items_in_batch if num_items_in_batch is not None else self.batches.form.count(inputs))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch forward and backward; raises NonFiniteError before the optimiser can spread a NaN."""
@@ -252,7 +241,7 @@ class RunTrainer(Trainer):
             self.progress(self.state.global_step, self.state.max_steps, logs["loss"])
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean loss per labelled token of the validation items, in nats; the best weights so far are kept aside."""
+        """Mean loss per labelled token (or item) of the validation items, in nats; the best weights are kept aside."""
         step, loss = self._evaluated
         if step == self.state.global_step:  # the Trainer asks again at its end, after the last checkpoint
             return {"eval_loss": loss}
@@ -261,12 +250,12 @@ class RunTrainer(Trainer):
         micro = cast(Optim, self.spec.optim).micro_batch_size
         total, count = 0.0, 0
         with torch.no_grad():
-            for start in range(0, len(self.held), micro):
-                inputs = self._prepare_inputs(cast(Any, self.batches.batch(self.held[start : start + micro])))
-                tokens = int(inputs["labels"].ne(IGNORED).sum())
+            for part in cut(self.held, micro, by_task=bool(cast(Optim, self.spec.optim).task_batch_sizes)):
+                inputs = self._prepare_inputs(self.batches.form.collate(part, [0] * len(part)))
+                counted = self.batches.form.count(cast(Any, inputs))
                 with self.compute_loss_context_manager():
-                    total += float(self.compute_loss(self.network, cast(Any, inputs))) * tokens
-                count += tokens
+                    total += float(self.compute_loss(self.network, cast(Any, inputs))) * counted
+                count += counted
         self.network.train(was_training)
         loss = total / count
         self._refuse(torch.tensor(loss), "validation loss")

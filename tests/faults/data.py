@@ -20,6 +20,7 @@ import torch
 from dora_lab import report
 from dora_lab.formats.live import load_adapter
 from dora_lab.formats.shards import Shards
+from dora_lab.forms.decoder import encode
 from dora_lab.io.errors import CheckpointError, LoadError
 from dora_lab.models.base import model_and_tokenizer, model_folder
 from dora_lab.runs.directory import RunDir
@@ -28,7 +29,6 @@ from dora_lab.runs.record import read_record
 from dora_lab.runs.streams import read_rows, read_stream
 from dora_lab.spec import SpecError, derive, from_dict, to_dict
 from dora_lab.tasks import ItemError, load_task, read_items
-from dora_lab.training.batches import encode
 from tests.faults import fault
 from tests.faults._models import copy, llama, refused
 from tests.tiny import boolq_items, make_spec

@@ -1,0 +1,86 @@
+"""What no field of a spec can say alone: which of them go together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dora_lab.io.limits import TASK_SIZES, task_sizes
+from dora_lab.io.values import leaves, plain
+
+# fields that models of one family alone read, beside those that all do
+READ_BY = {
+    "decoder": (
+        "data.truncation", "data.eos", "data.holdout", "data.pad_to_multiple_of", "data.label_noise", "evaluation.text",
+    ),
+    "vl_bart": (
+        "data.feature_shape", "data.features_sha256", "data.visual_tokens", "data.cutoffs", "data.loss",
+        "evaluation.task_beams", "evaluation.no_repeat_ngram_size", "evaluation.early_stopping",
+    ),
+}  # fmt: skip
+TEMPLATES = {"decoder": ("clean", "published", "cloze"), "vl_bart": ("clean", "published", "bare")}
+Rule = tuple[str, object, object, str]
+
+
+def combinations(spec: Any, *, untrained: bool) -> list[Rule]:
+    """What no field can say alone: (dotted path, value, whether it is right, what is allowed)."""
+    method, optim, adapter, split = spec.method, spec.optim, spec.model.adapter, spec.evaluation.split
+    own = {*spec.evaluation.protocols} - {"builtin"}
+    fits = own <= {"cloze"} if spec.data.template == "cloze" else "cloze" not in own
+    asks_own = split == "test" or "builtin" not in spec.evaluation.protocols
+    rules: list[Rule] = [
+        *_of_family(spec),
+        ("model.adapter", adapter, not adapter or untrained, "None for training"),
+        ("method.alpha", method.alpha, (method.alpha is None) == (method.rank is None), "given exactly with a rank"),
+        ("evaluation.protocols", spec.evaluation.protocols, fits, "cloze (or builtin) just with data.template cloze"),
+        ("evaluation.split", split, asks_own, "test with protocol builtin, whose items are lm-eval's"),
+        ("optim", optim, (optim is None) == untrained, "None for method base, given for every other"),
+        ("probe", spec.probe, not (untrained and spec.probe), "None for method base"),
+    ]
+    if optim is not None:
+        micro = optim.micro_batch_size
+        divides = micro >= 1 and optim.batch_size % micro == 0
+        keeps = optim.keep == "last" or (optim.eval_steps is not None and spec.data.validation_items > 0)
+        sizes = task_sizes(optim.task_batch_sizes) if TASK_SIZES.holds(optim.task_batch_sizes) else {}
+        odd = [task for task, size in sizes.items() if divides and size % (optim.batch_size // micro)]
+        rules += [
+            ("optim.task_batch_sizes", odd, not odd, "so many items that micro-batches are as many as in batch_size"),
+            ("optim.micro_batch_size", micro, divides, f"a divisor of optim.batch_size = {optim.batch_size}"),
+            (
+                "optim.warmup_steps",
+                optim.warmup_steps,
+                not optim.warmup_fraction or not optim.warmup_steps,
+                "0 with optim.warmup_fraction",
+            ),
+            ("optim.keep", optim.keep, keeps, "last, unless optim.eval_steps and data.validation_items are given"),
+        ]
+    return rules
+
+
+def _of_family(spec: Any) -> list[Rule]:
+    """A setting that changes nothing must not look as if it did."""
+    family, data, pictures = spec.model.family, spec.data, spec.model.family == "vl_bart"
+    changed = leaves(plain(spec, omit_defaults=True))
+    idle = [path for other, paths in READ_BY.items() if other != family for path in paths if path in changed]
+    rules: list[Rule] = [
+        ("model.family", family, not idle, f"one that reads {', '.join(idle)} (else leave it at its default)"),
+        ("data.template", data.template, data.template in TEMPLATES[family], f"one of {', '.join(TEMPLATES[family])}"),
+    ]
+    if pictures:
+        one_task = len(data.tasks) == 1 or spec.optim is None or spec.optim.task_batch_sizes
+        rules += [
+            ("data.feature_shape", data.feature_shape, data.feature_shape, "given with model.family vl_bart"),
+            (
+                "data.train_on_prompt",
+                data.train_on_prompt,
+                not data.train_on_prompt,
+                "false with vl_bart",
+            ),
+            (
+                "evaluation.protocols",
+                spec.evaluation.protocols,
+                spec.evaluation.protocols == ("generate",),
+                "generate alone with model.family vl_bart",
+            ),
+            ("optim.task_batch_sizes", (), one_task, "given for several tasks, which have other numbers of pictures"),
+        ]
+    return rules

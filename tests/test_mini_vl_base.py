@@ -1,0 +1,133 @@
+"""The text base of the world of pictures: its recipe, and once it is made its size, bytes and what it can tell."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import BartForConditionalGeneration, PreTrainedTokenizerFast
+
+from dora_lab.mini import vl
+from dora_lab.mini.vl import corpus, families, pretrain
+from dora_lab.models.vl_bart import open_vl_bart
+
+made = pytest.mark.skipif(not (vl.folder() / "record.json").exists(), reason="not made yet: make mini-vl-base")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return pretrain.make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model() -> BartForConditionalGeneration:
+    return BartForConditionalGeneration.from_pretrained(vl.folder(), dtype=torch.float32).eval()
+
+
+def test_every_word_of_the_world_is_a_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert [tokenizer.convert_tokens_to_ids(word) for word in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")] == [
+        *range(5)
+    ]
+    texts = [asked.text for split in families.SPLITS for _, asked in (*families.vqa(split), *families.gqa(split))]
+    texts += [asked.text for *_, asked in families.nlvr2("test")] + [
+        c for _, all_ in families.coco("test") for c in all_
+    ]
+    for text in texts[::7]:
+        ids = tokenizer(f"vqa: {text}")["input_ids"]
+        assert len(ids) == 2 + 2 + len(text.replace("?", " ?").replace(".", " .").replace(",", " ,").split())
+        assert tokenizer.decode(ids, skip_special_tokens=True) == f"vqa: {text}"
+    assert len({tokenizer("true")["input_ids"][1], tokenizer("false")["input_ids"][1]}) == 2
+
+
+def test_a_token_knows_what_it_is_about(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of each kind: the tokens with a thing's bit are the sentence about it, and of the question its name or place."""
+    for kind in ("relation", "same", "pair", "gap"):
+        document = corpus.exam(kind, 3)
+        batch = pretrain.encode(tokenizer, [document])
+        for bit in {bits for _, bits in document.told if bits.bit_count() == 1}:
+            for prose in (True, False):
+                at = (batch.things_BS[0] & bit).ne(0) & (batch.prose_BS[0] == prose)
+                parts = document.told[document.questions :] if prose else document.told[: document.questions]
+                wanted = "".join(text for text, bits in parts if bits & bit)
+                said = tokenizer.decode(batch.ids_BS[0][at])
+                assert said.replace(" ", "") == wanted.replace(" ", "")
+
+
+def test_guidance_is_nothing_just_where_heads_look_evenly_at_what_is_wanted(tokenizer: PreTrainedTokenizerFast) -> None:
+    batch = pretrain.encode(tokenizer, [corpus.exam("relation", number) for number in range(4)])
+    B, S, T = *batch.ids_BS.shape, batch.labels_BT.shape[1]
+    shared_BSS = (batch.things_BS[:, :, None] & batch.things_BS[:, None]).ne(0) & batch.prose_BS[:, None]
+    seen_BSS = shared_BSS.float() / shared_BSS.sum(2, keepdim=True).clamp_min(1)
+    looked_B2S = (batch.things_BS[:, None] & batch.evidence_B2[..., None]).ne(0) & batch.prose_BS[:, None]
+    cross_BHTS = (looked_B2S / looked_B2S.sum(2, keepdim=True))[:, :, None].expand(B, 2, T, S)
+
+    def loss(own: torch.Tensor, cross: torch.Tensor) -> float:
+        output = SimpleNamespace(encoder_attentions=[own[:, None]] * 6, cross_attentions=[cross] * 6)
+        return pretrain.guidance(output, batch).item()
+
+    assert loss(seen_BSS, cross_BHTS) == pytest.approx(0, abs=1e-5)
+    assert loss(torch.full_like(seen_BSS, 1 / S), cross_BHTS) > 1  # the encoder looks everywhere
+    assert loss(seen_BSS, cross_BHTS.flip(1)) > 1  # the two steps the wrong way round
+    name_BSS = torch.zeros_like(seen_BSS).scatter(2, shared_BSS.float().argmax(2, keepdim=True), 1.0)
+    assert loss(name_BSS, cross_BHTS) > 1  # at one word of a sentence alone
+
+
+def test_a_run_is_repeated_to_the_byte_and_says_what_it_was(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    for name in ("one", "other"):
+        tokenizer.save_pretrained(tmp_path / name)
+        pretrain.pretrain(2, tmp_path / name, questions=2)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other")]
+    assert weights[0] == weights[1]
+    told = json.loads((tmp_path / "one" / "record.json").read_text())
+    assert told["sha256"] == hashlib.sha256(weights[0]).hexdigest()
+    assert told["documents"] == 64 and told["gate"].keys() == corpus.SHARES.keys() - {*corpus.OPEN}
+    assert sum(file.stat().st_size for file in (tmp_path / "one").iterdir()) <= 4 * 1024**2
+
+
+def test_an_untrained_bart_of_its_sizes_opens_as_vl_bart_and_learns_from_features(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    pretrain.make_model(len(tokenizer)).save_pretrained(tmp_path)
+    model, words = open_vl_bart(tmp_path, vl.SHAPE[1], seed=0)
+    key, asked = families.vqa("train")[0]
+    text = words([f"vqa: {asked.text}"], return_tensors="pt")
+    labels = words([asked.answer], return_tensors="pt")["input_ids"]
+    features = torch.from_numpy(vl.features(vl.shown("COCO", key), key)).float()[None, None]
+    mask = torch.cat([text["attention_mask"], torch.ones(1, vl.SHAPE[0], dtype=torch.long)], 1)
+    loss = model(input_ids=text["input_ids"], attention_mask=mask, features=features, labels=labels).loss
+    loss.backward()
+    gradient = model.model.encoder.visual_embedding.feature[0].weight.grad
+    assert loss.isfinite() and gradient is not None and gradient.abs().sum() > 0
+
+
+def record() -> dict[str, Any]:
+    return json.loads((vl.folder() / "record.json").read_text())
+
+
+@made
+def test_it_is_small_and_what_its_record_says() -> None:
+    assert sum(file.stat().st_size for file in vl.folder().iterdir()) <= 4 * 1024**2
+    assert hashlib.sha256((vl.folder() / "model.safetensors").read_bytes()).hexdigest() == record()["sha256"]
+    assert min(record()["gate"][kind] for kind in ("where", "what", "relation")) >= 0.9
+
+
+@made
+@pytest.mark.parametrize("kind", ["where", "what", "relation"])
+def test_from_prose_it_answers_what_it_never_read(model: BartForConditionalGeneration, kind: str) -> None:
+    """A sample of the gate, whose record is of 1,000 questions, each of a scene drawn for it."""
+    own = PreTrainedTokenizerFast.from_pretrained(vl.folder())
+    hits = pretrain.answers(model, own, kind, 100)
+    assert sum(hits) >= 85
+    assert abs(sum(hits) / 100 - record()["gate"][kind]) < 0.1
+
+
+@made
+def test_the_tokenizer_has_the_words_that_its_recipe_gives(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert PreTrainedTokenizerFast.from_pretrained(vl.folder()).get_vocab() == tokenizer.get_vocab()
