@@ -26,6 +26,7 @@ from typing import IO, Any, cast
 
 from tqdm import tqdm
 
+import dora_lab
 from dora_lab import distributed
 from dora_lab.launch.inputs import is_complete
 from dora_lab.launch.run import run_spec
@@ -36,6 +37,10 @@ from dora_lab.spec import Spec, from_dict, spec_id, to_dict
 
 BAR = "{desc:42}{bar}{n_fmt}/{total_fmt}"
 GRACE = 60.0  # seconds that a worker gets to save its run after it was asked to stop
+# not `-m`, which has the working directory on its path: a random.py there would be taken for Python's
+START = (
+    "import sys; sys.path[:] = filter(None, sys.path); from dora_lab.launch.pool import work; work(int(sys.argv[1]))"
+)
 AGAIN = 2.0  # seconds until a run that another process holds is asked for again
 
 
@@ -122,8 +127,10 @@ class _Pool:
                 for place in range(self.count):
                     self._start(place)
                 while any(worker.busy for worker in self.workers) or (self.put_off and not self.stopping_since):
-                    with contextlib.suppress(queue.Empty):  # a short wait, so that signals are noticed
-                        self._handle(*self.events.get(timeout=0.2))
+                    try:
+                        self._handle(*self.events.get(timeout=0.2))  # a short wait, so that signals are noticed
+                    except queue.Empty:
+                        self._notice_ended()
                     self._ask_again()
                     self._kill_late()
             finally:
@@ -156,6 +163,11 @@ class _Pool:
             else:
                 worker.give(due[0][1], self.paths, self.runtime)
 
+    def _notice_ended(self) -> None:
+        """A process that is gone while one that it started holds its pipe open."""
+        for worker in [worker for worker in self.workers if worker.busy and worker.process.poll() is not None]:
+            self._handle(worker, None)
+
     def _put_off(self, spec: Spec, holder: str) -> None:
         if spec_id(spec) not in self.told:
             self.told.add(spec_id(spec))
@@ -166,8 +178,9 @@ class _Pool:
         spec = worker.busy
         if spec is None:
             return
-        if event is None:  # its output ended: the process is gone
+        if event is None:  # the process is gone
             self._finish(worker, spec, "interrupted", f"the worker process ended: {worker.last_words()}")
+            worker.busy = None
             worker.close()
             self.workers.remove(worker)
             if (self.waiting or self.put_off) and self.stopping_since is None:
@@ -208,20 +221,27 @@ class _Worker:
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
         if threads is not None:  # read by the libraries when they are first imported
             environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+        root, paths = str(Path(dora_lab.__file__).parents[1]), os.environ.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, paths)))  # it may be no installed package
+        reader, writer = os.pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dora_lab.launch.pool"],
+            [sys.executable, "-c", START, str(writer)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=self.errors,  # whatever prints, and when: it does not mix with the events
             stderr=self.errors,
             text=True,
             env=environment,
+            pass_fds=(writer,),
             start_new_session=True,  # Ctrl-C reaches the parent alone, which then asks
         )
-        threading.Thread(target=self._listen, args=(events,), daemon=True).start()
+        os.close(writer)
+        threading.Thread(target=self._listen, args=(events, reader), daemon=True).start()
 
-    def _listen(self, events: queue.Queue[Any]) -> None:
-        for line in cast("IO[str]", self.process.stdout):
-            events.put((self, json.loads(line)))
+    def _listen(self, events: queue.Queue[Any], reader: int) -> None:
+        with open(reader, encoding="utf-8") as lines:
+            for line in lines:
+                if line.endswith("\n"):  # else it was killed while it wrote
+                    events.put((self, json.loads(line)))
         events.put((self, None))
 
     def give(self, spec: Spec, paths: Paths, runtime: Runtime) -> None:
@@ -313,10 +333,9 @@ def _on_signals(action: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _work() -> None:
-    """The worker's side: read jobs, write events."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print must not mix with the events
+def work(events: int) -> None:
+    """The worker's side: read jobs from stdin, write events to the file descriptor `events`."""
+    answers = open(events, "w", buffering=1, encoding="utf-8")  # noqa: SIM115  (open as long as the process is)
     stop = threading.Event()
     jobs: queue.Queue[str | None] = queue.Queue()
     signal.signal(signal.SIGTERM, lambda *_: (stop.set(), jobs.put(None)))
@@ -366,7 +385,3 @@ def _one(spec: Spec, paths: Paths, runtime: Runtime, answers: IO[str]) -> dict[s
             status = "interrupted" if record["status"] == "interrupted" else "failed"  # its training is done and kept
             return {"status": status, "error": record["error"] or f"{type(error).__name__}: {error}"}
         return {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-
-
-if __name__ == "__main__":
-    _work()
