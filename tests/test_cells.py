@@ -196,4 +196,5 @@ def test_the_table_with_runs(tmp_path: Path, run_writer: Writer) -> None:
 
 
 def test_every_model_of_the_paper_tier_has_a_shape() -> None:
-    assert {shapes.printed_name(spec.model.name) for spec in PUBLISHED} == set(shapes.PAPER)
+    decoders = [spec for spec in PUBLISHED if spec.model.family == "decoder"]  # VL-BART's counts: test_vl_bart
+    assert {shapes.printed_name(spec.model.name) for spec in decoders} == set(shapes.PAPER)

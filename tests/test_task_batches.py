@@ -103,7 +103,10 @@ def test_micro_batches_cover_each_step() -> None:
 def test_a_plan_says_what_a_step_is() -> None:
     spec = make_spec(optim__task_batch_sizes="boolq=4, ARC-Easy=10", data__train_items=40)
     (line, total, *_) = plan.lines([spec], {}, None, None, None)
-    assert "4 epochs of all items, learning rate 0.005, batch boolq=4, ARC-Easy=10" in line and total == "1 specs"
+    assert (
+        "4 epochs of all items in steps of one task, learning rate 0.005, batch boolq=4, ARC-Easy=10" in line
+        and total == "1 specs"
+    )
 
 
 @pytest.mark.parametrize("end", ENDS)

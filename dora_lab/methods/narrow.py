@@ -30,7 +30,7 @@ from dora_lab.methods.narrow_eager import Parts, gained, product
 
 ON = ("cuda",)  # devices that it is for
 THERE = find_spec("triton") is not None  # CUDA builds of torch come with it
-FUSED = True  # right on an H200, and faster there: results/tables/gpu
+FUSED = THERE  # right on an H200, and faster there: results/tables/gpu
 
 
 class How(NamedTuple):

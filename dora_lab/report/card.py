@@ -111,14 +111,16 @@ def diff(path: Path, other: Path | Spec) -> str:
 
 
 def nearest(spec: Spec, protocol: Iterable[Spec]) -> Spec:
-    """The spec of the paper that a run is to be held against: of its model, method and rank, as far as there are such.
+    """The spec of the paper that a run is to be held against: of its family, and of its method, model and rank as far as
+    there are such.
 
     Raises ValueError if there is none at all.
     """
     known = shapes.printed_name(spec.model.name)
 
-    def far(other: Spec) -> tuple[bool, bool, bool, bool, bool]:
+    def far(other: Spec) -> tuple[bool, ...]:
         return (
+            other.model.family != spec.model.family,
             other.method.name != spec.method.name,
             shapes.printed_name(other.model.name) != known,
             other.method.rank != spec.method.rank,

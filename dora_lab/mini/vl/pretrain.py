@@ -186,7 +186,6 @@ def pretrain(
     """
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "tokenizer.json").exists():
         make_tokenizer().save_pretrained(out)
@@ -308,4 +307,5 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--questions", type=int, default=1000)
+    torch.set_flush_denormal(True)  # for all of a process: not in a function that another program may call
     pretrain(**vars(parser.parse_args()))
