@@ -89,8 +89,8 @@ def test_a_row_of_the_table_from_start_to_end(row: str, paths: Paths) -> None:
 
 
 def test_it_learns_what_only_the_pictures_say(paths: Paths) -> None:
-    spec = small("ft", data__tasks="vqa", optim__task_batch_sizes="vqa=8", optim__learning_rate="0.01", probe="none",
-                 optim__batch_size="8", optim__micro_batch_size="8", optim__epochs="60", optim__weight_decay="0",
+    spec = small("ft", data__tasks="vqa", optim__task_batch_sizes="vqa=8", optim__learning_rate="0.003", probe="none",
+                 optim__batch_size="8", optim__micro_batch_size="8", optim__epochs="120", optim__weight_decay="0",
                  optim__groups="", data__cutoffs="")  # fmt: skip
     run_spec(spec, paths)
     (told,) = rows(paths, spec)

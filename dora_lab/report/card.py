@@ -111,8 +111,8 @@ def diff(path: Path, other: Path | Spec) -> str:
 
 
 def nearest(spec: Spec, protocol: Iterable[Spec]) -> Spec:
-    """The spec of the paper that a run is to be held against: of its family, and of its method, model and rank as far as
-    there are such.
+    """The spec of the paper that a run is to be held against: of its family, then of its method, model and rank, as far
+    as there are such.
 
     Raises ValueError if there is none at all.
     """

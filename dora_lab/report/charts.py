@@ -53,8 +53,8 @@ def scatter(
     rows: as `points` takes them. paper: panels whose r and ends of axes stand in a box where kind and method are the
         same ("FT", and "FT, and what sets it apart"); where our axes reach theirs, they are drawn as a rectangle too.
         columns: of panels; by itself, up to four.
-    Returns the figure and its numbers: the points, and beside the first of a panel its r and slope (ΔM per ΔD) with 95 %
-    intervals (see `statistics.cautious`), of plain values also where the axes are logarithmic.
+    Returns the figure and its numbers: the points, and beside the first of a panel its r and slope (ΔM per ΔD) with
+    95 % intervals (see `statistics.cautious`), of plain values also where the axes are logarithmic.
     Raises: ValueError for what `points` refuses, and for more than `MOST` panels.
     """
     found = points(rows)
