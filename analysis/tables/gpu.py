@@ -56,7 +56,7 @@ def source(rows: list[dict[str, Any]]) -> Provenance:
 
 def data(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """A row per number."""
-    kept = ("card", "driver", "torch", "visit", "stage", "cell")
+    kept = ("card", "visit", "stage", "cell")  # driver and torch: bench/gpu.jsonl
     return pd.DataFrame(
         [
             {name: row[name] for name in kept} | {"what": what, "value": value}

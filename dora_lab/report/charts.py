@@ -89,6 +89,8 @@ def scatter(
     legend_below(figure, looks.handles(), _note(list(estimates.values()), found.attrs["lost"], logarithmic))
     said = _table(estimates)
     data = found.drop(columns="at").merge(said, on=["kind", "label"])
+    if not data.duplicated(["kind", "label", "layer", "seed", "checkpoint"]).any():
+        data = data.drop(columns="unit")  # the name of a module, long and said by its kind and layer
     numbers = said.columns.drop(["kind", "label"])
     data[numbers] = data[numbers].mask(data.duplicated(["kind", "label"]))
     return figure, data

