@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dora_lab import distributed
 from dora_lab.commands import inspect, judge, models, plot, results, run  # noqa: F401  (each adds its commands)
 from dora_lab.commands.app import app
 from dora_lab.commands.ending import run_to_end
@@ -9,7 +10,12 @@ from dora_lab.commands.ending import run_to_end
 
 def main() -> None:
     """Entry point of `dora-lab`: an error that explains itself is printed without a traceback."""
-    run_to_end(app)
+    try:
+        run_to_end(app)
+    except SystemExit as end:
+        distributed.leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+    distributed.leave(0)
 
 
 if __name__ == "__main__":
