@@ -28,9 +28,10 @@ from dora_lab.methods.catalog import catalog
 from dora_lab.models import shapes
 from dora_lab.paper.verdict import EQUIVALENT, MARGINS, NOT, UNDECIDED, decide, from_printed
 from dora_lab.report import statistics
+from dora_lab.runs.record import spec_of
 from dora_lab.runs.streams import read_rows
 from dora_lab.runs.survey import iter_runs
-from dora_lab.spec import Spec, from_dict
+from dora_lab.spec import Spec
 from dora_lab.tasks import all_tasks, table_1
 
 ENOUGH = 3  # runs
@@ -96,7 +97,7 @@ def _runs(root: Path, protocol: set[Spec]) -> dict[_Key, list[_Run]]:
     columns = {task.name: task.column for task in all_tasks()}
     found: dict[_Key, list[_Run]] = defaultdict(list)
     for path, record in iter_runs(Path(root), tier="paper"):
-        spec = from_dict(record["spec"])
+        spec = spec_of(record)
         name, method = shapes.printed_name(spec.model.name), spec.method
         if name is None or method.name not in catalog() or spec.evaluation.split != "test":
             continue

@@ -47,19 +47,25 @@ def paired(probes: pd.DataFrame, kind: str, axis: str = "out") -> dict[int, tupl
     rows = probes.loc[probes["kind"] == kind, ["spec_id", "seed", "module", "step", *columns]]
     if not len(rows) or rows[columns].isna().any().any():
         return None
-    if (rows.groupby("seed")["spec_id"].nunique() > 1).any():
+    # modules, not layers: an encoder and a decoder number theirs alike
+    rows = rows.sort_values(["seed", "spec_id", "module", "step"], kind="stable")
+    runs, modules, seeds, steps = (
+        pd.factorize(rows[name])[0] if name in ("spec_id", "module") else rows[name].to_numpy()
+        for name in ("spec_id", "module", "seed", "step")
+    )
+    if len(set(zip(seeds, runs, strict=True))) > len(set(seeds)):
         raise ValueError("correlate: these runs differ in more than the seed; select the rows of one setting")
     # of a run so short that two fractions fall on one step, the step is one point, not two
-    rows = rows.drop_duplicates(["spec_id", "module", "step"])
+    new = np.r_[True, (np.diff(runs) != 0) | (np.diff(modules) != 0) | (np.diff(steps) != 0)]
+    values, modules, seeds, steps = rows[columns].to_numpy(dtype=float)[new], modules[new], seeds[new], steps[new]
     points = {}
-    for seed, part in rows.sort_values(["module", "step"]).groupby("seed"):
-        # modules, not layers: an encoder and a decoder number theirs alike
-        shape = part["module"].nunique(), part["step"].nunique()
-        if len(part) != shape[0] * shape[1]:
-            raise ValueError(
-                f"correlate: run {part['spec_id'].iloc[0]} lacks a module at a step; check its probe.jsonl"
-            )
-        points[int(seed)] = tuple(part[column].to_numpy(dtype=float).reshape(shape) for column in columns)
+    for seed in sorted(set(seeds)):
+        mine = seeds == seed
+        shape = len(set(modules[mine])), len(set(steps[mine]))
+        if mine.sum() != shape[0] * shape[1]:
+            run = rows["spec_id"].to_numpy()[new][mine][0]
+            raise ValueError(f"correlate: run {run} lacks a module at a step; check its probe.jsonl")
+        points[int(seed)] = tuple(values[mine, axis].reshape(shape) for axis in (0, 1))
     return points
 
 

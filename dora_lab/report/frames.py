@@ -13,14 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from dora_lab.report import statistics
 from dora_lab.report.labels import ordered_labels, ordered_tasks
 from dora_lab.report.naming import GROUP, add_labels
+from dora_lab.runs.record import spec_of
 from dora_lab.runs.streams import read_rows
 from dora_lab.runs.survey import survey
-from dora_lab.spec import Spec, from_dict, leaves, to_dict
+from dora_lab.spec import Spec, leaves, to_dict
 
 REFUSED = "damaged or misplaced (`dora-lab doctor` names them)"
 _FIRST = (*GROUP, "spec_id", "method", "rank", "label", "seed", "trainable_percent", "commit", "modified")
@@ -79,18 +81,30 @@ def frame(
     if found.left_out:
         statuses[REFUSED] = len(found.left_out)
     add_labels([columns for _, _, columns in runs], named)
-    rows: list[dict[str, Any]] = []
-    for path, record, columns in runs:
-        if stream == "record":
-            rows.append(columns | _cells({k: v for k, v in record.items() if k not in ("spec", "spec_id", "code")}))
-        else:
-            rows.extend(columns | row for row in read_rows(path, stream))
+    if stream == "record":
+        of_run = [
+            _cells({k: v for k, v in record.items() if k not in ("spec", "spec_id", "code")}) for _, record, _ in runs
+        ]
+        result = pd.DataFrame([columns | more for (_, _, columns), more in zip(runs, of_run, strict=True)])
+    else:
+        result = _beside([columns for _, _, columns in runs], [read_rows(path, stream) for path, _, _ in runs])
     first = [*_FIRST, *_STREAMS[stream]]
-    result = pd.DataFrame(rows)
     result = result.reindex(columns=[*first, *(c for c in result.columns if c not in first)])
     result["rank"] = result["rank"].astype("Int64")
     result.attrs.update(incomplete=len(left_out) + len(found.left_out), statuses=statuses)
     return result
+
+
+def _beside(runs: Sequence[Mapping[str, Any]], streams: Sequence[Sequence[Mapping[str, Any]]]) -> pd.DataFrame:
+    """A row per line of the streams, the columns of its run before its own, which win where both have a name.
+
+    The some hundred columns of a run are made once for it and repeated, not made anew for each of its lines.
+    """
+    rows = pd.DataFrame([row for stream in streams for row in stream])
+    left = pd.DataFrame([columns for columns, stream in zip(runs, streams, strict=True) if stream])
+    left = left.drop(columns=[name for name in left.columns if name in rows.columns])
+    repeated = left.take(np.repeat(np.arange(len(left)), [len(stream) for stream in streams if stream]))
+    return pd.concat([repeated.reset_index(drop=True), rows], axis=1)
 
 
 def _statuses(
@@ -103,7 +117,7 @@ def _statuses(
 
 
 def _run_columns(record: Mapping[str, Any]) -> dict[str, Any]:
-    flat = _spec_columns(to_dict(from_dict(record["spec"])))  # with the fields that came after it
+    flat = _spec_columns(to_dict(spec_of(record)))  # with the fields that came after it
     params, code = record.get("params") or {}, record.get("code") or {}
     trainable, total = params.get("trainable"), params.get("total")
     return flat | {

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dora_lab.methods.catalog import entry_of
-from dora_lab.runs.record import read_record
+from dora_lab.runs.record import read_record, spec_of
 from dora_lab.runs.streams import read_rows
-from dora_lab.spec import Spec, SpecError, from_dict, leaves
+from dora_lab.spec import Spec, SpecError, leaves
 
 _WHY = {
     "run_info.created_at": "records hold no dates: a run that is made again has the same bytes",
@@ -50,7 +50,7 @@ def comparison(path: Path) -> dict[str, Any]:
     Raises SpecError for a run that is not complete, and for one of a method that PEFT's file cannot tell from another.
     """
     record = read_record(path)
-    spec = from_dict(record["spec"])
+    spec = spec_of(record)
     if record["status"] != "complete" or spec.optim is None:
         raise SpecError(f"{path}: a {record['status']} run of {spec.method.name}; give a complete run that was trained")
     evals = [row for row in read_rows(path, "eval") if row["protocol"] == spec.evaluation.protocols[0]]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ def read_record(path: Path) -> dict[str, Any]:
     if record["status"] not in ("running", *ENDINGS):
         raise StoreError(f"{file}: unknown status {record['status']!r}; {did_you_mean(str(record['status']), ENDINGS)}")
     try:
-        found = spec_id(from_dict(record["spec"]))
+        _, found = _spec(json.dumps(record["spec"]))
     except SpecError as error:
         raise StoreError(f"{file}: {error}; restore it, or update dora_lab") from None
     if found != record["spec_id"]:
@@ -55,6 +57,17 @@ def read_record(path: Path) -> dict[str, Any]:
     if wrong := [name for name, count in (record.get("params") or {}).items() if type(count) is not int]:
         raise StoreError(f"{file}: field 'params.{wrong[0]}' is no whole number; restore it")
     return record
+
+
+def spec_of(record: Mapping[str, Any]) -> Spec:
+    """The spec of a record, with the fields that came after it; raises SpecError where it holds none."""
+    return _spec(json.dumps(record["spec"]))[0]
+
+
+@lru_cache(maxsize=4096)  # a report reads each record some fifteen times
+def _spec(text: str) -> tuple[Spec, str]:
+    spec = from_dict(json.loads(text))
+    return spec, spec_id(spec)
 
 
 def misplaced(path: Path, record: Mapping[str, Any]) -> str | None:

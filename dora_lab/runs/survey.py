@@ -44,7 +44,8 @@ def survey(root: Path, experiment: str | None = None, tier: str | None = None) -
         found.left_out.extend(LeftOut(path, why) for path, why in wrong.items())
         for path in sorted(_paths(folder, wrong) - wrong.keys()):
             try:
-                if tier in (None, read_record(path)["spec"]["tier"]):  # streams of other tiers need not be read
+                # streams of other tiers need not be read
+                if tier is None or tier == read_record(path)["spec"]["tier"]:
                     found.runs.append((path, verified(path)))
             except (StoreError, OSError) as error:
                 found.left_out.append(LeftOut(path, str(error)))
