@@ -135,7 +135,8 @@ def told_apart(
     if experiment is not None:
         there = {path.name for root in (results, committed) for path in (root / "runs").glob("*")}
         experiment = experiment_name(experiment, {*experiment_names(), *there})
-    found = verifying.compare(results, committed, experiment, only)
+    with progress_bar("reading runs", total=verifying.STEPS, unit="step") as bar:
+        found = verifying.compare(results, committed, experiment, only, bar.update)
     for why in found.left_out:
         say(f"left out: {why}", err=True)
     rows, beside = pd.DataFrame(found.rows), pd.DataFrame(found.beside)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dora_lab.paper.cells import CELL_VERDICTS, cells, summary
 from dora_lab.paper.claims import CLAIMS, claims
-from dora_lab.paper.compare import Comparison, compare
+from dora_lab.paper.compare import STEPS, Comparison, compare
 from dora_lab.paper.directions import layer_correlation, protocols, verdicts
 from dora_lab.paper.judged import judge
 from dora_lab.paper.registered import registered
@@ -23,6 +23,7 @@ from dora_lab.paper.registered import registered
 __all__ = [
     "CELL_VERDICTS",
     "CLAIMS",
+    "STEPS",
     "Comparison",
     "cells",
     "claims",

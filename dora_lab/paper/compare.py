@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,15 @@ class Comparison:
     agrees: bool = False
 
 
+STEPS = 4  # each folder is surveyed, then read
+
+
 def compare(
-    local_root: Path, committed_root: Path, experiment: str | None = None, only: Container[str] | None = None
+    local_root: Path,
+    committed_root: Path,
+    experiment: str | None = None,
+    only: Container[str] | None = None,
+    step: Callable[[], object] = lambda: None,
 ) -> Comparison:
     """A user's runs against the committed records, run by run of the same spec_id, summarised per method.
 
@@ -68,17 +75,25 @@ def compare(
     two such averages besides (items counted once, not once per seed, since all seeds answer the same items).
     Committed runs on data, a model or a tier that none of the user's runs is about are left out: nobody asked for them.
 
-    Args: the roots are results folders (with `runs/` in them); experiment: one name, None = all of the committed ones;
-    only: the spec ids that are compared, None = all of them.
+    Args: the roots are results folders (with `runs/` in them); experiment: one name, None = all that the user has;
+    only: the spec ids that are compared, None = all of them; step: called after each of `STEPS`.
     Raises: SpecError for a results folder without runs/, and for an experiment that neither folder has runs of.
     """
-    found = [_survey(Path(root), experiment) for root in (local_root, committed_root)]
+    found = [_survey(Path(local_root), experiment)]
+    step()
+    # what the user has no folder of is not read, unless there is nothing else to speak of
+    mine = [experiment] if experiment else sorted({path.parent.name for path, _ in found[0].runs})
+    theirs = [_survey(Path(committed_root), name) for name in mine]
+    if not any(one.runs for one in theirs):
+        theirs = [_survey(Path(committed_root), experiment)]
+    found.append(Survey([run for one in theirs for run in one.runs], [lost for one in theirs for lost in one.left_out]))
+    step()
     if experiment is not None and not any(one.runs or one.left_out for one in found):
         there = {path.name for root in (local_root, committed_root) for path in (Path(root) / "runs").iterdir()}
         near = did_you_mean(experiment, there)
         raise SpecError(f"neither {local_root} nor {committed_root} has a run of an experiment '{experiment}'; {near}")
     kept = [[run for run in _complete(one) if only is None or run[1]["spec_id"] in only] for one in found]
-    local, committed = ({run.spec_id: run for run in map(_run, runs)} for runs in kept)
+    local, committed = ({run.spec_id: run for run in _read(runs, step)} for runs in kept)
     said = tuple(shown(lost.why) for one in found for lost in one.left_out)
     for root, runs, others in ((committed_root, committed, local), (local_root, local, committed)):
         if not runs:
@@ -181,6 +196,12 @@ def _survey(root: Path, experiment: str | None) -> Survey:
 
 def _complete(found: Survey) -> list[tuple[Path, dict[str, Any]]]:
     return [(path, record) for path, record in found.runs if record["status"] == "complete"]
+
+
+def _read(runs: Iterable[tuple[Path, dict[str, Any]]], step: Callable[[], object]) -> list[_Run]:
+    read = [_run(run) for run in runs]
+    step()
+    return read
 
 
 def _run(pair: tuple[Path, dict[str, Any]]) -> _Run:
