@@ -79,6 +79,12 @@ def test_what_a_panel_says_is_what_numpy_says_with_t_over_seeds() -> None:
     assert not any("paper" in text for texts in panels(report.plot(rows(), paper=PANELS)).values() for text in texts)
 
 
+@pytest.mark.parametrize(("label", "boxed"), [("LoRA r=8", True), ("LoRA, λ 0.1", True), ("LoRA+", False)])
+def test_a_method_with_its_rank_has_the_papers_box_and_another_method_has_none(label: str, boxed: bool) -> None:
+    figure, _ = report.scatter(rows(label=label), PANELS)
+    assert all(any(text.startswith("paper: ") for text in texts) is boxed for texts in panels(figure).values())
+
+
 def test_dependent_points_get_no_fisher_interval() -> None:
     """Every layer four times over says no more than once, though Fisher's interval would halve."""
     rng = np.random.default_rng(1)

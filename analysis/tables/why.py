@@ -18,7 +18,7 @@ import pandas as pd
 from analysis import frame, isnt, script
 from analysis.cells import per_doubling
 from dora_lab import report
-from dora_lab.report import Block, correlations, interval, number, statistics
+from dora_lab.report import Block, correlations, interval, number, p_text, statistics
 from dora_lab.report.statistics import Estimate
 
 KINDS = ("q_proj", "v_proj")
@@ -170,7 +170,7 @@ def _tests(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
         cells = dict(zip(names, key if isinstance(key, tuple) else (key,), strict=True))
         for row in part.to_dict("records"):
             z = number(row["z"], digits=2)
-            text = z and f"{z} {interval(row['z_low'], row['z_high'], digits=2)}, p {_p(row['p_holm'])}"
+            text = z and f"{z} {interval(row['z_low'], row['z_high'], digits=2)}, p {p_text(row['p_holm'])}"
             cells[f"{report.KINDS[row['kind']]}, {MEASURES.get(row['view'], row['view'])}"] = text
         rows.append(cells)
     return pd.DataFrame(rows)
@@ -191,10 +191,6 @@ def _row(setting: pd.DataFrame) -> dict[str, Any]:
         r, fisher = number(row["r"], digits=2), interval(row["fisher_low"], row["fisher_high"], digits=2)
         cells[row["view"].capitalize()] = r and f"{r} {fisher or report.MISSING}"
     return cells
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
 if __name__ == "__main__":

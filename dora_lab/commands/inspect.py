@@ -83,7 +83,8 @@ def diff_command(
 
 @app.command(epilog=examples("doctor results", "doctor results/local --format json"))
 def doctor(
-    path: Annotated[Path, typer.Argument(help="A results folder, a run's, or a saved adapter's.")] = RESULTS,
+    path: Annotated[Path | None, typer.Argument(help="A results folder, a run's, or a saved adapter's.")] = None,
+    results: ReadOption = RESULTS,
     form: FormatOption = Format.text,
 ) -> None:
     """Say what is wrong with records, streams, hashes, locks, checkpoints and claims, and how to mend it."""
@@ -92,6 +93,7 @@ def doctor(
     from dora_lab.paper.claims import examine as examine_claims
     from dora_lab.runs import doctor as examining
 
+    path = path or results
     if not path.exists():
         raise SpecError(f"{path} is not there; {did_you_mean(path.name, [one.name for one in path.parent.glob('*/')])}")
     findings: list[examining.Finding] = []

@@ -74,7 +74,7 @@ def _claims(rows: pd.DataFrame) -> pd.DataFrame:
     """The claims of a group of runs in the columns that a person needs; all there are: --format csv."""
     import pandas as pd
 
-    from dora_lab.report.block import interval, number
+    from dora_lab.report.block import interval, p_text
 
     intervals = [interval(row.low, row.high, digits=2) for row in rows.itertuples()]
     return pd.DataFrame(
@@ -85,7 +85,7 @@ def _claims(rows: pd.DataFrame) -> pd.DataFrame:
             "95 %": intervals,
             "in": rows["unit"].replace("points", "pt"),
             "seeds": rows["seeds"],
-            "p": [number(value, digits=3) for value in rows["p_adjusted"]],
+            "p": [p_text(value) for value in rows["p_adjusted"]],
             "paper": [_two(value) for value in rows["paper"]],
             "verdict": rows["verdict"],
         }

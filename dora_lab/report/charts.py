@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from textwrap import fill
@@ -51,8 +52,8 @@ def scatter(
     """ΔD against ΔM, a panel for each label and kind: colour and number are the layer, the marker the checkpoint.
 
     rows: as `points` takes them. paper: panels whose r and ends of axes stand in a box where kind and method are the
-        same ("FT", and "FT, and what sets it apart"); where our axes reach theirs, they are drawn as a rectangle too.
-        columns: of panels; by itself, up to four.
+        same ("FT", "LoRA r=8", and "FT, and what sets it apart"); where our axes reach theirs, they are drawn as a
+        rectangle too. columns: of panels; by itself, up to four.
     Returns the figure and its numbers: the points, and beside the first of a panel its r and slope (ΔM per ΔD) with
     95 % intervals (see `statistics.cautious`), of plain values also where the axes are logarithmic.
     Raises: ValueError for what `points` refuses, and for more than `MOST` panels.
@@ -61,7 +62,7 @@ def scatter(
     known = {(panel.kind, METHODS[panel.method].label): panel for panel in paper if panel.method in METHODS}
     parts = dict[Any, pd.DataFrame](iter(found.groupby(["kind", "label"], sort=False)))
     kinds, labels = list(dict.fromkeys(key[0] for key in parts)), list(found["label"].unique())
-    printed = {(kind, label): known.get((kind, label.partition(",")[0])) for kind, label in parts}
+    printed = {(kind, label): known.get((kind, re.split(", | r=", label)[0])) for kind, label in parts}
     columns = columns or min(4, len(labels) if len(labels) > 1 else len(kinds))
     blocks = [[(kind, label) for label in labels] for kind in kinds]
     blocks = [[key for block in blocks for key in block]] if len(labels) == 1 else blocks
@@ -178,16 +179,18 @@ class _Looks:
 def _panel(
     axis: Any, part: pd.DataFrame, looks: _Looks, fit: Sequence[Estimate | None], box: Printed | None, logarithmic: bool
 ) -> None:
-    many = len(part) > 64  # numbers would hide each other: those of one seed's last checkpoint are enough
-    for place, ((at, seed), here) in enumerate(part.groupby(["at", "seed"])):
+    # numbers would hide each other: those of one seed's last checkpoint are enough; and a marker that is drawn often
+    # stands once in a PDF
+    many = len(part) > 64
+    for place, ((at, *_), here) in enumerate(part.groupby(["at"] if many else ["at", "seed"])):
         colours = [looks.colours.get(layer, GREY) for layer in here["layer"]]
         above = 2 + 0.01 * place  # a number lies under the markers that lie over its own
         axis.scatter(
             here["delta_d"], here["delta_m"], c=colours, marker=looks.markers[at], s=54, lw=0.5, edgecolors="white",
             zorder=above,
         )  # fmt: skip
-        if not many or (at, seed) == (part["at"].max(), part["seed"].min()):
-            for row in here[here["layer"].notna()].itertuples():
+        if not many or at == part["at"].max():
+            for row in here[here["layer"].notna() & (here["seed"] == here["seed"].min())].itertuples():
                 light = np.dot(looks.colours[row.layer][:3], (0.3, 0.59, 0.11)) > 0.5
                 axis.text(
                     row.delta_d, row.delta_m, f"{row.layer:.0f}", color="black" if light else "white", size=5.5,
