@@ -82,7 +82,9 @@ def frame(
     rows: list[dict[str, Any]] = []
     for path, record, columns in runs:
         if stream == "record":
-            rows.append(columns | _cells({k: v for k, v in record.items() if k not in ("spec", "spec_id", "code")}))
+            rows.append(
+                columns | _cells({k: v for k, v in record.items() if k not in ("spec", "spec_id", "code", "files")})
+            )
         else:
             rows.extend(columns | row for row in read_rows(path, stream))
     first = [*_FIRST, *_STREAMS[stream]]
