@@ -29,7 +29,7 @@ from dora_lab.io.errors import LoadError
 from dora_lab.methods.inject import merge
 from dora_lab.models.base import model_and_tokenizer
 from dora_lab.runs import provenance
-from dora_lab.runs.survey import survey
+from dora_lab.runs.survey import survey, verified
 from dora_lab.spec import Spec, from_dict
 from dora_lab.tasks import sources
 
@@ -74,6 +74,7 @@ def measured(results: Path, rounds: int = ROUNDS, items: int = ITEMS) -> Iterato
         )
     for cell in CELLS:
         path, spec = runs[cell]
+        verified(path, "adapter")
         about = {"method": cell[0], "rank": cell[1], "run": path.name}
         yield from (row | about for row in (*latencies(spec, path, rounds), *differences(spec, path, items)))
 

@@ -18,6 +18,7 @@ from dora_lab.commands.run import summary
 from dora_lab.launch.experiments import published_specs
 from dora_lab.launch.pool import Outcome
 from dora_lab.report import card
+from dora_lab.runs.record import read_record
 from dora_lab.runs.survey import iter_runs
 from dora_lab.tasks import TEMPLATES, load_task
 
@@ -28,7 +29,7 @@ Writer = Callable[..., Path]
 def a_run(**wanted: object) -> Path:
     """A committed run, by fields of its spec."""
     for folder, _ in iter_runs(COMMITTED, "commonsense"):
-        spec = specs.to_dict(specs.from_dict(card.read_record(folder)["spec"]))
+        spec = specs.to_dict(specs.from_dict(read_record(folder)["spec"]))
         flat = specs.leaves(spec)
         if all(flat[name.replace("__", ".")] == value for name, value in wanted.items()):
             return folder
@@ -37,7 +38,7 @@ def a_run(**wanted: object) -> Path:
 
 def test_a_card_says_everything_that_a_score_depends_on() -> None:
     folder = a_run(method__name="dora", method__rank=8, seed=1, data__name="mini")
-    text, record = card.card(folder), card.read_record(folder)
+    text, record = card.card(folder), read_record(folder)
     for part in (record["spec_id"], record["code"]["commit"], "DoRA rank 8 on mini, seed 1", "loss on the answer alone",
                  "decoding: greedy, never sampled", "`optim.learning_rate`", "peak learning rate: 0.01",
                  "padding: <unk>, on the left, masked", "the last weights are evaluated", "torch 2.13.0",

@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny import make_spec
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -31,6 +32,7 @@ from dora_lab.io.errors import CheckpointError
 from dora_lab.probing import saved_models
 from dora_lab.probing.pairs import Matrix, Replaced
 from dora_lab.probing.saved_models import changes, probe
+from dora_lab.runs.directory import RunDir
 from dora_lab.spec import Method
 
 KINDS = ("q_proj", "v_proj", "down_proj")
@@ -216,10 +218,10 @@ def test_our_adapters_in_every_format_and_a_trajectory(tmp_path: Path) -> None:
         assert {**mine, "tuned": 0, "step": 0} == {**theirs, "tuned": 0, "step": 0}
         W = model.get_submodule(mine["module"]).effective_weight()
         check(mine, before[mine["module"]], W, rel=1e-3)  # that weight is rounded to float32
-    (tmp_path / "run" / "adapter").mkdir(parents=True)
-    (tmp_path / "run" / "record.json").write_text("{}")
-    shutil.copytree(run / "checkpoint-20", tmp_path / "run" / "adapter", dirs_exist_ok=True)
-    again = list(probe(tmp_path / "base", [tmp_path / "run"], kinds=("q_proj",)))
+    with RunDir.open(tmp_path / "results", make_spec()) as finished:
+        shutil.copytree(run / "checkpoint-20", finished.adapter)
+        finished.finish("complete")
+    again = list(probe(tmp_path / "base", [finished.path], kinds=("q_proj",)))
     for one, other in zip(again, rows[:3], strict=True):  # with others in one product its last digits may differ
         assert one["delta_d"] == pytest.approx(other["delta_d"], rel=1e-7)
 

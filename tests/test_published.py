@@ -81,6 +81,10 @@ def test_every_format_gives_what_the_live_model_gives(folder: Path, tmp_path: Pa
     assert found["peft"] == found["authors"] == found["pickled"]
     assert found["peft texts"] == found["authors texts"] == found["pickled texts"] == live(folder, tmp_path, True)
     assert found["peft texts"] != live(folder, tmp_path, False)  # the adapter does something
+    (scores,) = (tmp_path / "peft").glob("runs/published/*/eval.jsonl")
+    scores.write_text(scores.read_text().replace('"n_unparsed": ', '"n_unparsed":  ', 1))
+    again = go(folder, "peft", tmp_path / "peft")
+    assert again.exit_code != 0 and "is not what it was when the run was finished" in str(again.exception)
 
 
 def live(folder: Path, tmp_path: Path, with_adapter: bool) -> list[str]:

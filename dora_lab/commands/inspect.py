@@ -44,7 +44,6 @@ def card_command(
     from dora_lab.report import card, peft_comparison
 
     path = find_run(run, results)
-    verified(path)
     text = json.dumps(peft_comparison.comparison(path), ensure_ascii=False, indent=2) if peft else card.card(path)
     say(text if out is None else out)
     if out is not None:
@@ -73,12 +72,10 @@ def diff_command(
     from dora_lab.report import card
 
     first = find_run(run, results)
-    for path in [first, *([find_run(other, results)] if other != "published" else [])]:
-        verified(path)
     if other != "published":
         say(card.diff(first, find_run(other, results)))
     else:
-        say(card.diff(first, card.nearest(from_dict(read_record(first)["spec"]), published_specs())))
+        say(card.diff(first, card.nearest(from_dict(verified(first)["spec"]), published_specs())))
 
 
 @app.command(epilog=examples("doctor results", "doctor results/local --format json"))
@@ -150,7 +147,6 @@ def rescore(
     from dora_lab.evaluation import rescore as rescoring
 
     path = find_run(run, results)
-    verified(path)
     rows, file = rescoring.rescore(path, pattern or ())
     frame = pd.DataFrame(rows).drop(columns="correct")
     show({"rescored": frame}, [(f"Run {path.name}", _rescored(frame))], form)

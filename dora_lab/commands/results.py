@@ -21,9 +21,8 @@ from dora_lab.commands.app import (
     progress_bar,
     say,
 )
-from dora_lab.commands.ending import STOPPED
 from dora_lab.commands.judge import told_apart
-from dora_lab.commands.run import summary
+from dora_lab.commands.run import tell
 from dora_lab.house import ANALYSIS, HOUSE, INSTALLED
 from dora_lab.launch.experiments import house_first, load_experiment
 from dora_lab.launch.pool import run_many
@@ -93,10 +92,7 @@ def reproduce(
     if quick:
         lowest_last = sorted(specs, key=lambda spec: -spec.seed)
         specs = list({replace(spec, seed=0): spec for spec in lowest_last}.values())
-    outcomes = run_many(specs, Paths(results), jobs=jobs)
-    say(summary(outcomes, results))
-    if any(outcome.status in ("failed", "interrupted") for outcome in outcomes):
-        raise typer.Exit(1 if any(outcome.status == "failed" for outcome in outcomes) else STOPPED)
+    tell(run_many(specs, Paths(results), jobs=jobs), results)
     rebuild(results)
     table = results / "tables" / f"{experiment}.md"
     if table.exists():

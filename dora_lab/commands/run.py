@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,8 +18,10 @@ from dora_lab.launch.pool import Outcome, describe, run_many
 from dora_lab.launch.runtime import Device, Paths, Runtime
 from dora_lab.launch.select import chosen, pair
 from dora_lab.runs.caveats import caveats
-from dora_lab.runs.record import read_record, run_path
+from dora_lab.runs.errors import StoreError
+from dora_lab.runs.record import run_path
 from dora_lab.runs.streams import read_stream
+from dora_lab.runs.survey import verified
 from dora_lab.spec import SpecError, spec_id
 
 DeviceOption = Annotated[Device | None, typer.Option(help="Where it computes; default: as the tier says.")]
@@ -75,13 +78,7 @@ def run(
         for line in planning.lines(specs, getattr(module, "ITEMS", {}), model_dir, gpu, tokens, runtime):
             say(line)
         return
-    outcomes = run_many(specs, Paths(results, data_dir, model_dir), runtime, jobs)
-    if distributed.first():
-        say(summary(outcomes, results))
-    if any(outcome.status == "failed" for outcome in outcomes):
-        raise typer.Exit(1)
-    if any(outcome.status == "interrupted" for outcome in outcomes):
-        raise typer.Exit(STOPPED)
+    tell(run_many(specs, Paths(results, data_dir, model_dir), runtime, jobs), results)
 
 
 @app.command(epilog=examples("submit commonsense --partition gpu --hours 24", "submit pilot --tier mini --local"))
@@ -124,23 +121,49 @@ def submit(
         raise SpecError(f"{len(failed)} jobs failed; the first: {str(failed[0]).strip().splitlines()[-1]}")
 
 
+def tell(outcomes: Sequence[Outcome], results: Path) -> None:
+    """Print the `summary`; the command ends here where a run failed or is damaged (1) or was interrupted."""
+    outcomes = checked(outcomes, results)
+    if distributed.first():
+        say(summary(outcomes, results))
+    ends = {outcome.status for outcome in outcomes}
+    if ends & {"failed", "damaged"}:
+        raise typer.Exit(1)
+    if "interrupted" in ends:
+        raise typer.Exit(STOPPED)
+
+
+def checked(outcomes: Sequence[Outcome], results: Path) -> list[Outcome]:
+    """The outcomes; of a run that was complete before and that `verified` refuses now, status "damaged" and why."""
+    found = []
+    for outcome in outcomes:
+        try:
+            if outcome.status in ("complete", "skipped"):
+                verified(run_path(results, outcome.spec))
+            found.append(outcome)
+        except StoreError as error:
+            found.append(replace(outcome, status="damaged", error=str(error)))
+    return found
+
+
 def summary(outcomes: Sequence[Outcome], results: Path) -> str:
     """A line per run: name, id, status, seconds and mean accuracy by protocol, below it what has to be known with
-    them; and how many ended how."""
+    them; and how many ended how. Raises StoreError for a complete run that `verified` refuses."""
     lines: list[str] = []
     for outcome in outcomes:
         path = run_path(results, outcome.spec)
         scores: dict[str, list[float]] = {}
+        record: dict[str, Any] = {}
         if outcome.status in ("complete", "skipped"):
+            record = verified(path)
             for row in read_stream(path, "eval"):
                 scores.setdefault(row["protocol"], []).append(row["value"])
         means = "  ".join(f"{name} {100 * sum(found) / len(found):.1f} %" for name, found in scores.items())
         seconds = f"{outcome.seconds:5.0f} s" if outcome.status != "skipped" else " " * 7
-        tail = outcome.error if outcome.status in ("failed", "interrupted") else means
+        tail = outcome.error or means
         name = f"{describe(outcome.spec):34} {spec_id(outcome.spec)}"
         lines.append(f"{name}  {outcome.status:11} {seconds}  {tail or ''}")
         if scores:
-            record = read_record(path)
             lines += [f"{'':34} {text}" for text in (*caveats(record), *record.get("notes", []))]
     ends = [outcome.status for outcome in outcomes]
     counts = ", ".join(f"{ends.count(status)} {status}" for status in dict.fromkeys(ends))

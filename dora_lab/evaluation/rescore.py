@@ -17,8 +17,8 @@ from typing import Any
 from dora_lab.io.atomic import write_text
 from dora_lab.io.files import hash_bytes
 from dora_lab.runs.errors import StoreError
-from dora_lab.runs.record import read_record
 from dora_lab.runs.streams import read_stream
+from dora_lab.runs.survey import verified
 from dora_lab.spec import did_you_mean
 from dora_lab.tasks import load_task
 from dora_lab.tasks.task import answer_part
@@ -34,11 +34,12 @@ def rescore(run: Path, patterns: Sequence[str] = ()) -> tuple[list[dict[str, Any
     patterns: "REGEX" for every task or "TASK=REGEX" for one; without any the tasks' own. The first match counts: its
     first group if it has one, else all of it, in any case; what is then no label of the task is no answer. Rows: task,
     pattern, n, value, n_unparsed, old_value, old_n_unparsed, and `correct`, one character per item. Raises StoreError
-    for a run without samples, or with samples that do not give the record's scores by the tasks' own patterns;
+    for a run that `verified` refuses, without samples, or with samples that do not give the record's scores by the
+    tasks' own patterns;
     ValueError for a pattern that is none, a task that the run has not, two patterns for one task.
     """
     run = Path(run)
-    read_record(run)
+    verified(run, "samples")
     old = {row["task"]: row for row in read_stream(run, "eval") if row["protocol"] == PROTOCOL}
     files = {file.name.removesuffix(f".{PROTOCOL}.jsonl"): file for file in run.glob(f"samples/*.{PROTOCOL}.jsonl")}
     if not old or not files:

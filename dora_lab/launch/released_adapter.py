@@ -16,6 +16,7 @@ from dora_lab.launch.run import run_spec
 from dora_lab.launch.runtime import AS_THE_TIER_SAYS, Paths, Runtime
 from dora_lab.models.base import adapter_folder
 from dora_lab.runs.record import run_path
+from dora_lab.runs.survey import verified
 from dora_lab.spec import Method, Model, Spec
 
 EXPERIMENT = "published"  # of the runs; no experiment has this name, so no table takes them for trained ones
@@ -48,10 +49,15 @@ def spec_of(protocol: Spec, base: Model, tasks: tuple[str, ...], data_sha256: st
 
 
 def evaluate(spec: Spec, paths: Paths, runtime: Runtime = AS_THE_TIER_SAYS) -> tuple[Adapter, Path]:
-    """Run `spec` (skipped where it is complete); returns what the adapter is and the run's directory."""
+    """Run `spec` (skipped where it is complete); returns what the adapter is and the run's directory.
+
+    Raises StoreError for a run that was complete and has changed since, see `survey.verified`.
+    """
     found = describe(adapter_folder(spec.model, paths.adapter_dir))
     run_spec(spec, paths, runtime)
-    return found, run_path(paths.results, spec)
+    path = run_path(paths.results, spec)
+    verified(path)
+    return found, path
 
 
 def describe(folder: Path) -> Adapter:

@@ -26,6 +26,9 @@ from dora_lab.formats.shards import FLOATS, INDEX, PICKLES, SINGLE, Shards, refu
 from dora_lab.io.errors import CheckpointError
 from dora_lab.models.layout import Layout, layout_of
 from dora_lab.probing.matrices import Base, Matrix, alike
+from dora_lab.runs import packs
+from dora_lab.runs.errors import StoreError
+from dora_lab.runs.survey import verified
 from dora_lab.spec import did_you_mean
 
 T = TypeVar("T")
@@ -111,7 +114,11 @@ def steps_of(path: Path) -> list[tuple[int | None, Path]]:
     )
     if found:
         return list(found)
-    if (path / "record.json").is_file() and (path / "adapter").is_dir():
+    if (path / "adapter").is_dir() and packs.read(path, "record.json") is not None:
+        try:
+            verified(path, "adapter")
+        except StoreError as error:
+            raise CheckpointError(str(error)) from None
         return steps_of(path / "adapter")
     raise CheckpointError(
         f"{path}: no model, adapter, checkpoint-N or run in it (looked for {SINGLE}, {INDEX}, {CONFIG})"

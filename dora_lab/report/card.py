@@ -16,8 +16,9 @@ from dora_lab.io.files import hash_bytes
 from dora_lab.methods.catalog import catalog
 from dora_lab.models import shapes
 from dora_lab.runs.caveats import caveats
-from dora_lab.runs.record import read_record, spec_of
+from dora_lab.runs.record import spec_of
 from dora_lab.runs.streams import read_stream
+from dora_lab.runs.survey import verified
 from dora_lab.spec import Spec, leaves, to_dict, words
 from dora_lab.tasks import TEMPLATES, load_task
 
@@ -44,8 +45,8 @@ RELEASED = (
 
 
 def card(path: Path) -> str:
-    """The page of one run directory, as Markdown; raises StoreError if it has no record that can be read."""
-    record = read_record(path)
+    """The page of one run directory, as Markdown; raises StoreError where `verified` refuses it."""
+    record = verified(path)
     spec = spec_of(record)
     unread = {field for family, found in READ_BY.items() if family != spec.model.family for field in found}
     flat = {field: value for field, value in leaves(to_dict(spec)).items() if field not in unread}
@@ -86,12 +87,15 @@ def _word(spec: Spec, name: str) -> str:
 
 
 def diff(path: Path, other: Path | Spec) -> str:
-    """How two runs differ, or a run and a spec of the paper, in words; a line per difference, then both scores."""
-    record = read_record(path)
+    """How two runs differ, or a run and a spec of the paper, in words; a line per difference, then both scores.
+
+    Raises StoreError for a run that `verified` refuses.
+    """
+    record = verified(path)
     mine = spec_of(record)
-    theirs_record = None if isinstance(other, Spec) else read_record(other)
-    theirs = other if isinstance(other, Spec) else spec_of(read_record(other))
-    whose = "published" if isinstance(other, Spec) else f"run {read_record(other)['spec_id']}"
+    theirs_record = None if isinstance(other, Spec) else verified(other)
+    theirs = other if isinstance(other, Spec) else spec_of(theirs_record or {})
+    whose = "published" if theirs_record is None else f"run {theirs_record['spec_id']}"
     lines = [f"A: run {record['spec_id']}, {name(mine)}", f"B: {whose}, {name(theirs)}", ""]
     first, second = leaves(to_dict(mine)), leaves(to_dict(theirs))
     aside = {"experiment", "tier"} | (

@@ -83,7 +83,8 @@ def frame(
     add_labels([columns for _, _, columns in runs], named)
     if stream == "record":
         of_run = [
-            _cells({k: v for k, v in record.items() if k not in ("spec", "spec_id", "code")}) for _, record, _ in runs
+            _cells({k: v for k, v in record.items() if k not in ("spec", "spec_id", "code", "files")})
+            for _, record, _ in runs
         ]
         result = pd.DataFrame([columns | more for (_, _, columns), more in zip(runs, of_run, strict=True)])
     else:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dora_lab.methods.catalog import entry_of
-from dora_lab.runs.record import read_record, spec_of
+from dora_lab.runs.record import spec_of
 from dora_lab.runs.streams import read_rows
+from dora_lab.runs.survey import verified
 from dora_lab.spec import Spec, SpecError, leaves
 
 _WHY = {
@@ -47,9 +48,10 @@ _WHY = {
 def comparison(path: Path) -> dict[str, Any]:
     """A complete run as one of PEFT's result files; accuracy is the mean over tasks, of the spec's first protocol.
 
-    Raises SpecError for a run that is not complete, and for one of a method that PEFT's file cannot tell from another.
+    Raises SpecError for a run that is not complete, and for one of a method that PEFT's file cannot tell from another;
+    StoreError where `verified` refuses it.
     """
-    record = read_record(path)
+    record = verified(path)
     spec = spec_of(record)
     if record["status"] != "complete" or spec.optim is None:
         raise SpecError(f"{path}: a {record['status']} run of {spec.method.name}; give a complete run that was trained")

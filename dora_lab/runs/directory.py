@@ -21,6 +21,7 @@ from typing import Any
 
 from dora_lab.io.atomic import fsync, write_text
 from dora_lab.io.files import hash_bytes
+from dora_lab.runs import kept
 from dora_lab.runs.errors import OUTSIDE, LockedError, StoreError
 from dora_lab.runs.lock import Lock, acquire
 from dora_lab.runs.record import ENDINGS, SCHEMA, read_record, run_path
@@ -208,7 +209,8 @@ class RunDir:
     def finish(self, status: str, error: str | None = None) -> None:
         """End the run as complete, failed or interrupted; a failure needs its error text, a success has none.
 
-        The record of a complete run holds the `marks` of its streams, so that a change of them later is seen.
+        The record of a complete run holds the `marks` of its streams and the hashes of the files that it keeps beside
+        them (`kept`), so that a change of any of them later is seen.
         """
         if status not in ENDINGS:
             raise StoreError(f"{self.path}: unknown status '{status}'; {did_you_mean(status, ENDINGS)}")
@@ -220,7 +222,7 @@ class RunDir:
         marks = self.marks()  # rows reach the disk before the record says that they are whole
         more = {}
         if status == "complete":
-            more = {"streams": marks}
+            more = {"streams": marks, "files": kept.hashes(self.path)}
             self._record.pop("trained", None)
         self._record = {**self._record, **more, "status": status, "error": error}
         _write_json(self.path / "record.json", self._record)

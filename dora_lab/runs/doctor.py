@@ -17,7 +17,7 @@ from dora_lab.io.errors import CheckpointError
 from dora_lab.io.files import parse_json
 from dora_lab.io.files import verify as verify_files
 from dora_lab.io.text import shown
-from dora_lab.runs import checkpoints, packs
+from dora_lab.runs import checkpoints, kept, packs
 from dora_lab.runs.errors import StoreError
 from dora_lab.runs.lock import holder
 from dora_lab.runs.record import read_record
@@ -26,7 +26,7 @@ from dora_lab.runs.survey import survey
 from dora_lab.spec import Spec, from_dict
 
 AGAIN = "run it again: it resumes"
-ANEW = "restore the file, or remove the run's folder and run it again"
+ANEW = kept.MEND
 MANIFEST = "dora_lab.json"  # of an adapter or a model that the lab saved
 _KEYS = {
     "probe": ("step", "fraction", "module"),
@@ -112,7 +112,8 @@ def _run(path: Path) -> Iterator[Finding]:
         yield Finding(path / "record.json", "status running, and nobody runs it: it was killed", AGAIN)
     yield from _streams(path, spec, record)
     yield from _leftovers(path)
-    yield from _manifest(path / "adapter")
+    changed = [of_error(file, StoreError(what)) for file, what in kept.changed(path, record)]
+    yield from changed or _manifest(path / "adapter")
     for folder in sorted((path / "checkpoints").glob("checkpoint-*")):
         manifest, fault = checkpoints.read_manifest(folder)
         if fault is not None:

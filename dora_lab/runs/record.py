@@ -16,7 +16,7 @@ from dora_lab.spec import Spec, SpecError, did_you_mean, from_dict, spec_id
 SCHEMA = 1
 ENDINGS = ("complete", "failed", "interrupted")
 REQUIRED = ("spec", "spec_id", "status", "error")
-OBJECTS = ("code", "inputs", "machine", "packages", "params", "seconds")  # where they are there and not null
+OBJECTS = ("code", "inputs", "machine", "packages", "params", "seconds", "files")  # where they are there and not null
 
 
 def run_path(root: Path, spec: Spec) -> Path:

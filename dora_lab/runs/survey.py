@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dora_lab.runs import packs
+from dora_lab.runs import kept, packs
 from dora_lab.runs.errors import StoreError
 from dora_lab.runs.record import misplaced, read_record
 from dora_lab.runs.streams import STREAMS, read_rows
@@ -58,11 +58,13 @@ def _paths(folder: Path, wrong: Container[Path]) -> set[Path]:
     return unpacked | set(packs.packed_runs(folder, wrong))
 
 
-def verified(path: Path) -> dict[str, Any]:
+def verified(path: Path, *folders: str) -> dict[str, Any]:
     """The record of the run directory `path`, which lies where its spec says; a complete run's streams are whole.
 
+    folders: of `kept.FOLDERS`, those that the caller reads besides.
     Raises StoreError for a copy under another name or in another experiment's folder, which would count as one more
-    seed, for a record that cannot be read, and for a stream of a complete run that is damaged or has changed.
+    seed, for a record that cannot be read, and for a stream of a complete run, or a file in `folders`, that is damaged
+    or has changed.
     """
     record = read_record(path)
     if right := misplaced(path, record):
@@ -70,6 +72,8 @@ def verified(path: Path) -> dict[str, Any]:
     if record["status"] == "complete":
         path = Path(path)
         _whole(path, (*(_seen(path / name) for name in packs.FILES), packs.mark(path)))
+        for file, why in kept.changed(path, record, folders):
+            raise StoreError(f"{file}: {why}")
     return record
 
 
