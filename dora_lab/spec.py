@@ -239,6 +239,11 @@ class Evaluation(_Checked):
     early_stopping: Annotated[bool, {  # of several beams
         True: "beams end with as many answers as there are beams", False: "beams go on while a better answer may come",
     }] = since(7, False)  # fmt: skip
+    # same numbers but for rounding; off: as every run before it was there
+    reuse: Annotated[bool, {
+        True: "a prompt is read once for all its options, a greedy answer ends with its first label",
+        False: "a prompt is read anew for each of its options, an answer ends by itself",
+    }] = since(8, False)  # fmt: skip
     text: Annotated[Literal["none", "pretraining"], {  # of bases whose corpus is known here
         "none": "no text besides the tasks",
         "pretraining": "held-out text of the base's pretraining scored before and after",

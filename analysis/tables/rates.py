@@ -43,6 +43,7 @@ def build(results: Path) -> list[Path]:
 def swept(evals: pd.DataFrame) -> pd.DataFrame:
     """The runs of sweeps: columns of `GRID`, optim.learning_rate, seed, spec_id, loss (choice NLL, mean over tasks)."""
     known = evals[(evals["split"] == "validation") & evals["choice_nll"].notna()] if len(evals) else evals
+    known = known[known["experiment"] != "own"]  # of many models and folders: table `own`
     if not len(known):
         return known
     by = [*GRID, "optim.learning_rate", "seed", "spec_id"]

@@ -1,4 +1,5 @@
-"""The command line, a room for each kind of work: run, results, judge, inspect, models, plot; app is what they share.
+"""The command line, a room for each kind of work: run (own: a model of anybody's), results, judge,
+inspect, models, plot; app is what they share.
 
 `ending` decides how a command ends, `show` how a table looks.
 

@@ -12,6 +12,7 @@ import typer
 from dora_lab import distributed
 from dora_lab.commands.app import LOCAL, ExperimentArgument, ResultsOption, app, examples, say
 from dora_lab.commands.ending import STOPPED
+from dora_lab.commands.own import conduct
 from dora_lab.commands.show import Format, FormatOption, show
 from dora_lab.launch.experiments import experiment_names, load_experiment
 from dora_lab.launch.pool import Outcome, describe, run_many
@@ -67,10 +68,20 @@ def run(
         Path | None, typer.Option(help="Real data: a clone of LLM-Adapters, or <task>/test.json.")
     ] = None,
     model_dir: Annotated[Path | None, typer.Option(help="Folder of a saved model to start from.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Of `own`: fewer steps, rates, items; one seed.")] = False,
+    ft: Annotated[bool, typer.Option("--ft", help="Of `own`: full fine-tuning, too.")] = False,
 ) -> None:
     """Run an experiment: complete runs are skipped, interrupted ones go on, failed ones start anew."""
-    module = load_experiment(experiment)
-    specs = chosen(module, tier, only or (), with_ or (), data_dir, model_dir)
+    module, paths = load_experiment(experiment), Paths(results, data_dir, model_dir)
+    if hasattr(module, "first") and (model_dir or data_dir or not dry_run):  # it is planned from what is given
+        given = {"--only": only, "--shard": shard, "--gpu": gpu, "--tokens": tokens, "--tier": tier}
+        if ignored := [name for name, value in given.items() if value]:
+            raise SpecError(f"run {experiment} reads no {ignored[0]}: it plans its runs from what is given")
+        runtime = Runtime(device=device, threads=threads)
+        return conduct(module, paths, with_ or (), runtime, quick=quick, ft=ft, jobs=jobs, dry_run=dry_run)
+    if quick or ft:
+        raise SpecError(f"run {experiment}: --quick and --ft are of `run own`; select specs with --only")
+    specs = chosen(module, tier, only or (), with_ or (), data_dir, model_dir, say)
     runtime = Runtime(device=device, threads=threads, shard=shard)
     if dry_run:
         from dora_lab.launch import plan as planning
@@ -78,7 +89,7 @@ def run(
         for line in planning.lines(specs, getattr(module, "ITEMS", {}), model_dir, gpu, tokens, runtime):
             say(line)
         return
-    tell(run_many(specs, Paths(results, data_dir, model_dir), runtime, jobs), results)
+    tell(run_many(specs, paths, runtime, jobs), results)
 
 
 @app.command(epilog=examples("submit commonsense --partition gpu --hours 24", "submit pilot --tier mini --local"))
@@ -106,7 +117,7 @@ def submit(
     """Run an experiment on a SLURM cluster: a job for each spec that has no complete run yet."""
     from dora_lab.launch import slurm as cluster
 
-    specs = chosen(load_experiment(experiment), tier, only or (), with_ or (), data_dir, model_dir)
+    specs = chosen(load_experiment(experiment), tier, only or (), with_ or (), data_dir, model_dir, say)
     resources = cluster.Resources(
         partition=partition, hours=hours, gpus=gpus, cpus=cpus, memory_gb=memory, at_once=at_once,
         more=dict(pair(option, "--slurm") for option in slurm or ()),

@@ -112,12 +112,12 @@ def answers(
     spec: Spec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: Part, tick: Tick
 ) -> list[Sample]:
     """What the model answered: index, prompt, output, parsed, gold, correct and what else the protocol keeps."""
-    name = part.task.name
+    name, settings, first = part.task.name, spec.evaluation, part.task.first_label
     # `evaluate`, not `simple_evaluate`: the latter reseeds every generator and collects the machine's environment
     with undisturbed(model, tokenizer), quiet():
         wanted = part.protocol.lm_eval_task(spec, part.task, part.questions, tokenizer)
         result = evaluator.evaluate(
-            lm=Model(model, tokenizer, spec.evaluation.batch_size, tick, part.protocol.cut),
+            lm=Model(model, tokenizer, settings.batch_size, tick, part.protocol.cut, settings.reuse, first),
             task_dict=cast(Any, {"tasks": {name: wanted}, "groups": {}, "group_map": {}}),
             limit=len(part.questions),  # lm-eval's own tasks would ask all they have
             bootstrap_iters=0,

@@ -12,14 +12,16 @@ import datasets
 import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from dora_lab.evaluation.shared import keeps_prompts, likelihoods
 from dora_lab.tasks.limits import limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Cut = Callable[[str, str, Any], tuple[list[int], list[int]] | None]
+Label = Callable[[str], str | None]
 NO_LIMIT = 1 << 30  # tokens; of models without a last position
 
 
@@ -28,7 +30,8 @@ class Model(cast(Any, HFLM)):
     """lm-eval's wrapper; `tick` is called before each batch and may raise, which ends the evaluation.
 
     `cut` says which tokens of a request for a likelihood (context, continuation) are read and which are scored; where
-    it answers None, lm-eval cuts the request itself.
+    it answers None, lm-eval cuts the request itself. `reuse`: see `spec.Evaluation`; `label` finds the first one in a
+    text that is being generated, and None before there is one.
     """
 
     def __init__(
@@ -38,8 +41,11 @@ class Model(cast(Any, HFLM)):
         batch_size: int,
         tick: Callable[[], None],
         cut: Cut = lambda *_: None,
+        reuse: bool = False,
+        label: Label = lambda _: None,
     ) -> None:
-        self._tick, self._cut = tick, cut
+        self._tick, self._cut, self._label = tick, cut, label
+        self._reuse, self._shared = reuse, reuse and keeps_prompts(model)
         super().__init__(
             pretrained=model,
             tokenizer=cast(Any, tokenizer),
@@ -61,8 +67,17 @@ class Model(cast(Any, HFLM)):
             cut.append((request.args, *pair))
         return self._loglikelihood_tokens(cut, disable_tqdm=True)
 
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        if not self._shared:
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+        pairs = [(list(context), list(continuation)) for _, context, continuation in requests]
+        return likelihoods(self.model, pairs, self.batch_size, self.tokenizer.eos_token_id, self._tick)
+
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
         self._tick()
+        if self._reuse and kwargs.get("num_beams", 1) == 1:
+            ends = _AtFirstLabel(self.tokenizer, context.shape[1], self._label)
+            kwargs["stopping_criteria"] = StoppingCriteriaList([ends])
         # the end-of-sequence token ends an answer (generate's own test); a text comparison per token is not needed
         return cast(
             torch.Tensor,
@@ -79,6 +94,17 @@ class Model(cast(Any, HFLM)):
     def _model_call(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._tick()
         return super()._model_call(*args, **kwargs)
+
+
+class _AtFirstLabel(StoppingCriteria):
+    """Ends each text of a batch as soon as there is a label in it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int, label: Label) -> None:
+        self._tokenizer, self._start, self._label = tokenizer, start, label
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        texts = self._tokenizer.batch_decode(input_ids[:, self._start :], skip_special_tokens=True)
+        return torch.tensor([self._label(text) is not None for text in texts], device=input_ids.device)
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def _through(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir) -> None:
 
     clock = _Clock(run)
     runtime.progress("load", 0, 0, None)
-    with _threads(runtime.threads):
+    with threads_of_torch(runtime.threads):
         with clock("load"):
             loaded = stages.load(spec, paths, runtime, run)
             stages.adapt(spec, paths, runtime, run, loaded)
@@ -92,7 +92,7 @@ def _through(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir) -> None:
 
 
 @contextlib.contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def threads_of_torch(number: int | None) -> Iterator[None]:
     """So many threads of torch, and afterwards as many as before."""
     import torch
 

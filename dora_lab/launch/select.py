@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dora_lab.models import shapes
 from dora_lab.models.base import hash_model
 from dora_lab.spec import Spec, SpecError, derive, did_you_mean, leaves, spec_id, to_dict, validate
 from dora_lab.tasks import sources
@@ -20,9 +22,11 @@ def chosen(
     changes: Sequence[str] = (),
     data_dir: Path | None = None,
     model_dir: Path | None = None,
+    tell: Callable[[str], object] = lambda text: None,
 ) -> list[Spec]:
     """The specs of an experiment after --only, --data-dir, --model-dir and --with; each valid, no two the same.
 
+    Where a folder takes the place of several models, the settings of one of them are kept; `tell` hears which.
     Raises SpecError for an unknown tier or field, a selection that matches nothing, or two specs that became one.
     """
     asked: str = tier or module.TIERS[0]
@@ -41,6 +45,7 @@ def chosen(
     if data_dir is not None:
         specs = [_with_data(spec, data_dir) for spec in specs]
     if model_dir is not None:
+        specs = _of_one_model(specs, Path(model_dir), tell)
         model = {"model.name": Path(model_dir).resolve().name, "model.revision": hash_model(model_dir)[:12]}
         specs = [derive(spec, model) for spec in specs]
     values = dict(pair(change, "--with") for change in changes)
@@ -50,6 +55,27 @@ def chosen(
     if len({spec_id(spec) for spec in specs}) < len(specs):
         raise SpecError("some specs became the same run; select one of them with --only")
     return specs
+
+
+def _of_one_model(specs: list[Spec], folder: Path, tell: Callable[[str], object]) -> list[Spec]:
+    """The specs of the one model among several that a folder is nearest to: by its name, by its shape, or the first."""
+    names = list(dict.fromkeys(spec.model.name for spec in specs))
+    if len(names) < 2:
+        return specs
+    known = shapes.printed_name(folder.resolve().name)
+    alike = [name for name in names if known is not None and shapes.printed_name(name) == known]
+    why = "by its name"
+    if not alike:
+        with contextlib.suppress(ValueError):  # of another family than those whose shapes are known
+            shape = shapes.of_folder(folder)
+            alike = [name for name in names if (key := shapes.printed_name(name)) and shapes.PAPER[key][0] == shape]
+        why = "by its shape" if alike else "the first: it is none of them by name or shape"
+    chosen_name = (alike or names)[0]
+    tell(
+        f"{folder} takes the place of {len(names)} models, with the settings of {chosen_name} ({why}); "
+        f"--only model.name=... takes another's: {', '.join(names)}"
+    )
+    return [spec for spec in specs if spec.model.name == chosen_name]
 
 
 def _with_data(spec: Spec, data_dir: Path) -> Spec:

@@ -161,7 +161,7 @@ def _probes(spec: Spec, paths: Paths, run: RunDir, model: PreTrainedModel) -> It
             for file in [stack.enter_context(safe_open(path, "pt"))]
             for name in file.keys()  # noqa: SIM118  (a safetensors file is not a mapping)
         }
-        initial = partial(_initial, files, spec)
+        initial = partial(_initial, files, spec, f"{model.base_model_prefix}.")
         # of a Llama all seven matrices, as published, also those that a method leaves alone; else what is trained
         leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         kinds = LLAMA_KINDS if leaves.issuperset(LLAMA_KINDS) else KINDS[spec.model.family]
@@ -175,9 +175,9 @@ def _rounded(row: dict[str, Any]) -> dict[str, Any]:
     return {name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in row.items()}
 
 
-def _initial(files: dict[str, safe_open], spec: Spec, name: str) -> Any:
+def _initial(files: dict[str, safe_open], spec: Spec, prefix: str, name: str) -> Any:
     """W0 as the run loaded it: in `model.dtype`, and rescaled where the run's base is."""
-    name = name if name in files else name.removeprefix("model.")  # a model saved without its head
+    name = name if name in files else name.removeprefix(prefix)  # a model saved without its head
     if name not in files:
         raise LoadError(f"'{name}' is not in the base model's files, so its change cannot be measured")
     W0 = files[name].get_tensor(name).to(getattr(torch, spec.model.dtype))

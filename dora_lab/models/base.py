@@ -13,7 +13,7 @@ from dora_lab.io.errors import CheckpointError, LoadError
 from dora_lab.io.files import hash_files
 from dora_lab.io.hub import snapshot
 from dora_lab.models.fetch import PACKAGES, fetched
-from dora_lab.models.open import open_model, open_tokenizer
+from dora_lab.models.open import open_model, open_tokenizer, refuse_unsafe, unfilled
 from dora_lab.models.rescale import rescale
 from dora_lab.spec import Model, Spec
 
@@ -72,6 +72,29 @@ def model_and_tokenizer(spec: Spec, model_dir: Path | None = None) -> tuple[PreT
             rescale(model, spec.model.rescale)
     except CheckpointError as error:
         raise LoadError(str(error)) from None
+    _refuse_foreign(tokenizer, model, folder)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def outline_and_tokenizer(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What `model_and_tokenizer` gives of a folder, the model on the meta device: everything but its weights.
+
+    Raises LoadError for what the weights are not needed to refuse.
+    """
+    hash_model(folder)
+    try:
+        tokenizer = open_tokenizer(folder)
+        _prepare_tokenizer(tokenizer, "own", folder)
+        model = unfilled(folder, refuse_unsafe(folder))
+    except CheckpointError as error:
+        raise LoadError(str(error)) from None
+    _refuse_foreign(tokenizer, model, folder)
+    return model, tokenizer
+
+
+def _refuse_foreign(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path) -> None:
+    """Raises LoadError for special tokens that the model has no embedding of."""
     rows = cast(Any, model.get_input_embeddings()).weight.shape[0]
     for name in ("pad", "bos", "eos"):
         if (number := cast("int | None", getattr(tokenizer, f"{name}_token_id"))) is not None and number >= rows:
@@ -80,8 +103,6 @@ def model_and_tokenizer(spec: Spec, model_dir: Path | None = None) -> tuple[PreT
                 f"model has {rows} embeddings; resize them (resize_token_embeddings) and save the model"
                 + (", or set model.pad to zero" if name == "pad" else "")
             )
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
 
 
 def _vl_bart(spec: Spec, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

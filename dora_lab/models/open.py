@@ -26,6 +26,26 @@ def open_model(folder: Path, dtype: str) -> PreTrainedModel:
     return fill(folder, AutoModelForCausalLM, dtype, refuse_unsafe(folder))[0]
 
 
+def unfilled(folder: Path, tensors: int) -> PreTrainedModel:
+    """The causal language model of a folder with so many tensors as its class builds it, on the meta device.
+
+    Raises CheckpointError for a configuration that no such model can have.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from dora_lab.models.layout import at_most
+
+    settings = _call(folder, AutoConfig.from_pretrained)
+    with torch.device("meta"), at_most(tensors, folder):
+        try:
+            return AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{folder}: config.json describes no causal language model ({str(error).splitlines()[0]:.300})"
+            ) from None
+
+
 def open_as_saved(folder: Path) -> PreTrainedModel:
     """The model of a folder, of the class that its config.json names in `architectures`, in the file's type.
 

@@ -97,12 +97,7 @@ def diff(path: Path, other: Path | Spec) -> str:
     theirs = other if isinstance(other, Spec) else spec_of(theirs_record or {})
     whose = "published" if theirs_record is None else f"run {theirs_record['spec_id']}"
     lines = [f"A: run {record['spec_id']}, {name(mine)}", f"B: {whose}, {name(theirs)}", ""]
-    first, second = leaves(to_dict(mine)), leaves(to_dict(theirs))
-    aside = {"experiment", "tier"} | (
-        {"seed", "data.sha256", "data.revision", "model.revision"} if other is theirs else set()
-    )
-    differing = [field for field in {**first, **second} if field not in aside and first.get(field) != second.get(field)]
-    lines += [_difference(field, first, second) for field in differing]
+    lines += differences(mine, theirs, published=other is theirs)
     if theirs_record is not None:
         lines += _record_differences(record, theirs_record)
     lines += ["The protocols are the same."] if len(lines) == 3 else []
@@ -112,6 +107,16 @@ def diff(path: Path, other: Path | Spec) -> str:
         assert not isinstance(other, Spec)
         lines += _both_scores(read_stream(path, "eval"), read_stream(other, "eval"))
     return "\n".join(lines)
+
+
+def differences(mine: Spec, theirs: Spec, *, published: bool) -> list[str]:
+    """A line, in words, for each field in which spec A, `mine`, and spec B differ; `published`: B is the paper's."""
+    first, second = leaves(to_dict(mine)), leaves(to_dict(theirs))
+    aside = {"experiment", "tier"} | (
+        {"seed", "data.sha256", "data.revision", "model.revision"} if published else set()
+    )
+    differing = [field for field in {**first, **second} if field not in aside and first.get(field) != second.get(field)]
+    return [_difference(field, first, second) for field in differing]
 
 
 def nearest(spec: Spec, protocol: Iterable[Spec]) -> Spec:

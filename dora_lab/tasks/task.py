@@ -49,6 +49,15 @@ class Task:
         found = re.search(self.pattern, answer_part(output))
         return found.group() if found else None
 
+    def first_label(self, text: str) -> str | None:
+        """The label that a text which is still being written says first; None before it has one.
+
+        `parse` finds the same unless a heading "### Response:" follows it: as released, what stands behind the last one
+        counts.
+        """
+        found = re.search(self.pattern, text) if self.labels else None
+        return found and found.group()
+
     def word(self, template: str) -> str:
         """What says the task before an item's text (tasks about pictures): nothing with template "bare"."""
         if template == "bare":

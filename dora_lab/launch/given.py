@@ -1,0 +1,116 @@
+"""What somebody gives, a model's folder and a folder of data, as far as it decides how the one is trained on the other.
+
+Nothing of the model's weights is read. Torch is imported when it is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dora_lab.io.errors import LoadError
+from dora_lab.launch.runtime import Paths
+from dora_lab.models.base import hash_model, model_folder, outline_and_tokenizer
+from dora_lab.spec import Data, Evaluation, Method, Model, Optim, Spec, did_you_mean
+from dora_lab.tasks import sources
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """A model and data."""
+
+    model: Model
+    kind: str  # class of the model
+    parameters: int
+    blocks: int
+    targets: tuple[str, ...]  # leaf names of the linear layers of its blocks
+    left_out: tuple[str, ...]  # "name: why", of matrices there that cannot be adapted
+    scope: str | None  # see `spec.Method`
+    narrowest: int  # features that one of these layers takes or gives, the fewest
+    positions: int | None  # None: no limit
+    tasks: tuple[str, ...]  # that have test items
+    data_sha256: str | None
+    items: int  # that could be trained on, those for validation among them
+    tokens: int  # of the longest of them
+
+
+def look(model_dir: Path, data_dir: Path, template: str, only: Sequence[str] = ()) -> Given:
+    """What the folders hold; `template`: that the items will be put in; `only`: these tasks alone, if any is named.
+
+    Raises LoadError or ItemError, before any weight is read, for what cannot be used.
+    """
+    from dora_lab.forms.decoder import encode
+    from dora_lab.models.blocks import blocks_of
+    from dora_lab.tasks.limits import limits
+
+    model, tokenizer = outline_and_tokenizer(model_dir)
+    blocks, sha256 = blocks_of(model, model_dir), sources.hash_data(data_dir)
+    if not (tasks := sources.tasks_in(data_dir)):
+        raise LoadError(f"{data_dir}: no <task>/test.json to evaluate on")
+    if strange := [name for name in only if name not in tasks]:
+        raise LoadError(f"{data_dir} has no test items of '{strange[0]}'; {did_you_mean(strange[0], tasks)}")
+    tasks = [name for name in tasks if name in only or not only]
+    name = Model(name=Path(model_dir).resolve().name, revision=hash_model(model_dir)[:12])
+    whole = Data(name="llm_adapters", tasks=tuple(tasks), sha256=sha256, template=template, cutoff=1 << 30)  # type: ignore[arg-type]
+    train = sources.items(_asking(name, whole), data_dir).train
+    longest = max(len(example.ids) for example in encode(train, whole, tokenizer).examples)
+    return Given(
+        model=name, kind=type(model).__name__, parameters=sum(weight.numel() for weight in model.parameters()),
+        blocks=blocks.count, targets=blocks.leaves, left_out=blocks.left_out, scope=blocks.scope,
+        narrowest=blocks.narrowest, positions=limits(model).positions, tasks=tuple(tasks), data_sha256=sha256,
+        items=sum(map(len, train.values())), tokens=longest,
+    )  # fmt: skip
+
+
+def _asking(model: Model, data: Data) -> Spec:
+    """A spec that takes all training items."""
+    return Spec(
+        experiment="own", tier="small", seed=0, model=model, data=data, method=Method(name="ft"), probe=None,
+        optim=Optim(learning_rate=1.0, warmup_steps=0, batch_size=1, micro_batch_size=1, epochs=1.0),
+        evaluation=Evaluation(protocols=("cloze",)),
+    )  # fmt: skip
+
+
+def refuse_unfit(specs: Sequence[Spec], paths: Paths) -> None:
+    """Raises, before any weight is read, what the runs of `specs`, on one model and data, would end with at once.
+
+    ValueError for an adapter that does not go on the model, ItemError for items that it cannot take or be asked,
+    LoadError for weights whose change could not be measured.
+    """
+    from dora_lab.evaluation.evaluate import prepare
+    from dora_lab.forms.decoder import encode
+    from dora_lab.methods.inject import inject
+    from dora_lab.probing.watched import watched
+    from dora_lab.tasks.limits import limits
+
+    folder = model_folder(specs[0].model, paths.model_dir)
+    for spec in {spec.method.name: spec for spec in specs}.values():
+        model, tokenizer = outline_and_tokenizer(folder)
+        inject(model, spec.method, spec.seed)
+        if spec.probe is not None:
+            stored = _names(folder)
+            prefix = f"{model.base_model_prefix}."
+            for layer in watched(model, None):
+                if layer.base is None and not {layer.name, layer.name.removeprefix(prefix)} & stored:
+                    raise LoadError(
+                        f"{folder}: '{layer.name}.weight' is stored under another name, so its change under "
+                        f"{spec.method.name} cannot be measured; leave {spec.method.name} out"
+                    )
+    for spec in {spec.evaluation.split: spec for spec in specs}.values():
+        model, tokenizer = outline_and_tokenizer(folder)
+        items = sources.items(spec, paths.data_dir)
+        prepare(spec, model, tokenizer, items.split(spec.evaluation.split))
+        for pool in (items.train, items.validation):
+            encode(pool, spec.data, tokenizer, limits(model))
+
+
+def _names(folder: Path) -> set[str]:
+    """The modules that the weights of a folder are of."""
+    from dora_lab.io.files import header
+
+    return {name.removesuffix(".weight") for file in folder.glob("*.safetensors") for name in header(file)}
