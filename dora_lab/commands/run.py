@@ -59,16 +59,19 @@ def run(
     shard: Annotated[
         bool, typer.Option("--shard", help="Under torchrun: weights cut over the processes while training (FSDP2).")
     ] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Layers run again for the gradient: less memory, a third more time.")
+    ] = False,
     results: ResultsOption = LOCAL,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Real data: a clone of LLM-Adapters, or <task>/test.json.")
+        Path | None, typer.Option(help="Real data: LLM-Adapters, <task>/test.json, or the experiment's own folder.")
     ] = None,
     model_dir: Annotated[Path | None, typer.Option(help="Folder of a saved model to start from.")] = None,
 ) -> None:
     """Run an experiment: complete runs are skipped, interrupted ones go on, failed ones start anew."""
     module = load_experiment(experiment)
     specs = chosen(module, tier, only or (), with_ or (), data_dir, model_dir)
-    runtime = Runtime(device=device, threads=threads, shard=shard)
+    runtime = Runtime(device=device, threads=threads, shard=shard, recompute=recompute)
     if dry_run:
         from dora_lab.launch import plan as planning
 
@@ -132,7 +135,7 @@ def summary(outcomes: Sequence[Outcome], results: Path) -> str:
         path = run_path(results, outcome.spec)
         scores: dict[str, list[float]] = {}
         if outcome.status in ("complete", "skipped"):
-            for row in read_stream(path, "eval"):
+            for row in (row for row in read_stream(path, "eval") if row["value"] is not None):
                 scores.setdefault(row["protocol"], []).append(row["value"])
         means = "  ".join(f"{name} {100 * sum(found) / len(found):.1f} %" for name, found in scores.items())
         seconds = f"{outcome.seconds:5.0f} s" if outcome.status != "skipped" else " " * 7

@@ -46,10 +46,12 @@ def train(
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     checkpoint_steps: int | None = None,
+    recompute: bool = False,
 ) -> dict[str, Any]:
     """Fine-tune `model` in place as `spec` says, resuming from the newest whole checkpoint of `run`.
 
-    A LLaVA is given with its processor; its items are conversations (see `tasks.conversations`).
+    A LLaVA is given with its processor; its items are conversations (see `tasks.conversations`). recompute: layers run
+    again for the gradient (activation checkpointing): less memory, more time, the same numbers.
     Parameters that require a gradient are trained; adapters are to be injected before. Appends rows to the streams
     metrics (step, tokens, loss in nats per token, learning_rate, grad_norm; and step, eval_loss) and timing (step,
     seconds of training so far) of `run`; what they and the probe hold beyond the resumed step is dropped, and with it
@@ -69,7 +71,8 @@ def train(
     note = refuse_in_vain(spec.optim, batches.steps)
     if note and note not in read_record(run.path).get("notes", []):
         run.note(note)
-    arguments = training_arguments(spec, batches.steps, run.checkpoints, model, checkpoint_steps)
+    saving, rests = (run.checkpoints, model, checkpoint_steps), form.rests(encoded.examples)
+    arguments = training_arguments(spec, batches.steps, *saving, rests=rests, recompute=recompute)
     checkpoints = Checkpoints(run, _made_of(spec, run, batches))
     trainer = RunTrainer(spec, model, batches, held.examples, run, checkpoints, arguments, progress)
     for callback in callbacks:
