@@ -39,6 +39,7 @@ TASKS = ("vqav2_test_dev", "gqa_testdev", "vizwiz_test", "science_qa", "text_vqa
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ITEMS = {"llava_v1_5": 665_298}  # as widely quoted: 624,610 with an image, 40,688 without
 BASE = "llava-1.5-7b-base"  # a folder that `dora-lab join-llava` writes, never a LLaVA that is tuned already
+PAPER_MODEL = "LLaVA-1.5-7B"  # what the paper calls what is tuned from it
 BATCH, MICRO = 128, 4
 PROJECTOR = "multi_modal_projector"
 

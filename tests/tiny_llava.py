@@ -15,7 +15,7 @@ COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250)}
 SIZE, PATCH = 28, 7  # pixels of an image's side and a patch's: 16 tokens
 
 
-def llama_tokenizer() -> Any:
+def llama_tokenizer(image: bool = True) -> Any:
     """As Llama 1 and 2 have it: blanks are part of the word behind them, bytes for what is unknown, <s> in front."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors, trainers
     from tokenizers.pre_tokenizers import Split
@@ -30,7 +30,8 @@ def llama_tokenizer() -> Any:
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     core.decoder = decoders.Sequence(steps)  # type: ignore[assignment]
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])  # type: ignore
-    core.add_special_tokens([AddedToken("<image>", normalized=False, special=True)])
+    if image:
+        core.add_special_tokens([AddedToken("<image>", normalized=False, special=True)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
         clean_up_tokenization_spaces=False,

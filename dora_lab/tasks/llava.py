@@ -81,6 +81,17 @@ def questions(item: Item) -> list[tuple[str | None, str]]:
     return [(name, text) for text in ([item["text"]] if "text" in item else [text for text, _ in item["turns"]])]
 
 
+def tasks_in(root: Path) -> list[str]:
+    """The benchmarks whose files are all in a folder; raises LoadError where there are none."""
+    hash_files_of(root)
+    found = [name for name, files in FILES.items() if all((benchmarks(root) / file).is_file() for file in files)]
+    if not found:
+        raise LoadError(
+            f"{benchmarks(root)}: the files of none of {', '.join(FILES)} are all there; fetch LLaVA's eval.zip"
+        )
+    return found
+
+
 def hash_files_of(root: Path) -> str:
     """SHA-256 of the conversations and of every benchmark's files that are there: their names and contents."""
     names = [f"eval/{name}" for files in FILES.values() for name in files]
