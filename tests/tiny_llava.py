@@ -85,3 +85,31 @@ def save_mix(folder: Path, count: int = 12) -> Path:
     file = folder / "llava_v1_5_mix665k.json"
     file.write_text(json.dumps(rows), encoding="utf-8")
     return file
+
+
+def save_as_the_authors(peft: Path, folder: Path) -> None:
+    """A DoRA in PEFT's form by LLaVA's names, magnitudes as (out, 1), the projector in a file of its own."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder.mkdir()
+    held = load_file(peft / "adapter_model.safetensors")
+    leaves = json.loads((peft / "adapter_config.json").read_text())["target_modules"]
+    adapter, beside = {}, {}
+    for key, tensor in held.items():
+        if "multi_modal_projector" in key:
+            place = key.replace("model.multi_modal_projector.linear_1", "model.mm_projector.0")
+            beside[place.replace("model.multi_modal_projector.linear_2", "model.mm_projector.2")] = tensor
+        elif key.endswith("lora_magnitude_vector"):
+            name = key.replace("lora_magnitude_vector", "weight_m_wdecomp.weight")
+            adapter[name.replace(".language_model.", ".")] = tensor[:, None]
+        else:
+            adapter[key.replace(".language_model.", ".")] = tensor
+    assert set(beside) == {
+        f"base_model.model.model.mm_projector.{n}.{leaf}" for n in (0, 2) for leaf in ("weight", "bias")
+    }
+    assert "base_model.model.model.layers.0.self_attn.q_proj.weight_m_wdecomp.weight" in adapter
+    torch.save(adapter, folder / "adapter_model.bin")
+    torch.save(beside, folder / "non_lora_trainables.bin")
+    config = {"peft_type": "DORA", "r": 4, "lora_alpha": 8, "target_modules": leaves, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))

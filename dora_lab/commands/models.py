@@ -10,7 +10,6 @@ import typer
 
 from dora_lab.commands.app import LOCAL, ResultsOption, app, examples, progress_bar, say
 from dora_lab.commands.show import Format, FormatOption, show
-from dora_lab.io.files import read_object
 from dora_lab.launch.experiments import load_experiment
 from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.launch.select import pair
@@ -158,11 +157,12 @@ def verify_published(
     """Evaluate a released adapter (PEFT's or the authors' format) by the paper's protocol, beside its numbers."""
     from dora_lab.launch import released_adapter
     from dora_lab.models import shapes
+    from dora_lab.models.llava import is_llava
     from dora_lab.paper import released_adapter as comparison
     from dora_lab.paper.verdict import NOT
 
     base_dir, adapter_dir = (Path(text) if Path(text).is_dir() else None for text in (base, adapter))
-    sees = base_dir is not None and read_object(base_dir, "config.json").get("model_type") == "llava"
+    sees = base_dir is not None and (base_dir / "config.json").is_file() and is_llava(base_dir)
     name = "visual_instruction" if sees else "commonsense"
     experiment = load_experiment(name)
     pinned = base_revision or (None if sees else experiment.PAPER.get(base, (None,))[0])
@@ -202,7 +202,7 @@ def _beside(rows: pd.DataFrame) -> pd.DataFrame:
             )
             or None,
             "unparsed %": number(row["unparsed"]),
-            "verdict": "; ".join(str(part) for part in (row["verdict"], row["flags"]) if part),
+            "verdict": "; ".join(str(part) for part in (row["verdict"], row["flags"]) if pd.notna(part) and part),
         }
         for row in rows.to_dict("records")
     ]

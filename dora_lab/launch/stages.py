@@ -22,6 +22,7 @@ from dora_lab.io.errors import LoadError
 from dora_lab.launch import inputs
 from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.methods.inject import inject, merge
+from dora_lab.methods.saved import saved
 from dora_lab.models.base import adapter_folder, model_and_tokenizer, model_folder, token_policy, words_of
 from dora_lab.models.rescale import factor
 from dora_lab.probing.callback import LLAMA_KINDS, DecompositionCallback
@@ -144,7 +145,8 @@ def _put_on(model: PreTrainedModel, spec: Spec, paths: Paths, runtime: Runtime) 
     if spec.model.adapter is None:
         return params
     load_adapter(model, adapter_folder(spec.model, paths.adapter_dir), allow_pickle=runtime.allow_pickle)
-    counted = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    whole = {own for _, own in saved(model).values()}  # that came with the adapter: trained once, now at rest
+    counted = [(one.numel(), one.requires_grad or one in whole) for one in model.parameters()]
     return {"trainable": sum(n for n, trained in counted if trained), "total": sum(n for n, _ in counted)}
 
 
