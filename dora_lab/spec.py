@@ -88,9 +88,11 @@ class Model(_Checked):
     # hub commit, or the folder's fingerprint
     adapter_revision: Annotated[str | None, "revision of that adapter"] = since(3, None)
     rescale: Annotated[tuple[str, ...], "layers of the base rescaled", RESCALES] = since(4, ())  # see models/rescale.py
-    family: Annotated[Literal["decoder", "vl_bart"], {  # what it is fed with, and how it is asked: see forms/
+    # what it is fed with, and how it is asked: see forms/; llava came with schema 8
+    family: Annotated[Literal["decoder", "vl_bart", "llava"], {
         "decoder": "causal language model",
         "vl_bart": "BART that reads a text and frozen features of pictures",
+        "llava": "LLaVA: a causal language model that reads images as tokens of a CLIP tower",
     }] = since(7, "decoder")  # fmt: skip
 
 
@@ -99,7 +101,7 @@ class Data(_Checked):
     """What is trained and evaluated on."""
 
     # "mini" = the embedded world; "commonsense_170k" = hub; "llm_adapters" = a folder in that layout; "vl_adapter" =
-    # annotations and features of pictures: a folder, else the hub's
+    # annotations and features of pictures: a folder, else the hub's; "llava_v1_5" = a folder in LLaVA's layout
     name: Annotated[str, "training data"]
     tasks: Annotated[tuple[str, ...], "tasks", DISTINCT]  # evaluated, by their names: "boolq", ..., "ARC-Easy", ...
     sha256: Annotated[str | None, "hash of the data folder"] = None
@@ -167,8 +169,9 @@ class Method(_Checked):
     alpha_pattern: Annotated[tuple[str, ...], "alphas by pattern", ALPHAS] = since(2, ())
     # DoRA: leaf names (table 6)
     magnitude_modules: Annotated[tuple[str, ...], "modules of which the magnitude alone is trained"] = since(2, ())
-    # regular expressions that are found in full names: of a module (narrows both lists above); of the base's parameters
-    scope: Annotated[str | None, "adapted modules only where the full name has", PATTERN] = since(6, None)
+    # regular expressions that are found in full names: of a module (narrows both lists above; with ft, which has none,
+    # of a parameter); of the base's parameters
+    scope: Annotated[str | None, "trained only where the full name has", PATTERN] = since(6, None)
     also_train: Annotated[tuple[str, ...], "parameters that train whole, by name", PATTERNS] = since(6, ())
 
 
@@ -201,6 +204,11 @@ class Optim(_Checked):
     task_batch_sizes: Annotated[tuple[str, ...], "items per step, each of one task", TASK_SIZES] = since(6, ())
     adam_eps: Annotated[float, "epsilon of AdamW", POSITIVE] = since(7, 1e-8)
     warmup_fraction: Annotated[float, "share of all steps that is warm-up", PROBABILITY] = since(7, 0.0)
+    # bfloat16: as DeepSpeed's bf16, which keeps the weights in float32, too: in bfloat16 small steps are rounded away
+    products: Annotated[Literal["own", "bfloat16"], {
+        "own": "products in the type of the weights",
+        "bfloat16": "products in bfloat16, weights and their steps in the model's type",
+    }] = since(8, "own")  # fmt: skip
 
     def steps(self, items: int) -> int:
         """Optimiser steps on `items`, tasks mixed: epochs x items, in full batches (the next epoch fills the last)."""
@@ -234,7 +242,14 @@ class Evaluation(_Checked):
         "merged": "adapter merged into the base's type, rounded",
         "unmerged": "adapter beside the base",
     }] = since(3, "exact")  # fmt: skip
+    # after merging: as released where training keeps float32
+    dtype: Annotated[Literal["own", "bfloat16", "float16"], {
+        "own": "weights as they were trained", "bfloat16": "merged weights in bfloat16",
+        "float16": "merged weights in float16",
+    }] = since(8, "own")  # fmt: skip
     task_beams: Annotated[tuple[str, ...], "beams of single tasks", TASK_SIZES] = since(7, ())  # "TASK=BEAMS"
+    # "TASK=TOKENS"
+    task_new_tokens: Annotated[tuple[str, ...], "new tokens of single tasks at most", TASK_SIZES] = since(8, ())
     no_repeat_ngram_size: Annotated[int, "n-grams that no answer has twice, n", NOT_NEGATIVE] = since(7, 0)  # 0: any
     early_stopping: Annotated[bool, {  # of several beams
         True: "beams end with as many answers as there are beams", False: "beams go on while a better answer may come",

@@ -27,6 +27,7 @@ from dora_lab.methods.inject import inject
 from dora_lab.models.shapes import PAPER, Shape
 from dora_lab.runs import provenance
 from dora_lab.spec import Method
+from experiments import visual_instruction
 from experiments.image_text import adapter
 
 FIVE = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -131,12 +132,6 @@ def count_vl_bart() -> list[dict[str, Any]]:
     ]
 
 
-def llava_method(name: str, rank: int = 128) -> Method:
-    """LoRA or DoRA on the seven matrices of LLaVA's language model; the projector trains whole, the tower is still."""
-    shape: dict[str, Any] = {"rank": rank, "alpha": 2.0 * rank, "target_modules": SEVEN}
-    return Method(name=name, **shape, scope="language_model", also_train=("multi_modal_projector",))
-
-
 @cache
 def of_llava(name: str, vocabulary: int = 32_000) -> dict[str, int]:
     """`inject`'s count on LLaVA-1.5-7B; vocabulary: vicuna's own, without the <image> of a model that runs."""
@@ -149,7 +144,7 @@ def of_llava(name: str, vocabulary: int = 32_000) -> dict[str, int]:
     words = LlamaConfig(vocab_size=vocabulary)  # all else as LLaMA-7B, its defaults
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=words))
-    return inject(model, llava_method(name.lower()), seed=0)
+    return inject(model, visual_instruction.adapter(name.lower()), seed=0)
 
 
 def count_llava() -> list[dict[str, Any]]:

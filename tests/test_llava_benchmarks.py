@@ -4,134 +4,34 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_llava import save_image
+from tiny_benchmarks import GQA, MMBENCH, ONE_PIXEL, SCIENCE, TEXT_VQA, VQA, lines, save_benchmarks, save_mmbench, whole
 
 from dora_lab.evaluation.submissions import write_mmbench, write_vizwiz, write_vqav2
 from dora_lab.metrics import ScoreError, score
-from dora_lab.tasks import ItemError
-from dora_lab.tasks.llava_benchmarks import BENCHMARKS, LETTER, SHORT, gold, read
-
-GQA, MMBENCH = "gqa/llava_gqa_testdev_balanced.jsonl", "mmbench/mmbench_dev_20230712.tsv"
-VQA, TEXT_VQA = "vqav2/v2_mscoco_val2014_annotations.json", "textvqa/llava_textvqa_val_v051_ocr.jsonl"
-SCIENCE = "scienceqa/problems.json"
-ONE_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-
-
-def lines(file: Path, rows: list[Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def whole(file: Path, value: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(value), encoding="utf-8")
-
-
-def asked(names: list[Any], image: str, text: str) -> list[dict[str, Any]]:
-    return [
-        {"question_id": name, "image": image.format(number), "text": f"{text} {number}?\n{SHORT}"}
-        for number, name in enumerate(names)
-    ]
+from dora_lab.tasks import ItemError, family, load_task
+from dora_lab.tasks.visual_instruction.benchmarks import EVERY, FILES, LETTER, SHORT, TASKS, every_question, gold
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """LLaVA's playground/data/eval, in small."""
-    home = tmp_path / "eval"
-    rows: list[Any]
-    for place in ("vqav2/test2015/{}.png", "gqa/data/images/{}.png", "vizwiz/test/{}.png", "vizwiz/val/{}.png",
-                  "textvqa/train_images/{}.png", "pope/val2014/{}.png", "scienceqa/images/test/{}/image.png",
-                  "vqav2/val2014/COCO_val2014_00000000000{}.jpg"):  # fmt: skip
-        for number in range(2):
-            save_image(home / place.format(number), "red")
-    lines(home / "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", asked([7, 8], "{}.png", "What"))
-    lines(home / "vqav2/llava_vqav2_mscoco_test2015.jsonl", asked([6, 7, 8], "0.png", "What"))
-    said = [{"answer": "Two"}] * 9 + [{"answer": "3"}]
-    whole(
-        home / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json",
-        {"questions": [{"question_id": n, "image_id": n, "question": f"How many {n}?"} for n in range(2)]},
-    )
-    whole(home / VQA,
-          {"annotations": [{"question_id": n, "answers": said} for n in range(2)]})  # fmt: skip
-    lines(home / GQA, asked(["201", "202"], "{}.png", "Where"))
-    whole(home / "gqa/data/testdev_balanced_questions.json", {"201": {"answer": "left"}, "202": {"answer": "no"}})
-    lines(home / "vizwiz/llava_test.jsonl", asked([0, 1], "{}.png", "Which"))
-    whole(home / "vizwiz/val.json", [{"image": "0.png", "question": "Which?", "answers": [{"answer": "a cat"}] * 10}])
-    said = ["<image>\nWhich?\nA. x\nB. y", "Why?\nA. x\nB. y\nC. z"]
-    rows = [{"id": str(4 + n), "conversations": [{"from": "human", "value": said[n]}]} for n in range(2)]
-    rows[0]["image"] = "0/image.png"
-    whole(home / "scienceqa/llava_test_CQM-A.json", rows)
-    whole(
-        home / SCIENCE,
-        {"4": {"choices": ["x", "y"], "answer": 1}, "5": {"choices": ["x", "y", "z"], "answer": 2}},
-    )
-    whole(home / "scienceqa/pid_splits.json", {"test": ["4", "5"], "train": []})
-    text = [f"What is written?\nReference OCR token: STOP, 5\n{SHORT}", f"What next?\n{SHORT}"]
-    lines(
-        home / TEXT_VQA,
-        [{"question_id": "img0", "image": "0.png", "text": one, "category": "default"} for one in text],
-    )
-    whole(home / "textvqa/TextVQA_0.5.1_val.json", {"data": [
-        {"image_id": "img0", "question_id": 34602, "question": "What is WRITTEN?", "answers": ["stop"] * 10},
-        {"image_id": "img0", "question_id": 34603, "question": "what next?", "answers": ["5"] * 10}]})  # fmt: skip
-    pope, number = [], 0
-    for category in ("adversarial", "popular", "random"):
-        labels = []
-        for part in range(2):
-            question = f"Is there a cat {part}?"
-            pope.append(
-                {"question_id": number, "image": f"{part}.png", "text": f"{question}\n{SHORT}", "category": category}
-            )
-            labels.append(
-                {"question_id": part + 1, "image": f"{part}.png", "text": question, "label": ("yes", "no")[part]}
-            )
-            number += 1
-        lines(home / f"pope/coco/coco_pope_{category}.json", labels)
-    lines(home / "pope/llava_pope_test.jsonl", pope)
-    save_mmbench(home / MMBENCH)
-    return home
+    return save_benchmarks(tmp_path / "eval")
 
 
-COLUMNS = [
-    "index",
-    "question",
-    "hint",
-    "A",
-    "B",
-    "C",
-    "D",
-    "answer",
-    "category",
-    "image",
-    "source",
-    "l2-category",
-    "comment",
-    "split",
-]
-
-
-def save_mmbench(file: Path, **change: Any) -> None:
-    rows = []
-    for turn, (first, second) in enumerate((("red", "=1"), ("=1", "red"))):
-        rows.append({
-            "index": 3 + turn * 1_000_000, "question": "Which?", "hint": "Look." if turn else "", "A": first,
-            "B": second, "answer": "AB"[turn], "category": "c", "image": ONE_PIXEL, "source": "s", "l2-category": "l",
-            "split": "dev",
-        })  # fmt: skip
-    rows[0] |= change
-    text = ["\t".join(COLUMNS), *("\t".join(str(row.get(name, "")) for name in COLUMNS) for row in rows)]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(text) + "\n", encoding="utf-8")
+def read(name: str, folder: Path) -> list[dict[str, Any]]:
+    found = load_task(name).read
+    assert found is not None and found(folder, "train") == []
+    return found(folder, "test")
 
 
 RIGHT: dict[str, dict[str, str]] = {
     "vqav2_val": {"0": "2", "1": "three"},
-    "gqa": {"201": "Left.", "202": "yes"},
+    "gqa_testdev": {"201": "Left.", "202": "yes"},
     "vizwiz_val": {"0.png": "cat"},
     "science_qa": {"4": "B", "5": "A"},
     "text_vqa": {"34602": "STOP", "34603": "6"},
@@ -141,7 +41,7 @@ RIGHT: dict[str, dict[str, str]] = {
 # by hand: of "three" one of ten annotators says so; of POPE's random ones F1 is 2 / 3
 SUMMARY: dict[str, dict[str, float]] = {
     "vqav2_val": {"accuracy": (0.0 + 0.3) / 2},  # as released: an annotator's "Two" is matched by nothing
-    "gqa": {"accuracy": 0.5},
+    "gqa_testdev": {"accuracy": 0.5},
     "vizwiz_val": {"accuracy": 1.0},
     "science_qa": {"accuracy": 0.5, "accuracy_image": 1.0},
     "text_vqa": {"accuracy": 0.5},
@@ -159,8 +59,7 @@ SUMMARY: dict[str, dict[str, float]] = {
 @pytest.mark.parametrize("name", RIGHT)
 def test_files_are_read_and_answers_scored(name: str, folder: Path) -> None:
     items = read(name, folder)
-    metric = BENCHMARKS[name].metric
-    assert metric is not None
+    (metric,) = load_task(name).metrics
     found = score(metric, gold(items), RIGHT[name], name)
     assert found.summary == pytest.approx(SUMMARY[name])
     for item in items:
@@ -168,7 +67,7 @@ def test_files_are_read_and_answers_scored(name: str, folder: Path) -> None:
 
 
 def test_the_prompts_to_the_letter(folder: Path) -> None:
-    first = {name: read(name, folder)[0]["text"] for name in BENCHMARKS}
+    first = {name: read(name, folder)[0]["text"] for name in FILES}
     assert first["vqav2_test_dev"] == f"<image>\nWhat 0?\n{SHORT}"
     assert first["vqav2_val"] == f"<image>\nHow many 0?\n{SHORT}"
     assert first["vizwiz_val"] == (
@@ -180,6 +79,24 @@ def test_the_prompts_to_the_letter(folder: Path) -> None:
     assert first["mmbench"] == f"<image>\nWhich?\nA. red\nB. =1\n{LETTER}"
     assert read("mmbench", folder)[1]["text"] == f"<image>\nLook.\nWhich?\nA. =1\nB. red\n{LETTER}"
     assert base64.b64encode(read("mmbench", folder)[0]["image"]).decode() == ONE_PIXEL
+
+
+def test_each_is_read_from_its_files_alone(folder: Path, tmp_path: Path) -> None:
+    """What a run's hash of the data is over is what is read."""
+    assert [*FILES] == [task.name for task in TASKS] and {*TASKS} == {*family("visual_instruction")}
+    for name, files in FILES.items():
+        for gone in (None, *files):
+            home = tmp_path / f"{name} {gone and Path(gone).name}"
+            shutil.copytree(folder, home)
+            for file in home.rglob("*.*"):
+                place = file.relative_to(home).as_posix()
+                if file.suffix not in (".png", ".jpg") and (place not in files or place == gone):
+                    file.unlink()
+            if gone is None:
+                assert read(name, home) and (name != "vqav2_test_dev" or every_question(home) == ["6", "7", "8"])
+            else:
+                with pytest.raises(ItemError, match=f"{Path(gone).name}.* cannot be read"):
+                    every_question(home) if gone == EVERY else read(name, home)
 
 
 def change_line(file: Path, **change: Any) -> None:
@@ -195,17 +112,17 @@ def cut(file: Path) -> None:
     ("name", "harm", "message"),
     [
         (
-            "gqa",
+            "gqa_testdev",
             lambda home: change_line(home / GQA, image="9.png"),
             r"balanced\.jsonl, line 1, field 'image': .*9\.png does not exist",
         ),
         (
-            "gqa",
+            "gqa_testdev",
             lambda home: change_line(home / GQA, question_id="9"),
             r"line 1: question '9' is not in .*testdev_balanced_questions",
         ),
-        ("gqa", lambda home: change_line(home / GQA, text="<image> Where?"), "holds <image>"),
-        ("gqa", lambda home: cut(home / GQA), r"line 2: broken or truncated"),
+        ("gqa_testdev", lambda home: change_line(home / GQA, text="<image> Where?"), "holds <image>"),
+        ("gqa_testdev", lambda home: cut(home / GQA), r"line 2: broken or truncated"),
         (
             "pope",
             lambda home: change_line(home / "pope/coco/coco_pope_random.json", text="Is there a dog?"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 import transformers as T
 from safetensors.torch import load_file
-from tiny_llava import save_image, save_llava
+from tiny_llava import save_as_the_authors, save_image, save_llava
 from typer.testing import CliRunner
 
 from dora_lab import __main__ as command
@@ -40,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tuned(where)
     save_adapter(model, where / "peft")
     authors = where / "authors"
-    save_as_the_authors(model, where, authors)
+    save_as_the_authors(where / "peft", authors)
     return where
 
 
@@ -59,30 +58,6 @@ def tuned(where: Path) -> Any:
             if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn_like(parameter) * parameter.abs().mean().clamp(min=0.1))
     return model.eval()
-
-
-def save_as_the_authors(model: Any, where: Path, folder: Path) -> None:
-    """By LLaVA's names, magnitudes as (out, 1), the projector in a file of its own."""
-    folder.mkdir()
-    held = load_file(where / "peft" / "adapter_model.safetensors")
-    adapter, beside = {}, {}
-    for key, tensor in held.items():
-        if "multi_modal_projector" in key:
-            place = key.replace("model.multi_modal_projector.linear_1", "model.mm_projector.0")
-            beside[place.replace("model.multi_modal_projector.linear_2", "model.mm_projector.2")] = tensor
-        elif key.endswith("lora_magnitude_vector"):
-            name = key.replace("lora_magnitude_vector", "weight_m_wdecomp.weight")
-            adapter[name.replace(".language_model.", ".")] = tensor[:, None]
-        else:
-            adapter[key.replace(".language_model.", ".")] = tensor
-    assert set(beside) == {
-        f"base_model.model.model.mm_projector.{n}.{leaf}" for n in (0, 2) for leaf in ("weight", "bias")
-    }
-    assert "base_model.model.model.layers.0.self_attn.q_proj.weight_m_wdecomp.weight" in adapter
-    torch.save(adapter, folder / "adapter_model.bin")
-    torch.save(beside, folder / "non_lora_trainables.bin")
-    config = {"peft_type": "DORA", "r": 4, "lora_alpha": 8, "target_modules": [*LEAVES], "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def said(model: Any, folder: Path) -> list[tuple[float, int]]:

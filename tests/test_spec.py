@@ -64,6 +64,7 @@ def test_every_field_has_its_part_in_the_id() -> None:
         "optim.task_batch_sizes": "boolq=32", "model.family": "vl_bart", "data.cutoffs": "boolq=20/10",
         "data.loss": "scored", "evaluation.task_beams": "boolq=5", "evaluation.early_stopping": True,
         "evaluation.reuse": True,
+        "optim.products": "bfloat16", "evaluation.dtype": "float16", "evaluation.task_new_tokens": "boolq=7",
     }  # fmt: skip
     seen = {specs.spec_id(DORA)}
     for path in specs._paths():

@@ -15,7 +15,7 @@ COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250)}
 SIZE, PATCH = 28, 7  # pixels of an image's side and a patch's: 16 tokens
 
 
-def llama_tokenizer() -> Any:
+def llama_tokenizer(image: bool = True) -> Any:
     """As Llama 1 and 2 have it: blanks are part of the word behind them, bytes for what is unknown, <s> in front."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors, trainers
     from tokenizers.pre_tokenizers import Split
@@ -30,7 +30,8 @@ def llama_tokenizer() -> Any:
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     core.decoder = decoders.Sequence(steps)  # type: ignore[assignment]
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])  # type: ignore
-    core.add_special_tokens([AddedToken("<image>", normalized=False, special=True)])
+    if image:
+        core.add_special_tokens([AddedToken("<image>", normalized=False, special=True)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
         clean_up_tokenization_spaces=False,
@@ -84,3 +85,31 @@ def save_mix(folder: Path, count: int = 12) -> Path:
     file = folder / "llava_v1_5_mix665k.json"
     file.write_text(json.dumps(rows), encoding="utf-8")
     return file
+
+
+def save_as_the_authors(peft: Path, folder: Path) -> None:
+    """A DoRA in PEFT's form by LLaVA's names, magnitudes as (out, 1), the projector in a file of its own."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder.mkdir()
+    held = load_file(peft / "adapter_model.safetensors")
+    leaves = json.loads((peft / "adapter_config.json").read_text())["target_modules"]
+    adapter, beside = {}, {}
+    for key, tensor in held.items():
+        if "multi_modal_projector" in key:
+            place = key.replace("model.multi_modal_projector.linear_1", "model.mm_projector.0")
+            beside[place.replace("model.multi_modal_projector.linear_2", "model.mm_projector.2")] = tensor
+        elif key.endswith("lora_magnitude_vector"):
+            name = key.replace("lora_magnitude_vector", "weight_m_wdecomp.weight")
+            adapter[name.replace(".language_model.", ".")] = tensor[:, None]
+        else:
+            adapter[key.replace(".language_model.", ".")] = tensor
+    assert set(beside) == {
+        f"base_model.model.model.mm_projector.{n}.{leaf}" for n in (0, 2) for leaf in ("weight", "bias")
+    }
+    assert "base_model.model.model.layers.0.self_attn.q_proj.weight_m_wdecomp.weight" in adapter
+    torch.save(adapter, folder / "adapter_model.bin")
+    torch.save(beside, folder / "non_lora_trainables.bin")
+    config = {"peft_type": "DORA", "r": 4, "lora_alpha": 8, "target_modules": leaves, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))

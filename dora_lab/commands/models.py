@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -15,7 +15,6 @@ from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.launch.select import pair
 from dora_lab.models.base import hash_adapter, hash_model
 from dora_lab.spec import derive
-from dora_lab.tasks import sources
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,6 +101,20 @@ def fetch(
     say(bring(what, out, lambda text: say(text, err=True)))
 
 
+@app.command("join-llava", epilog=examples("join-llava vicuna-7b-v1.5 clip-vit-large-patch14-336 mm_projector.bin out"))
+def join_llava(
+    words: Annotated[Path, typer.Argument(help="Folder of the language model, vicuna-7b-v1.5.")],
+    tower: Annotated[Path, typer.Argument(help="Folder of the CLIP, clip-vit-large-patch14-336.")],
+    projector: Annotated[Path, typer.Argument(help="The projector's file, mm_projector.bin.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the joined model.")],
+    allow_pickle: Annotated[bool, typer.Option(help="Read .bin files where there is no safetensors file.")] = False,
+) -> None:
+    """Join a language model, a CLIP tower and a projector into one LLaVA, not yet tuned, for --model-dir."""
+    from dora_lab.launch.join_llava import join
+
+    say(join(words, tower, projector, out, allow_pickle=allow_pickle))
+
+
 @app.command(epilog=examples("export BASE ADAPTER merged", "export BASE adapter.bin merged --allow-pickle"))
 def export(
     base: Annotated[Path, typer.Argument(help="Folder of the base model, as transformers saves it.")],
@@ -126,12 +139,13 @@ def export(
     epilog=examples(
         "verify-published ADAPTER --base yahma/llama-7b-hf --data-dir LLM-Adapters",
         "verify-published ADAPTER --base BASE --data-dir LLM-Adapters --paper-model LLaMA-7B --format csv",
+        "verify-published ADAPTER --base llava-1.5-7b-base --data-dir playground/data --allow-pickle",
     ),
 )
 def verify_published(
     adapter: Annotated[str, typer.Argument(help="Folder, or hub id (org/name or org/name:folder/in/it).")],
     base: Annotated[str, typer.Option(help="The base model: folder, or hub id.")],
-    data_dir: Annotated[Path, typer.Option(help="Folder of test files: <task>/test.json, LLM-Adapters layout.")],
+    data_dir: Annotated[Path, typer.Option(help="Test files: <task>/test.json, or LLaVA's playground/data.")],
     revision: Annotated[str | None, typer.Option(help="Commit of the adapter on the hub.")] = None,
     base_revision: Annotated[str | None, typer.Option(help="Commit of the base on the hub.")] = None,
     paper_model: Annotated[str | None, typer.Option(help="The paper's name of the base, e.g. LLaMA-7B.")] = None,
@@ -143,13 +157,18 @@ def verify_published(
     """Evaluate a released adapter (PEFT's or the authors' format) by the paper's protocol, beside its numbers."""
     from dora_lab.launch import released_adapter
     from dora_lab.models import shapes
+    from dora_lab.models.llava import is_llava
     from dora_lab.paper import released_adapter as comparison
     from dora_lab.paper.verdict import NOT
 
-    experiment = load_experiment("commonsense")
     base_dir, adapter_dir = (Path(text) if Path(text).is_dir() else None for text in (base, adapter))
-    pinned = base_revision or experiment.PAPER.get(base, (None,))[0]
+    sees = base_dir is not None and (base_dir / "config.json").is_file() and is_llava(base_dir)
+    name = "visual_instruction" if sees else "commonsense"
+    experiment = load_experiment(name)
+    pinned = base_revision or (None if sees else experiment.PAPER.get(base, (None,))[0])
     protocol = experiment.specs("paper")[0]
+    if sees and paper_model is None and cast(Path, base_dir).resolve().name == experiment.BASE:
+        paper_model = experiment.PAPER_MODEL
     model = replace(
         protocol.model,
         name=base_dir.resolve().name if base_dir else base,
@@ -157,11 +176,11 @@ def verify_published(
         adapter=adapter_dir.resolve().name if adapter_dir else adapter,
         adapter_revision=hash_adapter(adapter_dir)[:12] if adapter_dir else revision,
     )
-    spec = released_adapter.spec_of(protocol, model, tuple(sources.tasks_in(data_dir)), sources.hash_data(data_dir))
+    spec = released_adapter.spec_of(protocol, model, data_dir)
     spec = derive(spec, dict(pair(change, "--with") for change in with_ or ()))
     paths, runtime = Paths(results, data_dir, base_dir, adapter_dir), Runtime(allow_pickle=allow_pickle)
     found, run = released_adapter.evaluate(spec, paths, runtime)
-    rows = comparison.compare(run, found.method, found.rank, paper_model or shapes.printed_name(base))
+    rows = comparison.compare(run, found.method, found.rank, paper_model or shapes.printed_name(base), name)
     title = f"{found.method}, rank {found.rank}, on {base}"
     show({"published": rows}, [(title, _beside(rows))], form, (comparison.summary(rows), str(run)))
     raise typer.Exit(1 if NOT in list(rows["verdict"]) else 0)
@@ -183,7 +202,7 @@ def _beside(rows: pd.DataFrame) -> pd.DataFrame:
             )
             or None,
             "unparsed %": number(row["unparsed"]),
-            "verdict": "; ".join(str(part) for part in (row["verdict"], row["flags"]) if part),
+            "verdict": "; ".join(str(part) for part in (row["verdict"], row["flags"]) if pd.notna(part) and part),
         }
         for row in rows.to_dict("records")
     ]

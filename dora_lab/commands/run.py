@@ -63,9 +63,12 @@ def run(
     shard: Annotated[
         bool, typer.Option("--shard", help="Under torchrun: weights cut over the processes while training (FSDP2).")
     ] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Layers run again for the gradient: less memory, a third more time.")
+    ] = False,
     results: ResultsOption = LOCAL,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Real data: a clone of LLM-Adapters, or <task>/test.json.")
+        Path | None, typer.Option(help="Real data: LLM-Adapters, <task>/test.json, or the experiment's own folder.")
     ] = None,
     model_dir: Annotated[Path | None, typer.Option(help="Folder of a saved model to start from.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Of `own`: fewer steps, rates, items; one seed.")] = False,
@@ -74,7 +77,14 @@ def run(
     """Run an experiment: complete runs are skipped, interrupted ones go on, failed ones start anew."""
     module, paths = load_experiment(experiment), Paths(results, data_dir, model_dir)
     if hasattr(module, "first") and (model_dir or data_dir or not dry_run):  # it is planned from what is given
-        given = {"--only": only, "--shard": shard, "--gpu": gpu, "--tokens": tokens, "--tier": tier}
+        given = {
+            "--only": only,
+            "--shard": shard,
+            "--recompute": recompute,
+            "--gpu": gpu,
+            "--tokens": tokens,
+            "--tier": tier,
+        }
         if ignored := [name for name, value in given.items() if value]:
             raise SpecError(f"run {experiment} reads no {ignored[0]}: it plans its runs from what is given")
         runtime = Runtime(device=device, threads=threads)
@@ -82,7 +92,7 @@ def run(
     if quick or ft:
         raise SpecError(f"run {experiment}: --quick and --ft are of `run own`; select specs with --only")
     specs = chosen(module, tier, only or (), with_ or (), data_dir, model_dir, say)
-    runtime = Runtime(device=device, threads=threads, shard=shard)
+    runtime = Runtime(device=device, threads=threads, shard=shard, recompute=recompute)
     if dry_run:
         from dora_lab.launch import plan as planning
 
@@ -167,7 +177,7 @@ def summary(outcomes: Sequence[Outcome], results: Path) -> str:
         record: dict[str, Any] = {}
         if outcome.status in ("complete", "skipped"):
             record = verified(path)
-            for row in read_stream(path, "eval"):
+            for row in (row for row in read_stream(path, "eval") if row["value"] is not None):
                 scores.setdefault(row["protocol"], []).append(row["value"])
         means = "  ".join(f"{name} {100 * sum(found) / len(found):.1f} %" for name, found in scores.items())
         seconds = f"{outcome.seconds:5.0f} s" if outcome.status != "skipped" else " " * 7

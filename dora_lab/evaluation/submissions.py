@@ -13,9 +13,39 @@ from typing import Any
 from dora_lab.io.atomic import replacing, write_text
 from dora_lab.metrics.check import ScoreError
 from dora_lab.metrics.vqa import normalise
+from dora_lab.tasks import ItemError
+from dora_lab.tasks.visual_instruction.benchmarks import EVERY, FILES, every_question
 
 DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")  # of MMBench's table
+NAMES = {  # of the files, by task
+    "vqav2_test_dev": "vqav2_test_dev.submission.json",
+    "vizwiz_test": "vizwiz_test.submission.json",
+    "mmbench": "mmbench.submission.xlsx",
+}
 PREDICTION = 6  # place of the answer's column among those that are left
+
+
+def ready(task: str, items: Sequence[Mapping[str, Any]], home: Path) -> bool:
+    """Whether a server takes the answers to these items: to be asked before they are given.
+
+    Raises ItemError for a file of questions that is missing or of others, ScoreError where openpyxl is missing.
+    """
+    if task == "vqav2_test_dev" and (unknown := {item["id"] for item in items} - {*every_question(home)}):
+        raise ItemError(f"{home / EVERY}: question '{min(unknown)}' of test-dev is not in it; fetch both again")
+    if task == "mmbench":
+        _openpyxl(home)
+    return task in NAMES
+
+
+def write(task: str, items: Sequence[Mapping[str, Any]], outputs: Mapping[str, str], home: Path, folder: Path) -> Path:
+    """The file for a task's server, in a folder; home: of the benchmarks. Raises ScoreError as the writers do."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / NAMES[task]
+    if task == "vqav2_test_dev":
+        return write_vqav2(file, outputs, [item["id"] for item in items], every_question(home))
+    if task == "vizwiz_test":
+        return write_vizwiz(file, outputs, {item["id"]: item["image"].name for item in items})
+    return write_mmbench(file, outputs, home / FILES[task][0])
 
 
 def write_vqav2(file: Path, outputs: Mapping[str, str], asked: Sequence[str], every: Sequence[str]) -> Path:
@@ -45,12 +75,9 @@ def write_mmbench(file: Path, outputs: Mapping[str, str], questions: Path) -> Pa
 
     Raises ScoreError where openpyxl is missing (extra `vision`), or an answer holds what no cell can.
     """
-    try:
-        from openpyxl import Workbook
-        from openpyxl.utils.exceptions import IllegalCharacterError
-    except ImportError:
-        raise ScoreError(f"{file}: sheets are written with openpyxl: pip install 'dora-lab[vision]'") from None
     import pandas as pd
+
+    Workbook, IllegalCharacterError = _openpyxl(file)
 
     table = pd.read_table(questions, dtype=str)
     _complete(file, outputs, table["index"].tolist())
@@ -72,6 +99,16 @@ def write_mmbench(file: Path, outputs: Mapping[str, str], questions: Path) -> Pa
     with replacing(file) as temporary:
         book.save(temporary)
     return file
+
+
+def _openpyxl(file: Path) -> tuple[Any, Any]:
+    """The class of a sheet, and what it raises for a sign that no cell can hold."""
+    try:
+        from openpyxl import Workbook
+        from openpyxl.utils.exceptions import IllegalCharacterError
+    except ImportError:
+        raise ScoreError(f"{file}: sheets are written with openpyxl: pip install 'dora-lab[vision]'") from None
+    return Workbook, IllegalCharacterError
 
 
 def _complete(file: Path, outputs: Mapping[str, str], asked: Sequence[str]) -> None:

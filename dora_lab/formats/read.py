@@ -78,6 +78,11 @@ def read_tensors(file: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]
         raise CheckpointError(f"{file}: not a whole safetensors file ({error}); fetch it again") from None
 
 
+def read_projector(file: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """The projector in a file of its own ("mm_projector.bin"); raises CheckpointError as `llava.projector` does."""
+    return llava.projector(read_tensors(file, allow_pickle=allow_pickle), file)
+
+
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = parse_json(file.read_bytes())

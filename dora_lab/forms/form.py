@@ -57,6 +57,10 @@ class Form(ABC):
         """What of it is trained on; raises ItemError where that is nothing."""
         return encoded
 
+    def rests(self, examples: Sequence[Any]) -> bool:
+        """Whether batches of these may leave out something that is trained: it gets no gradient, and does not move."""
+        return False
+
     @abstractmethod
     def collate(self, examples: Sequence[Any], epochs: Sequence[int]) -> dict[str, Tensor]:
         """A micro-batch; epochs: the pass over the items that each example is of, from 0.

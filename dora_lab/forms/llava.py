@@ -113,6 +113,14 @@ class Llava(Form):
         (ids, _) = next(self._coded([{"turns": [(item["text"], None)], "where": item["where"]}]))
         return Example("", tuple(ids), (IGNORED,) * len(ids), item["image"], item["where"])
 
+    def rests(self, examples: Sequence[Example]) -> bool:
+        """True where some have no image: nothing of them goes through the projector.
+
+        Released code shows it a black image there whose tokens nothing reads: with a gradient of zero AdamW's momentum
+        still moves the projector. Here it rests.
+        """
+        return any(example.image is None for example in examples)
+
     def collate(self, examples: Sequence[Example], epochs: Sequence[int] = ()) -> dict[str, Tensor]:
         """Tensors (B, T) input_ids, attention_mask, position_ids and labels; pixel_values (N, C, H, W) if any image."""
 

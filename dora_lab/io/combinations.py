@@ -7,7 +7,7 @@ from typing import Any
 from dora_lab.io.limits import TASK_SIZES, task_sizes
 from dora_lab.io.values import leaves, plain
 
-# fields that models of one family alone read, beside those that all do
+# fields that models of these families alone read, beside those that all do
 READ_BY = {
     "decoder": (
         "data.truncation", "data.eos", "data.holdout", "data.pad_to_multiple_of", "data.label_noise", "evaluation.text",
@@ -16,8 +16,11 @@ READ_BY = {
         "data.feature_shape", "data.features_sha256", "data.visual_tokens", "data.cutoffs", "data.loss",
         "evaluation.task_beams", "evaluation.no_repeat_ngram_size", "evaluation.early_stopping",
     ),
+    "llava": ("data.truncation", "evaluation.task_new_tokens"),
 }  # fmt: skip
-TEMPLATES = {"decoder": ("clean", "published", "cloze"), "vl_bart": ("clean", "published", "bare")}
+TEMPLATES = {
+    "decoder": ("clean", "published", "cloze"), "vl_bart": ("clean", "published", "bare"), "llava": ("published",),
+}  # fmt: skip
 Rule = tuple[str, object, object, str]
 
 
@@ -27,8 +30,12 @@ def combinations(spec: Any, *, untrained: bool) -> list[Rule]:
     own = {*spec.evaluation.protocols} - {"builtin"}
     fits = own <= {"cloze"} if spec.data.template == "cloze" else "cloze" not in own
     asks_own = split == "test" or "builtin" not in spec.evaluation.protocols
+    evaluated = spec.evaluation.dtype == "own" or (
+        spec.model.dtype == "float32" and spec.evaluation.weights != "unmerged"
+    )
     rules: list[Rule] = [
         *_of_family(spec),
+        ("evaluation.dtype", spec.evaluation.dtype, evaluated, "own, but for merged weights of a float32 model"),
         ("model.adapter", adapter, not adapter or untrained, "None for training"),
         ("method.alpha", method.alpha, (method.alpha is None) == (method.rank is None), "given exactly with a rank"),
         ("evaluation.protocols", spec.evaluation.protocols, fits, "cloze (or builtin) just with data.template cloze"),
@@ -56,31 +63,54 @@ def combinations(spec: Any, *, untrained: bool) -> list[Rule]:
     return rules
 
 
+def unread_by(family: str) -> set[str]:
+    """The fields that models of a family do not read."""
+    return {path for paths in READ_BY.values() for path in paths} - {*READ_BY[family]}
+
+
 def _of_family(spec: Any) -> list[Rule]:
     """A setting that changes nothing must not look as if it did."""
-    family, data, pictures = spec.model.family, spec.data, spec.model.family == "vl_bart"
-    changed = leaves(plain(spec, omit_defaults=True))
-    idle = [path for other, paths in READ_BY.items() if other != family for path in paths if path in changed]
+    family, data, evaluation = spec.model.family, spec.data, spec.evaluation
+    unread, changed = unread_by(family), leaves(plain(spec, omit_defaults=True))
+    every = dict.fromkeys(path for paths in READ_BY.values() for path in paths)
+    idle = [path for path in every if path in unread and path in changed]
     rules: list[Rule] = [
-        ("model.family", family, not idle, f"one that reads {', '.join(idle)} (else leave it at its default)"),
+        (
+            "model.family",
+            family,
+            not idle,
+            f"one that reads {', '.join(idle)} (else leave it at its default)",
+        ),
         ("data.template", data.template, data.template in TEMPLATES[family], f"one of {', '.join(TEMPLATES[family])}"),
     ]
-    if pictures:
+    if family == "decoder":
+        return rules
+    rules += [
+        ("data.train_on_prompt", data.train_on_prompt, not data.train_on_prompt, f"false with {family}"),
+        (
+            "evaluation.protocols",
+            evaluation.protocols,
+            evaluation.protocols == ("generate",),
+            f"generate alone with model.family {family}",
+        ),
+    ]
+    if family == "vl_bart":
         one_task = len(data.tasks) == 1 or spec.optim is None or spec.optim.task_batch_sizes
-        rules += [
+        return [
+            *rules,
             ("data.feature_shape", data.feature_shape, data.feature_shape, "given with model.family vl_bart"),
-            (
-                "data.train_on_prompt",
-                data.train_on_prompt,
-                not data.train_on_prompt,
-                "false with vl_bart",
-            ),
-            (
-                "evaluation.protocols",
-                spec.evaluation.protocols,
-                spec.evaluation.protocols == ("generate",),
-                "generate alone with model.family vl_bart",
-            ),
             ("optim.task_batch_sizes", (), one_task, "given for several tasks, which have other numbers of pictures"),
         ]
-    return rules
+    return [
+        *rules,
+        ("data.truncation", data.truncation, data.truncation == "right", "right with llava, as released"),
+        ("evaluation.num_beams", evaluation.num_beams, evaluation.num_beams == 1, "1 with llava, as released"),
+        (
+            "evaluation.split",
+            evaluation.split,
+            evaluation.split == "test",
+            "test with llava",
+        ),
+        ("model.rescale", spec.model.rescale, not spec.model.rescale, "empty with llava"),
+        ("model.pad", spec.model.pad, spec.model.pad == "own", "own with llava"),
+    ]

@@ -17,6 +17,9 @@ heads, L layers, V words, h hidden, r rank, T tokens of a text, per token:
 `tests/test_cost.py` holds this against torch's FlopCounterMode on a small model: equal for a step and for a forward (an
 upper bound, by less than 2 %, where not all of q, k and v are adapted).
 
+Of a LLaVA beside it: the forward of its frozen tower for every text, as if each had an image; with layers that run again
+for the gradient (--recompute) a forward more, and of every layer but one its input alone is kept.
+
 Memory: weights; 16 bytes for each adapter parameter (value, gradient, two moments, float32), or 3 x its type more for
 each weight under full fine-tuning; what autograd keeps, a h + b m bytes for each token and layer (m =
 intermediate), measured on small models with plain Llama layers and attention that keeps no T x T matrix; logits, their
@@ -95,28 +98,35 @@ def gpu(name: str) -> Gpu:
 
 
 def estimate(
-    spec: Spec, shape: Shape, train_items: int, test_items: int, card: Gpu | None = None, tokens: int | None = None
+    spec: Spec,
+    shape: Shape,
+    train_items: int,
+    test_items: int,
+    card: Gpu | None = None,
+    tokens: int | None = None,
+    recompute: bool = False,
 ) -> Cost:
     """The cost of a run.
 
     Args: shape: of the base model; train_items: after the validation items are taken out; test_items: of all tasks
         together; card: for hours; tokens: of every text, padding included (default: `data.cutoff`).
+        recompute: layers run again for the gradient.
     Raises: ValueError where a method's parameters cannot be counted (`Shape.trained`).
     """
     length = tokens or spec.data.cutoff
-    memory = peak_memory(spec, shape, length)  # first: it refuses modules that are not there
+    memory = peak_memory(spec, shape, length, recompute)  # first: it refuses modules that are not there
     steps = spec.optim.steps(train_items) if spec.optim else 0
     batch = spec.optim.batch_size if spec.optim else 0
     forwards = steps // spec.optim.eval_steps if spec.optim and spec.optim.eval_steps else 0
     asked = _evaluation_flops(spec, shape, test_items, length)
     made = {
-        "train_flops": steps * step_flops(spec, shape, length),
+        "train_flops": steps * step_flops(spec, shape, length, recompute),
         "validation_flops": forwards * spec.data.validation_items * length * forward_flops(shape, length),
         "evaluation_flops": asked,
     }
     hours = None
     if card is not None:
-        peak = UTILISATION * (card.half if BYTES[spec.model.dtype] == 2 else card.single)
+        peak = UTILISATION * (card.half if _narrow(spec) else card.single)
         read = _generated(spec, test_items) * shape.parameters() * BYTES[spec.model.dtype]
         trained = (made["train_flops"] + made["validation_flops"]) / peak
         hours = (trained + max(asked / peak, read / (UTILISATION * card.bandwidth))) / 3600
@@ -127,15 +137,18 @@ def test_items(spec: Spec) -> int | None:
     """Items that are scored: of a spec that takes all there are, those of the released files; None for others."""
     if spec.data.test_items is not None:
         return spec.data.test_items * len(spec.data.tasks)
-    known = [KNOWN.get((name, "test")) for name in spec.data.tasks]
-    return None if None in known else sum(file.items for file in known if file)
+    files = {name: KNOWN.get((name, "test")) for name in spec.data.tasks}
+    known = [file.items if file else load_task(name).released_items for name, file in files.items()]
+    return None if None in known else sum(filter(None, known))
 
 
 def words(cost: Cost, card: Gpu | None) -> str:
     """One estimate on a line."""
     hours = "" if cost.hours is None else f", about {cost.hours:.1f} h"
     fits = card is None or cost.memory_bytes <= card.memory
-    more = "" if fits else " (does not fit: a smaller optim.micro_batch_size makes the same steps)"
+    more = (
+        "" if fits else " (does not fit: --recompute, a smaller optim.micro_batch_size or --shard make the same steps)"
+    )
     return (
         f"{_big(cost.tokens).rstrip()} tokens, {_big(cost.flops)}FLOP, {cost.memory_bytes / 2**30:.1f} GiB{more}{hours}"
     )
@@ -168,15 +181,17 @@ def forward_flops(shape: Shape, length: int, head: float = 1.0) -> float:
     return layers + head * 2 * shape.hidden * shape.vocabulary
 
 
-def step_flops(spec: Spec, shape: Shape, length: int) -> float:
+def step_flops(spec: Spec, shape: Shape, length: int, recompute: bool = False) -> float:
     """Of one optimiser step: all its forwards and backwards, the norm; not the optimiser's own."""
     if spec.optim is None:
         return 0.0
-    head = 1.0 if spec.data.train_on_prompt else min(1.0, ANSWER / length)
+    head = _lossy(spec, shape, length) / length
     forward, method, tokens = forward_flops(shape, length, head), spec.method, spec.optim.batch_size * length
     known = entry_of(method.name)
+    again = forward_flops(shape, length, 0.0) * tokens if recompute else 0.0
+    again += 2 * shape.tower * shape.patches * spec.optim.batch_size  # the frozen tower's forward
     if not known.adapts:
-        return 3 * forward * tokens
+        return 3 * forward * tokens + again
     linear, rank = shape.matrices(), method.rank or 0
     adapted = [linear[name] for name in method.target_modules]
     products = sum(out * width for out, width in adapted)
@@ -191,9 +206,19 @@ def step_flops(spec: Spec, shape: Shape, length: int) -> float:
     if "detach_norm" in known.fields:
         norm = shape.layers * (2 * rank * products + 2 * rank**2 * sides)
         if not method.detach_norm:
-            again = shape.layers * (4 * rank * products + 4 * rank**2 * sides)
-            norm += again * (spec.optim.batch_size // spec.optim.micro_batch_size)
-    return per_token * tokens + norm
+            each = shape.layers * (4 * rank * products + 4 * rank**2 * sides)
+            norm += each * (spec.optim.batch_size // spec.optim.micro_batch_size)
+    return per_token * tokens + norm + again
+
+
+def _lossy(spec: Spec, shape: Shape, length: int) -> int:
+    """Positions of a text that carry loss, at most: in conversations all that are behind the first question."""
+    return length if spec.data.train_on_prompt or shape.tower else min(length, ANSWER)
+
+
+def _narrow(spec: Spec) -> bool:
+    """Whether products are made in 16 bits."""
+    return BYTES[spec.model.dtype] == 2 or (spec.optim is not None and spec.optim.products == "bfloat16")
 
 
 def _evaluation_flops(spec: Spec, shape: Shape, items: int, length: int) -> float:
@@ -215,7 +240,7 @@ def _generated(spec: Spec, items: int) -> float:
     return math.ceil(items / spec.evaluation.batch_size) * spec.evaluation.max_new_tokens
 
 
-def peak_memory(spec: Spec, shape: Shape, length: int) -> float:
+def peak_memory(spec: Spec, shape: Shape, length: int, recompute: bool = False) -> float:
     """Bytes; see the module's docstring."""
     size = BYTES[spec.model.dtype]
     weights = shape.parameters() * size
@@ -227,11 +252,11 @@ def peak_memory(spec: Spec, shape: Shape, length: int) -> float:
     if spec.optim is not None:
         trained, known = shape.trained(spec.method), entry_of(spec.method.name)
         training = trained * (16 if known.adapts else 3 * size)
-        hidden, intermediate = _saved(known, spec.method.dropout > 0, 2 if size == 2 else 4)
+        hidden, intermediate = _saved(known, spec.method.dropout > 0, 2 if _narrow(spec) else 4)
         texts = spec.optim.micro_batch_size
-        training += texts * length * shape.layers * (hidden * shape.hidden + intermediate * shape.intermediate)
-        lossy = length if spec.data.train_on_prompt else min(length, ANSWER)
-        training += texts * lossy * shape.vocabulary * (2 * size + 12)
+        layer = hidden * shape.hidden + intermediate * shape.intermediate
+        training += texts * length * (layer + shape.layers * size * shape.hidden if recompute else shape.layers * layer)
+        training += texts * _lossy(spec, shape, length) * shape.vocabulary * (2 * size + 12)
     return weights + max(training, cache) + CONTEXT
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from dora_lab.io.limits import task_sizes
 from dora_lab.launch import cost
 from dora_lab.launch.runtime import AS_THE_TIER_SAYS, Runtime
 from dora_lab.methods.catalog import is_counted
@@ -36,8 +37,9 @@ def lines(
             f"seed {spec.seed:<3} {_steps(spec, known)}"
         )
         shape, items, asked = _shape(spec, model_dir), _train_items(spec, known), cost.test_items(spec)
-        if shape is not None and items is not None and asked is not None and is_counted(spec.method):
-            found.append(cost.estimate(spec, shape, items, asked, card, tokens))
+        counted = shape is not None and (shape.tower or is_counted(spec.method))
+        if shape is not None and items is not None and asked is not None and counted:
+            found.append(cost.estimate(spec, shape, items, asked, card, tokens, runtime.recompute))
             yield f"{'':14}{cost.words(found[-1], card)}"
     yield f"{len(specs)} specs"
     if found:
@@ -50,15 +52,15 @@ def _shape(spec: Spec, model_dir: Path | None) -> shapes.Shape | None:
     if model_dir is not None or spec.model.name == "mini":
         return shapes.of_folder(model_folder(spec.model, model_dir))
     name = shapes.printed_name(spec.model.name)
-    return None if name is None else shapes.PAPER[name][0]
+    return shapes.OTHERS.get(spec.model.name) if name is None else shapes.PAPER[name][0]
 
 
 def _train_items(spec: Spec, known: Mapping[str, int]) -> int | None:
     """How many items are trained on, None if that is only known once the data is there."""
     if spec.optim is None:
         return 0
-    if spec.optim.task_batch_sizes:  # how many of each task is not known
-        return None
+    if {*task_sizes(spec.optim.task_batch_sizes).values()} - {spec.optim.batch_size}:
+        return None  # how many of each task is not known; with steps as large for all it does not matter
     if spec.data.train_items is None and spec.data.name in known:
         return known[spec.data.name] - spec.data.validation_items
     return spec.data.train_items

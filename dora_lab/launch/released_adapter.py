@@ -18,6 +18,7 @@ from dora_lab.models.base import adapter_folder
 from dora_lab.runs.record import run_path
 from dora_lab.runs.survey import verified
 from dora_lab.spec import Method, Model, Spec
+from dora_lab.tasks import llava, sources
 
 EXPERIMENT = "published"  # of the runs; no experiment has this name, so no table takes them for trained ones
 
@@ -30,12 +31,19 @@ class Adapter:
     rank: int
 
 
-def spec_of(protocol: Spec, base: Model, tasks: tuple[str, ...], data_sha256: str) -> Spec:
-    """The run that evaluates `base` with its adapter as `protocol` (a spec of the paper tier) evaluates its models."""
+def spec_of(protocol: Spec, base: Model, data_dir: Path) -> Spec:
+    """The run that evaluates `base` with its adapter as `protocol` (a spec of the paper tier) evaluates its models.
+
+    It is asked every task whose files are in `data_dir`: of LLaVA's, or else in the layout of LLM-Adapters.
+    """
+    name, tasks, sha256 = "llm_adapters", sources.tasks_in, sources.hash_data
+    if protocol.data.name == llava.NAME:
+        name, tasks, sha256 = llava.NAME, llava.tasks_in, llava.hash_files_of
     data = replace(
-        protocol.data, name="llm_adapters", eval_name=None, tasks=tasks, sha256=data_sha256, revision=None,
+        protocol.data, name=name, eval_name=None, tasks=tuple(tasks(data_dir)), sha256=sha256(data_dir), revision=None,
         train_items=None, validation_items=0,
     )  # fmt: skip
+    longer = [text for text in protocol.evaluation.task_new_tokens if text.rpartition("=")[0] in data.tasks]
     return replace(
         protocol,
         experiment=EXPERIMENT,
@@ -45,6 +53,7 @@ def spec_of(protocol: Spec, base: Model, tasks: tuple[str, ...], data_sha256: st
         method=Method(name="base"),
         optim=None,
         probe=None,
+        evaluation=replace(protocol.evaluation, task_new_tokens=tuple(longer)),
     )
 
 

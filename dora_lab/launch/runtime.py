@@ -60,6 +60,7 @@ class Runtime:
     checkpoint_steps: int | None = None  # optimiser steps between checkpoints; None: by the length of the run
     allow_pickle: bool = False  # read the adapter that `model.adapter` names from a pickled file if it has no other
     shard: bool = False  # while training, each process holds a share of every weight (FSDP2) instead of all (DDP)
+    recompute: bool = False  # while training, layers run again for the gradient instead of keeping what they computed
     stop: threading.Event | None = None  # set: the run is saved after the step that it is at, and interrupted
     progress: Progress = lambda *_: None
 

@@ -81,6 +81,9 @@ def _of_one_model(specs: list[Spec], folder: Path, tell: Callable[[str], object]
 def _with_data(spec: Spec, data_dir: Path) -> Spec:
     """The spec on a folder of real data: its tasks are those that have a test file, all their items are taken, unless
     it was made for such a folder."""
+    if spec.data.name in sources.OWN:
+        identity = sources.data_identity(spec.data, spec.data.name, data_dir)
+        return replace(spec, data=replace(spec.data, **identity))
     names = sources.tasks_in(data_dir)
     if not names:
         sources.hash_data(data_dir)  # says what a folder of data looks like

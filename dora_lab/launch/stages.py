@@ -6,7 +6,7 @@ Each writes what it found into the record; none knows how a run begins, ends or 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,15 @@ import torch
 from safetensors import safe_open
 
 from dora_lab import distributed
-from dora_lab.evaluation import pictured, protocols, text
+from dora_lab.evaluation import instructed, pictured, protocols, text
 from dora_lab.evaluation.evaluate import evaluate, prepare
 from dora_lab.formats.live import load_adapter, save_trained
 from dora_lab.io.errors import LoadError
 from dora_lab.launch import inputs
 from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.methods.inject import inject, merge
-from dora_lab.models.base import adapter_folder, model_and_tokenizer, model_folder, token_policy
+from dora_lab.methods.saved import saved
+from dora_lab.models.base import adapter_folder, model_and_tokenizer, model_folder, token_policy, words_of
 from dora_lab.models.rescale import factor
 from dora_lab.probing.callback import LLAMA_KINDS, DecompositionCallback
 from dora_lab.runs import provenance
@@ -33,10 +34,10 @@ from dora_lab.training import fit
 from dora_lab.training.trained_weights import fill_trained, trained_weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
-KINDS = {"decoder": None, "vl_bart": ("q_proj", "v_proj")}  # what is probed; None: what is trained
+KINDS = {"decoder": None, "vl_bart": ("q_proj", "v_proj"), "llava": None}  # what is probed; None: what is trained
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Loaded:
     """What a run is made of, in memory; each stage leaves `model` as the next one needs it."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any  # of a LLaVA its processor
     items: sources.Items
     text_NT: torch.Tensor | None  # of the base's pretraining, held out; see `evaluation.text`
 
@@ -63,18 +64,21 @@ def load(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir) -> Loaded:
         items = sources.items(spec, paths.data_dir)
         protocols.ready(spec)  # now, not after days of training
         model, tokenizer = model_and_tokenizer(spec, paths.model_dir)
-        _prepare(spec, model, tokenizer, items)  # what it could not score, likewise
+        _, prepared = _asking(items)
+        prepared(spec, model, tokenizer, items.split(spec.evaluation.split))  # what it could not score, likewise
         asked = spec.evaluation.text == "pretraining"
-        text_NT = text.held_out(model_folder(spec.model, paths.model_dir), tokenizer) if asked else None
+        words = words_of(tokenizer)
+        text_NT = text.held_out(model_folder(spec.model, paths.model_dir), words) if asked else None
     if text_NT is not None:
         run.record(text_nll={**text.about(text_NT), "before": text.nll(model, text_NT)})
-    tokens = {"pad_token": tokenizer.pad_token, "tokens": token_policy(tokenizer)}
+    tokens = {"pad_token": words.pad_token, "tokens": token_policy(words)}
     told = {
         "items": items.counts(),
         "sources": list(items.sources),
         "registered": provenance.registered(spec.experiment),
     }
     seen = {} if items.pictures is None else {"features": {"sha256": items.pictures.sha256}}
+    seen |= {} if items.images is None else {"images": items.images}
     run.record(inputs={**found, **told, **tokens, **seen})
     return Loaded(model, tokenizer, items, text_NT)
 
@@ -94,7 +98,7 @@ def train(spec: Spec, paths: Paths, runtime: Runtime, run: RunDir, loaded: Loade
     with _probes(spec, paths, run, loaded.model) as callbacks:
         summary = fit.train(
             spec, loaded.model, loaded.tokenizer, loaded.items, run, runtime.stop,
-            partial(runtime.progress, "train"), callbacks, runtime.checkpoint_steps,
+            partial(runtime.progress, "train"), callbacks, runtime.checkpoint_steps, runtime.recompute,
         )  # fmt: skip
     if runtime.shard:
         _put_together(spec, paths, runtime, loaded)
@@ -110,20 +114,29 @@ def score(spec: Spec, runtime: Runtime, run: RunDir, loaded: Loaded) -> None:
     weights = spec.evaluation.weights
     if weights == "merged" or (weights == "exact" and spec.model.dtype == "float32"):  # narrower types round
         merge(loaded.model, keep=False)
-    asked, pictures = loaded.items.split(spec.evaluation.split), loaded.items.pictures
-    ask = evaluate if pictures is None else partial(pictured.evaluate, pictures=pictures)
+    if spec.evaluation.dtype != "own":
+        _rounded_to(getattr(torch, spec.evaluation.dtype), loaded.model)
+    asked, (ask, _) = loaded.items.split(spec.evaluation.split), _asking(loaded.items)
     ask(
         spec, loaded.model, loaded.tokenizer, asked, run=run, stop=runtime.stop,
         progress=lambda done, of: runtime.progress("evaluate", done, of, None),
     )  # fmt: skip
 
 
-def _prepare(spec: Spec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: sources.Items) -> None:
-    asked = items.split(spec.evaluation.split)
-    if items.pictures is None:
-        prepare(spec, model, tokenizer, asked)
-    else:
-        pictured.prepare(spec, model, tokenizer, asked, items.pictures)
+def _asking(items: sources.Items) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What evaluates items of their kind, and what prepares that."""
+    if items.home is not None:
+        return partial(instructed.evaluate, home=items.home), partial(instructed.prepare, home=items.home)
+    if items.pictures is not None:
+        seen = items.pictures
+        return partial(pictured.evaluate, pictures=seen), partial(pictured.prepare, pictures=seen)
+    return evaluate, prepare
+
+
+def _rounded_to(dtype: torch.dtype, model: torch.nn.Module) -> None:
+    """Weights in a narrower type; buffers, a rotary embedding's frequencies say, stay as they are."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
 
 
 def _put_on(model: PreTrainedModel, spec: Spec, paths: Paths, runtime: Runtime) -> dict[str, int]:
@@ -132,7 +145,8 @@ def _put_on(model: PreTrainedModel, spec: Spec, paths: Paths, runtime: Runtime) 
     if spec.model.adapter is None:
         return params
     load_adapter(model, adapter_folder(spec.model, paths.adapter_dir), allow_pickle=runtime.allow_pickle)
-    counted = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    whole = {own for _, own in saved(model).values()}  # that came with the adapter: trained once, now at rest
+    counted = [(one.numel(), one.requires_grad or one in whole) for one in model.parameters()]
     return {"trainable": sum(n for n, trained in counted if trained), "total": sum(n for n, _ in counted)}
 
 
@@ -164,7 +178,8 @@ def _probes(spec: Spec, paths: Paths, run: RunDir, model: PreTrainedModel) -> It
         initial = partial(_initial, files, spec, f"{model.base_model_prefix}.")
         # of a Llama all seven matrices, as published, also those that a method leaves alone; else what is trained
         leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-        kinds = LLAMA_KINDS if leaves.issuperset(LLAMA_KINDS) else KINDS[spec.model.family]
+        llama = spec.model.family == "decoder" and leaves.issuperset(LLAMA_KINDS)
+        kinds = LLAMA_KINDS if llama else KINDS[spec.model.family]
         yield [
             DecompositionCallback(lambda row: run.append("probe", _rounded(row)), spec.probe.fractions, kinds, initial)
         ]

@@ -18,7 +18,7 @@ from dora_lab.models.rescale import rescale
 from dora_lab.spec import Model, Spec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.safetensors*")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*", "non_lora_trainables.*", "dora_lab.json")
@@ -55,7 +55,9 @@ def adapter_identity(model: Model, adapter_dir: Path | None) -> dict[str, Any]:
     return {"revision": model.adapter_revision, "sha256": sha256}
 
 
-def model_and_tokenizer(spec: Spec, model_dir: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def model_and_tokenizer(
+    spec: Spec, model_dir: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
     """The base model of `spec` in `model.dtype` and its tokenizer, from `model_dir`, the package or the hub.
 
     The tokenizer pads on the left with the token that `model.pad` says. Raises LoadError for weights that do not fill
@@ -65,6 +67,8 @@ def model_and_tokenizer(spec: Spec, model_dir: Path | None = None) -> tuple[PreT
     try:
         if spec.model.family == "vl_bart":
             return _vl_bart(spec, folder)
+        if spec.model.family == "llava":
+            return _llava(spec, folder)
         tokenizer = open_tokenizer(folder)
         _prepare_tokenizer(tokenizer, spec.model.pad, folder)
         model = open_model(folder, spec.model.dtype)  # transformers' own default is the file's type
@@ -117,6 +121,21 @@ def _vl_bart(spec: Spec, folder: Path) -> tuple[PreTrainedModel, PreTrainedToken
     if spec.model.rescale or spec.model.pad != "own":
         raise LoadError(f"{folder}: model.rescale and model.pad are for causal models; leave them at their defaults")
     return model, tokenizer
+
+
+def _llava(spec: Spec, folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """LLaVA of a folder, with its processor in the tokenizer's place."""
+    from dora_lab.models.llava import open_llava
+
+    model, processor = open_llava(folder, spec.model.dtype)
+    _prepare_tokenizer(words_of(processor), spec.model.pad, folder)
+    model.config.pad_token_id = words_of(processor).pad_token_id
+    return model, processor
+
+
+def words_of(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, of a processor its own."""
+    return cast(Any, tokenizer).tokenizer if hasattr(tokenizer, "tokenizer") else cast(Any, tokenizer)
 
 
 def token_policy(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dora_lab.io.errors import CheckpointError
+from dora_lab.io.files import read_object
 from dora_lab.models.open import fill, open_tokenizer, refuse_unsafe
 from dora_lab.tasks.conversations import IMAGE
 
@@ -27,6 +28,11 @@ TEMPLATE = (
     "{% if message.role == 'user' %}USER: {{ message.content }} ASSISTANT:"
     "{% else %}{% generation %} {{ message.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
 )
+
+
+def is_llava(folder: Path) -> bool:
+    """Whether a model's folder says that it is one; raises CheckpointError for a config.json that is none."""
+    return read_object(Path(folder), "config.json").get("model_type") == "llava"
 
 
 def open_llava(folder: Path, dtype: str = "float32") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

@@ -7,8 +7,9 @@ shapes of a 13B model at once. `tests/test_parameters.py` holds it against real 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dora_lab.methods.catalog import catalog, entry_of, is_counted
 from dora_lab.spec import Method, did_you_mean
@@ -26,6 +27,10 @@ class Shape:
     vocabulary: int
     head: int | None = None  # width of an attention head; None: hidden / heads
     tied: bool = False  # output embedding = input embedding
+    # of a LLaVA: parameters of its frozen tower and of its projector, tokens that the tower reads of an image
+    tower: int = 0
+    projector: int = 0
+    patches: int = 0
 
     @property
     def attention(self) -> int:
@@ -49,14 +54,18 @@ class Shape:
         """Parameters of the base model."""
         linear = sum(out * width for out, width in self.matrices().values())
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return self.layers * (linear + 2 * self.hidden) + self.hidden + embeddings
+        return self.layers * (linear + 2 * self.hidden) + self.hidden + embeddings + self.tower + self.projector
 
     def trained(self, method: Method) -> int:
         """Parameters that `method` trains, by the arithmetic that its file gives (see `methods.catalog`).
 
         Raises ValueError for a method that is not there or gives none, a module that is no linear layer of the model,
         and for ranks that differ by module (`rank_pattern`), a `scope` and parameters that train whole (`also_train`).
+        Of a LLaVA the projector trains besides and the tower does not, as experiment visual_instruction says it.
         """
+        if self.tower:
+            words = replace(self, tower=0, projector=0, patches=0)
+            return words.trained(replace(method, scope=None, also_train=())) + self.projector
         if not is_counted(method):
             counted = ", ".join(name for name, entry in catalog().items() if entry.parameters is not None)
             raise ValueError(
@@ -90,6 +99,9 @@ PAPER: dict[str, tuple[Shape, tuple[str, ...]]] = {
     "LLaMA3-8B": (_8B, ("meta-llama/Meta-Llama-3-8B",)),
 }
 
+# of experiments' own names of folders, which no paper has
+OTHERS = {"llava-1.5-7b-base": replace(_7B, vocabulary=32001, tower=303_507_456, projector=20_979_712, patches=577)}
+
 
 def printed_name(model: str) -> str | None:
     """The paper's name for a hub id, or for a folder of that model's own name ("llama-7b-hf"); None if it has none.
@@ -109,6 +121,28 @@ def of_folder(folder: Path) -> Shape:
         raise ValueError(f"{file} does not exist; give the folder of a saved model") from None
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
+    if config.get("model_type") == "llava":
+        return _llava(file, config)
+    return _decoder(file, config)
+
+
+def _llava(file: Path, config: dict[str, Any]) -> Shape:
+    """A LLaVA's, its tower CLIP's."""
+    try:
+        sight = config["vision_config"]
+        hidden, inner = sight["hidden_size"], sight["intermediate_size"]
+        patches = (sight["image_size"] // sight["patch_size"]) ** 2 + 1
+        layer = 4 * hidden * (hidden + 1) + 2 * hidden * inner + inner + hidden + 4 * hidden
+        tower = hidden + 3 * sight["patch_size"] ** 2 * hidden + patches * hidden + 4 * hidden
+        tower += sight["num_hidden_layers"] * layer
+        words = _decoder(file, config["text_config"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file}: a LLaVA without {error} in it; save the model again") from None
+    projector = words.hidden * (hidden + words.hidden + 2)
+    return replace(words, tower=tower, projector=projector, patches=patches)
+
+
+def _decoder(file: Path, config: dict[str, Any]) -> Shape:
     names = {
         "hidden": "hidden_size", "intermediate": "intermediate_size", "layers": "num_hidden_layers",
         "heads": "num_attention_heads", "vocabulary": "vocab_size",

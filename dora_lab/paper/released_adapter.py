@@ -16,34 +16,44 @@ from dora_lab.tasks import load_task
 from dora_lab.tasks.commonsense.released_files import KNOWN
 
 UNKNOWN = "no number in the paper"
+SERVER = "its server scores it"
+# by experiment: the paper's metric, and the tables that print it
+PRINTED = {
+    "commonsense": ("accuracy_percent", ("Table 1", "Table 15")),
+    "visual_instruction": ("score", ("Table 12", "Tables 4 and 12")),
+}
 
 
-def compare(run: Path, method: str, rank: int, model: str | None) -> pd.DataFrame:
+def compare(run: Path, method: str, rank: int, model: str | None, experiment: str = "commonsense") -> pd.DataFrame:
     """One row per task and their average: accuracies in percent, ours and the paper's, and a verdict.
 
     method, rank: of the adapter ("LoRA" or "DoRA"), as the paper writes them.
-    model: the paper's name of the base ("LLaMA-7B", ...); None: no number to compare with. Verdicts: `verdict`'s, that
+    model: the paper's name of the base ("LLaMA-7B", ...); None: no number to compare with. experiment: whose numbers
+    ("visual_instruction": accuracy is each benchmark's own score). Verdicts: `verdict`'s, that
     the two are equivalent; where not all of the released items were asked, with the noise of so many; else
     "no number in the paper". elsewhere: the same cell as printed in another place by its authors. flags: unparsed above
     1 %, below chance.
     """
     rows = [row for row in read_stream(run, "eval") if row["protocol"] == "generate"]
-    claims = read_claims("commonsense")
+    claims, (metric, tables) = read_claims(experiment), PRINTED[experiment]
     printed: dict[str, float] = {}
     reprints: dict[str, list[float]] = {}
     for claim in claims.to_dict("records"):
         of_it = (claim["model"], claim["method"].rstrip("†"), claim["rank"]) == (model, method, rank)
-        if not of_it or claim["metric"] != "accuracy_percent":
+        if not of_it or claim["metric"] != metric:
             continue
         # table 15 repeats table 1's cells, which come first
-        if claim["kind"] == "number" and claim["source"] in ("Table 1", "Table 15"):
+        if claim["kind"] == "number" and claim["source"] in tables:
             printed.setdefault(claim["subject"], claim["value"])
         elif claim["kind"] == "reprint":
             reprints.setdefault(claim["subject"], []).append(claim["value"])
     found = [_row(row, printed, reprints) for row in rows]
-    complete = set(printed) <= {"average"} | {row["task"] for row in found}
+    complete = set(printed) <= {"average"} | {row["task"] for row in found if row["accuracy"] is not None}
     whole = complete and all(row["n"] == row["n_released"] for row in found)
-    average = sum(row["accuracy"] for row in found) / len(found)
+    scored = [row for row in found if row["accuracy"] is not None]
+    if not scored:
+        return pd.DataFrame(found)
+    average = sum(row["accuracy"] for row in scored) / len(scored)
     overall = printed.get("average") if complete else None
     found.append(
         {
@@ -54,7 +64,7 @@ def compare(run: Path, method: str, rank: int, model: str | None) -> pd.DataFram
             "paper": overall,
             "elsewhere": reprints.get("average"),
             "verdict": _verdict(average, overall, None) if whole else None,
-            "unparsed": 100 * sum(row["n_unparsed"] for row in rows) / sum(row["n"] for row in rows),
+            "unparsed": 100 * sum(row["n_unparsed"] or 0 for row in rows) / sum(row["n"] for row in rows),
             "flags": "",
         }
     )
@@ -63,17 +73,17 @@ def compare(run: Path, method: str, rank: int, model: str | None) -> pd.DataFram
 
 def _row(row: Mapping[str, Any], printed: Mapping[str, float], reprints: Mapping[str, list[float]]) -> dict[str, Any]:
     task, known = load_task(row["task"]), KNOWN.get((row["task"], "test"))
-    paper, accuracy = printed.get(task.column), 100 * row["value"]
-    whole = known is not None and row["n"] == known.items
+    items = known.items if known else task.released_items
+    told = {"task": task.column, "n": row["n"], "n_released": items, "accuracy": None}
+    told |= {"paper": printed.get(task.column), "elsewhere": reprints.get(task.column)}
+    if row["value"] is None:
+        return told | {"verdict": SERVER, "unparsed": None, "flags": ""}
+    paper, accuracy = told["paper"], 100 * row["value"]
+    whole = items is not None and row["n"] == items
     flags = ["unparsed above 1 %"] if row["n_unparsed"] > 0.01 * row["n"] else []
-    flags += ["below chance"] if row["value"] < row["chance"] else []
-    return {
-        "task": task.column,
-        "n": row["n"],
-        "n_released": known.items if known else None,
+    flags += ["below chance"] if row["chance"] is not None and row["value"] < row["chance"] else []
+    return told | {
         "accuracy": accuracy,
-        "paper": paper,
-        "elsewhere": reprints.get(task.column),
         "verdict": _verdict(accuracy, paper, None if whole else row["n"]),
         "unparsed": 100 * row["n_unparsed"] / row["n"],
         "flags": ", ".join(flags),

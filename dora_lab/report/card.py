@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_lab.io.combinations import READ_BY
+from dora_lab.io.combinations import unread_by
 from dora_lab.io.files import hash_bytes
 from dora_lab.methods.catalog import catalog
 from dora_lab.models import shapes
@@ -48,7 +48,7 @@ def card(path: Path) -> str:
     """The page of one run directory, as Markdown; raises StoreError where `verified` refuses it."""
     record = verified(path)
     spec = spec_of(record)
-    unread = {field for family, found in READ_BY.items() if family != spec.model.family for field in found}
+    unread = unread_by(spec.model.family)
     flat = {field: value for field, value in leaves(to_dict(spec)).items() if field not in unread}
     evals = read_stream(path, "eval")
     known = [*caveats(record), *record.get("notes", [])]

@@ -56,6 +56,8 @@ def comparison(path: Path) -> dict[str, Any]:
     if record["status"] != "complete" or spec.optim is None:
         raise SpecError(f"{path}: a {record['status']} run of {spec.method.name}; give a complete run that was trained")
     evals = [row for row in read_rows(path, "eval") if row["protocol"] == spec.evaluation.protocols[0]]
+    if other := sorted({row["metric"] for row in evals} - {"accuracy"}):
+        raise SpecError(f"{path}: scored by {', '.join(other)}; PEFT's file holds accuracies alone")
     losses = [row["loss"] for row in read_rows(path, "metrics") if row.get("loss") is not None]
     training, seconds, params = (record.get(name) or {} for name in ("training", "seconds", "params"))
     steps = training.get("steps") or len(losses)

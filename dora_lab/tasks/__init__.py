@@ -1,7 +1,7 @@
 """What a model is asked: the tasks, their prompts, and where their items come from. How it answers: `evaluation`.
 
-A file ``<family>/<name>.py`` below this folder that defines ``TASK = Task(...)`` is a task, found by its name; nothing
-else has to be edited. Standard library only.
+A file ``<family>/<name>.py`` below this folder that defines ``TASK = Task(...)`` is a task, found by its name (one with
+``TASKS`` is several that share what they are read with); nothing else has to be edited. Standard library only.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def family(name: str) -> tuple[Task, ...]:
     # not the packages below it: what a family has beside its tasks may need more than the standard library
     files = [file.name for file in pkgutil.iter_modules(package.__path__) if not file.ispkg]
     modules = [import_module(f"{package.__name__}.{file}") for file in files]
-    return tuple(sorted((module.TASK for module in modules if hasattr(module, "TASK")), key=_order))
+    found = [module.TASK for module in modules if hasattr(module, "TASK")]
+    found += [task for module in modules for task in getattr(module, "TASKS", ())]
+    return tuple(sorted(found, key=_order))
 
 
 def table_1() -> tuple[Task, ...]:

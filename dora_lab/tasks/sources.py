@@ -4,7 +4,8 @@ Sources: "mini" and "mini2" (the embedded world, asked about in two ways); "llm_
 that repository (``<task>/train.json`` and ``<task>/test.json``, or these below ``dataset/``); "commonsense_170k"
 (training items only), the file
 ``commonsense_170k.json`` of such a folder (in it or in ``ft-training_set/``), else the hub's copy at `data.revision`;
-"vl_adapter", items about pictures with their features (see `vl_adapter`).
+"vl_adapter", items about pictures with their features (see `vl_adapter`); "llava_v1_5", conversations and benchmarks
+about images (see `llava`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,14 +22,15 @@ from dora_lab.io.errors import LoadError
 from dora_lab.io.files import hash_files
 from dora_lab.io.hub import snapshot
 from dora_lab.spec import Data, Spec, did_you_mean
-from dora_lab.tasks import Task, all_tasks, check_items, load_task, read_items, vl_adapter
+from dora_lab.tasks import Task, all_tasks, check_items, llava, load_task, read_items, vl_adapter
 from dora_lab.tasks.cloze import as_cloze
 from dora_lab.tasks.commonsense.released_files import MIX, describe
 from dora_lab.tasks.pictures import Pictures
 
 Item = dict[str, Any]
 Pools = dict[str, list[Item]]  # items by task
-SOURCES = (*mini.WORLDS, "llm_adapters", MIX, vl_adapter.NAME)
+OWN = {vl_adapter.NAME: vl_adapter, llava.NAME: llava}  # sources whose tasks are theirs alone
+SOURCES = (*mini.WORLDS, "llm_adapters", MIX, *OWN)
 HUB_MIX = "zwhe99/commonsense_170k"  # the copy that public code loads
 HUB_FILES = ("*.json", "*.parquet")
 DATA_SEED = 42  # of the split and the subset: the same items for every run seed, as in the released code
@@ -46,7 +48,9 @@ class Items:
     validation: Pools = field(default_factory=dict)
     test: Pools = field(default_factory=dict)
     sources: tuple[dict[str, Any], ...] = ()  # every file that was read, as `describe` has it; none for "mini"
-    pictures: Pictures | None = None  # that the items show; None: they show none
+    pictures: Pictures | None = None  # features that the items show; None: they show none
+    images: dict[str, Any] | None = None  # files that the items show, see `llava.images`
+    home: Path | None = None  # folder of benchmarks whose answers go to servers
 
     def split(self, name: str) -> Pools:
         """The items of "train", "validation" or "test"."""
@@ -82,27 +86,33 @@ def items(spec: Spec, data_dir: Path | None = None) -> Items:
         raise LoadError("evaluation.split is validation but data.validation_items is 0; set it")
     sources: list[dict[str, Any]] = []
     if (data.eval_name or data.name) not in mini.WORLDS:
-        asked = {_question(item) for pool in pools.values() for item in pool}
+        asked = {question for pool in pools.values() for item in pool for question in _questions(item)}
         for task, found in tests.items():
-            again = sum(_question(item) in asked for item in found) if pools else None
+            again = sum(_questions(item)[0] in asked for item in found) if pools else None
             told = {"used": len(test[task]), "asked_in_training": again}
             sources.append(_described(data, task, "test", found) | told)
     if data.name not in mini.WORLDS:
         for task, pool in pools.items():
             used = len(train.get(task, ())) + len(validation.get(task, ()))
             sources.append(_described(data, task, "train", pool) | {"used": used})
-    seen = None
+    found = Items(train=train, validation=validation, test=test, sources=tuple(sources))
+    every = (train, validation, test)
     if data.name == vl_adapter.NAME:
-        seen = vl_adapter.pictures((train, validation, test), data, data_dir)
-    return Items(train=train, validation=validation, test=test, sources=tuple(sources), pictures=seen)
+        return replace(found, pictures=vl_adapter.pictures(every, data, data_dir))
+    if data.name == llava.NAME:
+        root = cast(Path, data_dir)
+        return replace(found, images=llava.images(every, root), home=llava.benchmarks(root))
+    return found
 
 
-def _question(item: Item) -> Any:
-    return item["instruction"] if "instruction" in item else (item["pictures"], item["text"])
+def _questions(item: Item) -> list[Any]:
+    if "instruction" in item:
+        return [item["instruction"]]
+    return [(item["pictures"], item["text"])] if "pictures" in item else llava.questions(item)
 
 
 def _described(data: Data, task: str, split: str, items: list[Item]) -> dict[str, Any]:
-    return (vl_adapter.describe if data.name == vl_adapter.NAME else describe)(task, split, items)
+    return (OWN[data.name].describe if data.name in OWN else describe)(task, split, items)
 
 
 def hash_data(folder: Path) -> str:
@@ -124,8 +134,8 @@ def data_identity(data: Data, source: str, data_dir: Path | None) -> dict[str, A
     """What identifies a source as it is on this machine now: the hash of a local one, the commit of the hub's."""
     if source in mini.WORLDS:
         return {"revision": None, "sha256": mini.world_sha256(source)}
-    if source == vl_adapter.NAME:
-        return vl_adapter.identity(data, data_dir)
+    if source in OWN:
+        return OWN[source].identity(data, data_dir)
     local = source == "llm_adapters"
     if data_dir is not None and (local or _mix_file(data_dir) is not None):
         return {"revision": None, "sha256": hash_data(data_dir)}
@@ -166,8 +176,8 @@ def _read(source: str, split: str, data: Data, data_dir: Path | None) -> Pools:
         return found
     if source == "llm_adapters":
         return _read_folder(split, data, data_dir)
-    if source == vl_adapter.NAME:
-        return vl_adapter.read(split, data, data_dir)
+    if source in OWN:
+        return OWN[source].read(split, data, data_dir)
     if source == MIX:
         if split != "train":
             raise LoadError(f"data '{MIX}' has training items only; set data.eval_name to 'llm_adapters'")

@@ -25,11 +25,13 @@ class Task:
     chance: float | None = None  # accuracy of guessing on an ordinary item, in (0, 1); None: not known
     builtin: str | None = None  # name of lm-eval's own task on the same data set
     # of tasks about pictures (see `annotations`), which are not in the LLM-Adapters layout
-    metrics: tuple[str, ...] = ()  # rules of `dora_lab.metrics`; tables print the first
+    metrics: tuple[str, ...] = ()  # rules of `dora_lab.metrics`; tables print the first. None: a server scores
     prompt: str = ""  # what says the task, before the text
     released_prompt: str | None = None  # that of the published code, where it is another
     # (folder, split) to items; splits are train, validation, test, and published_train where nothing is held out
     read: Callable[[Path, str], list[dict[str, Any]]] | None = None
+    headline: str | None = None  # of what the first of `metrics` says, the number that tables print; None: its first
+    released_items: int | None = None  # test items of the released files, where they are known here
 
     @property
     def folder(self) -> str:

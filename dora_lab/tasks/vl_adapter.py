@@ -11,7 +11,7 @@ from typing import Any
 from dora_lab.io.errors import LoadError
 from dora_lab.io.files import hash_files
 from dora_lab.spec import Data
-from dora_lab.tasks import load_task
+from dora_lab.tasks import family, load_task
 from dora_lab.tasks.annotations import Item
 from dora_lab.tasks.features import hub_folder
 from dora_lab.tasks.pictures import Pictures, gather_pictures
@@ -32,7 +32,7 @@ def read(split: str, data: Data, data_dir: Path | None) -> dict[str, list[Item]]
     whole = split == "train" and not data.validation_items
     pools = {}
     for task in map(load_task, data.tasks):
-        if task.read is None:
+        if task.read is None or task not in family("image_text"):
             raise LoadError(f"data.tasks: '{task.name}' is not in source '{NAME}', whose tasks are about pictures")
         pools[task.name] = task.read(root, "published_train" if whole else split)
     return pools

@@ -10,12 +10,13 @@ import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from transformers import ProcessorMixin, TrainerCallback
+from transformers import TrainerCallback
 
 from dora_lab import distributed
 from dora_lab.forms import form_of
+from dora_lab.models.base import words_of
 from dora_lab.runs.checkpoints import Checkpoints, read_manifest, step_of
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.record import read_record
@@ -27,7 +28,7 @@ from dora_lab.training.checks import refuse_in_vain
 from dora_lab.training.trainer import WEIGHTS, Progress, RunTrainer, Watch, training_arguments
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 TRAINED_STREAMS = ("metrics", "probe", "timing")
 
@@ -46,30 +47,31 @@ def train(
     progress: Progress | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     checkpoint_steps: int | None = None,
+    recompute: bool = False,
 ) -> dict[str, Any]:
     """Fine-tune `model` in place as `spec` says, resuming from the newest whole checkpoint of `run`.
 
-    A LLaVA is given with its processor; its items are conversations (see `tasks.conversations`).
+    A LLaVA is given with its processor, its items are conversations. recompute: layers run again for the gradient.
     Parameters that require a gradient are trained; adapters are to be injected before. Appends rows to the streams
     metrics (step, tokens, loss in nats per token, learning_rate, grad_norm; and step, eval_loss) and timing (step,
     seconds of training so far) of `run`; what they and the probe hold beyond the resumed step is dropped, and with it
     the rows of an evaluation, unless all steps are done. Returns what belongs into the record: `steps`, `tokens`,
     `shortened` items, `resumed_from` (step or None), `kept_step`; of items about pictures the `unanswered` ones, too.
-    Raises NonFiniteError, Interrupted, ResumeError for a
-    checkpoint of something else, SaveError where a checkpoint cannot be written; and before the first step ItemError
-    for items that the model cannot take, SpecError for a learning rate that never leaves 0.
+    Raises NonFiniteError, Interrupted, ResumeError for a checkpoint of something else, SaveError where a checkpoint
+    cannot be written; and before the first step ItemError for items that the model cannot take, SpecError for a
+    learning rate that never leaves 0.
     """
     if spec.optim is None:
         raise ValueError(f"method '{spec.method.name}' has optim None and is not trained")
     form = form_of(spec, model, tokenizer, items.pictures)
-    words = cast(Any, tokenizer).tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
-    encoded = form.learnt(form.encode(items.train, spec.data, words, limits(model)))
-    held = form.encode(items.validation, spec.data, words, limits(model))
+    encoded = form.learnt(form.encode(items.train, spec.data, words_of(tokenizer), limits(model)))
+    held = form.encode(items.validation, spec.data, words_of(tokenizer), limits(model))
     batches = MicroBatches(encoded.examples, spec.optim, spec.seed, form)
     note = refuse_in_vain(spec.optim, batches.steps)
     if note and note not in read_record(run.path).get("notes", []):
         run.note(note)
-    arguments = training_arguments(spec, batches.steps, run.checkpoints, model, checkpoint_steps)
+    saving, rests = (run.checkpoints, model, checkpoint_steps), form.rests(encoded.examples)
+    arguments = training_arguments(spec, batches.steps, *saving, rests=rests, recompute=recompute)
     checkpoints = Checkpoints(run, _made_of(spec, run, batches))
     trainer = RunTrainer(spec, model, batches, held.examples, run, checkpoints, arguments, progress)
     for callback in callbacks:

@@ -50,8 +50,16 @@ class NonFiniteError(ArithmeticError):
 
 
 def training_arguments(
-    spec: Spec, steps: int, folder: Path, model: PreTrainedModel, checkpoint_steps: int | None
+    spec: Spec,
+    steps: int,
+    folder: Path,
+    model: PreTrainedModel,
+    checkpoint_steps: int | None = None,
+    *,
+    rests: bool = False,
+    recompute: bool = False,
 ) -> TrainingArguments:
+    """rests: as `Form.rests` has it; recompute: layers keep their inputs alone, and run again for the gradient."""
     optim = cast(Optim, spec.optim)
     parts = optim.batch_size // optim.micro_batch_size
     if parts % distributed.size():
@@ -63,7 +71,10 @@ def training_arguments(
         output_dir=str(folder),
         per_device_train_batch_size=1,  # one entry of the dataset is a whole micro-batch
         gradient_accumulation_steps=parts // distributed.size(),
-        ddp_find_unused_parameters=False,
+        # it costs DDP a walk over the graph; without it a parameter that rests is waited for in vain
+        ddp_find_unused_parameters=rests,
+        gradient_checkpointing=recompute,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if recompute else None,
         max_steps=steps,
         learning_rate=optim.learning_rate,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(optim.schedule, optim.schedule),
@@ -74,7 +85,7 @@ def training_arguments(
         adam_epsilon=optim.adam_eps,
         seed=spec.seed,
         data_seed=spec.seed,
-        bf16=spec.model.dtype == "bfloat16",
+        bf16="bfloat16" in (spec.model.dtype, optim.products),
         fp16=spec.model.dtype == "float16",
         use_cpu=model.device.type == "cpu",
         eval_strategy="steps" if optim.eval_steps else "no",
@@ -267,7 +278,12 @@ class RunTrainer(Trainer):
         return {"eval_loss": loss}
 
     def keep(self, optim: Optim) -> int:
-        """Load the weights that the run is judged by; returns the step they are of."""
+        """Load the weights that the run is judged by; returns the step they are of.
+
+        accelerate's autocast around the model ends here: an evaluation right after a training is that of a later start.
+        """
+        for name in ("forward", "_original_forward"):
+            self.network.__dict__.pop(name, None)
         if optim.keep == "last":
             return self.batches.steps
         distributed.barrier()  # the first process has written the last row

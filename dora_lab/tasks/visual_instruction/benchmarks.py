@@ -4,7 +4,7 @@ A folder is LLaVA's ``playground/data/eval``: its ``eval.zip``, with the images 
 ``docs/Evaluation.md`` names beside. An item is {"id", "image": Path, bytes or None, "text": what is asked, an image's
 begins with ``<image>`` and a line end, "where"}, and beside these what its metric reads (`metrics.score`). VQAv2
 test-dev and VizWiz test have no answers: what is said there goes to their servers (`evaluation.submissions`), and is
-scored here on their validation sets under names of their own.
+scored here on their validation sets, under names of their own.
 """
 
 from __future__ import annotations
@@ -12,26 +12,19 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dora_lab.tasks.conversations import IMAGE, Item, image_file, read_json, read_lines
 from dora_lab.tasks.items import ItemError
+from dora_lab.tasks.task import Task
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 LETTERS = "ABCDE"
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """One of them: how its items are read, scored, and how long an answer may be."""
-
-    read: Callable[[Path], list[Item]]
-    metric: str | None  # of `dora_lab.metrics`; None: its answers are on a server
-    max_new_tokens: int = 128
+EVERY = "vqav2/llava_vqav2_mscoco_test2015.jsonl"  # all of VQAv2's test questions
+POPE = ("random", "popular", "adversarial")
 
 
 def _asked(file: Path, images: Path) -> list[Item]:
@@ -164,8 +157,11 @@ def _question(text: str) -> str:
 def pope(folder: Path) -> list[Item]:
     """POPE on COCO: random, popular and adversarial questions, the answers of each in a file, in the same order."""
     home, found = folder / "pope", []
-    items = _asked(home / "llava_pope_test.jsonl", home / "val2014")
+    file = home / "llava_pope_test.jsonl"
+    items = _asked(file, home / "val2014")
     for category in dict.fromkeys(str(item["row"].get("category")) for item in items):
+        if category not in POPE:
+            raise ItemError(f"{file}: category '{category:.80}' is none of {', '.join(POPE)}; fetch it again")
         mine = [item for item in items if item["row"].get("category") == category]
         file = home / "coco" / f"coco_pope_{category}.json"
         labels = read_lines(file)
@@ -219,28 +215,59 @@ def _nothing(cell: Any) -> bool:
     return not isinstance(cell, str) or cell.lower() in ("nan", "none")
 
 
-BENCHMARKS: Mapping[str, Benchmark] = {
-    "vqav2_test_dev": Benchmark(vqav2_test_dev, None),
-    "vqav2_val": Benchmark(vqav2_val, "vqa_released"),
-    "gqa": Benchmark(gqa, "gqa"),
-    "vizwiz_test": Benchmark(vizwiz_test, None),
-    "vizwiz_val": Benchmark(vizwiz_val, "vqa_m4c"),
-    "science_qa": Benchmark(science_qa, "science_qa", 1024),
-    "text_vqa": Benchmark(text_vqa, "vqa_m4c"),
-    "pope": Benchmark(pope, "pope_released"),
-    "mmbench": Benchmark(mmbench, "mmbench", 1024),
-}
+# the files that each reads, below the folder
+FILES: Mapping[str, tuple[str, ...]] = {
+    "vqav2_test_dev": ("vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", EVERY),
+    "vqav2_val": ("vqav2/v2_mscoco_val2014_annotations.json", "vqav2/v2_OpenEnded_mscoco_val2014_questions.json"),
+    "gqa_testdev": ("gqa/llava_gqa_testdev_balanced.jsonl", "gqa/data/testdev_balanced_questions.json"),
+    "vizwiz_test": ("vizwiz/llava_test.jsonl",),
+    "vizwiz_val": ("vizwiz/val.json",),
+    "science_qa": (
+        "scienceqa/llava_test_CQM-A.json", "scienceqa/problems.json", "scienceqa/pid_splits.json",
+    ),
+    "text_vqa": ("textvqa/llava_textvqa_val_v051_ocr.jsonl", "textvqa/TextVQA_0.5.1_val.json"),
+    "pope": ("pope/llava_pope_test.jsonl", *(f"pope/coco/coco_pope_{kind}.json" for kind in POPE)),
+    "mmbench": ("mmbench/mmbench_dev_20230712.tsv",),
+}  # fmt: skip
 
 
-def read(name: str, folder: Path) -> list[Item]:
-    """The items of a benchmark; raises ItemError, naming file and item, for what is not as it should be."""
-    items = BENCHMARKS[name].read(Path(folder))
-    return [{key: value for key, value in item.items() if key != "row"} for item in items]
+def _task(
+    name: str, column: str, read: Callable[[Path], list[Item]], metric: str | None, items: int, headline: Any = None
+) -> Task:
+    def of_split(folder: Path, split: str) -> list[Item]:
+        found = read(Path(folder)) if split == "test" else []
+        return [{key: value for key, value in item.items() if key != "row"} for item in found]
+
+    metrics = () if metric is None else (metric,)
+    return Task(name=name, column=column, read=of_split, metrics=metrics, headline=headline, released_items=items)
+
+
+# the paper's columns are those of its own splits; numbers of items as widely quoted, the files were not at hand
+TASKS = (
+    _task("vqav2_test_dev", "VQAv2", vqav2_test_dev, None, 107_394),
+    _task("vqav2_val", "VQAv2 val", vqav2_val, "vqa_released", 214_354),
+    _task("gqa_testdev", "GQA", gqa, "gqa", 12_578),
+    _task("vizwiz_test", "VisWiz", vizwiz_test, None, 8_000),
+    _task("vizwiz_val", "VisWiz val", vizwiz_val, "vqa_m4c", 4_319),
+    _task("science_qa", "SQA", science_qa, "science_qa", 4_241, headline="accuracy_image"),
+    _task("text_vqa", "VQAT", text_vqa, "vqa_m4c", 5_000),
+    _task("pope", "POPE", pope, "pope_released", 8_910, headline="f1"),
+    _task("mmbench", "MMBench", mmbench, "mmbench", 4_377, headline="circular"),
+)
 
 
 def gold(items: list[Item]) -> list[Item]:
     """The items as `metrics.score` takes them, whose field `image` says whether there is one."""
     return [item | {"image": item["image"] is not None} for item in items]
+
+
+def every_question(folder: Path) -> list[str]:
+    """The ids of all questions of VQAv2's test set, of which its server wants an answer each."""
+    file = Path(folder) / EVERY
+    names = [row.get("question_id") if isinstance(row, dict) else None for row in read_lines(file)]
+    if not names or not all(isinstance(name, int) and not isinstance(name, bool) for name in names):
+        raise ItemError(f"{file}: expected a question with a number 'question_id' in each line; fetch it again")
+    return [str(name) for name in names]
 
 
 def _text(row: Any, field: str, at: str) -> str:

@@ -1,0 +1,107 @@
+"""Source "llava_v1_5": the conversations and benchmarks of LLaVA-1.5, a folder as its ``playground/data``. No torch.
+
+In it lie ``llava_v1_5_mix665k.json``, the folders of images that it names, and ``eval/`` (see
+`visual_instruction.benchmarks`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dora_lab.io.errors import LoadError
+from dora_lab.io.files import hash_files
+from dora_lab.spec import Data
+from dora_lab.tasks import family, load_task, vl_adapter
+from dora_lab.tasks.conversations import Item, read_conversations
+from dora_lab.tasks.visual_instruction.benchmarks import FILES
+
+NAME = "llava_v1_5"
+MIX = "llava_v1_5_mix665k.json"
+Pools = Mapping[str, list[Item]]
+
+
+def read(split: str, data: Data, data_dir: Path | None) -> dict[str, list[Item]]:
+    """All items of a split: the conversations with an image and without ("train"), or the benchmarks by name ("test").
+
+    Raises LoadError without a folder, for a task that is no benchmark of LLaVA's and for another folder than
+    `data.sha256` says; ItemError for files that cannot be used.
+    """
+    root = _folder(data_dir)
+    if data.sha256 is not None and (found := hash_files_of(root)) != data.sha256:
+        raise LoadError(f"{root}: content hash {found[:12]}..., the spec asks for {data.sha256[:12]}...")
+    if split == "train":
+        return read_conversations(root / MIX, root)
+    pools = {}
+    for task in map(load_task, data.tasks):
+        if task.read is None or task not in family("visual_instruction"):
+            raise LoadError(f"data.tasks: '{task.name}' is not in source '{NAME}'; {', '.join(FILES)} are")
+        pools[task.name] = task.read(benchmarks(root), split)
+    return pools
+
+
+def benchmarks(root: Path) -> Path:
+    """The folder of the benchmarks."""
+    return Path(root) / "eval"
+
+
+def identity(data: Data, data_dir: Path | None) -> dict[str, Any]:
+    """What identifies conversations and questions as they are on this machine now (images: `images`)."""
+    return {"revision": None, "sha256": hash_files_of(_folder(data_dir))}
+
+
+def images(pools: Iterable[Pools], root: Path) -> dict[str, Any]:
+    """Number, bytes and a hash of the image files that items show, the hash over their names and sizes alone.
+
+    Their contents are hundreds of gigabytes; images that are in a file of questions are of that file's hash.
+    """
+    shown = {item["image"] for pool in pools for items in pool.values() for item in items}
+    sizes = {
+        file.relative_to(root).as_posix(): file.stat().st_size for file in shown if isinstance(file, Path)
+    }  # fmt: skip
+    names = "".join(f"{name}\0{sizes[name]}\n" for name in sorted(sizes))
+    return {"files": len(sizes), "bytes": sum(sizes.values()), "sha256": hashlib.sha256(names.encode()).hexdigest()}
+
+
+def describe(task: str, split: str, items: list[Item]) -> dict[str, Any]:
+    """One split for the record, as `vl_adapter.describe` has it; of an image its name, or the hash of its bytes."""
+
+    def told(image: Path | bytes | None) -> str | None:
+        return hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else image and image.name
+
+    plain = [{**item, "image": told(item["image"]), "where": ""} for item in items]
+    return vl_adapter.describe(task, split, plain)
+
+
+def questions(item: Item) -> list[tuple[str | None, str]]:
+    """(file of the image, question) of everything that an item asks."""
+    name = item["image"].name if isinstance(item["image"], Path) else None
+    return [(name, text) for text in ([item["text"]] if "text" in item else [text for text, _ in item["turns"]])]
+
+
+def tasks_in(root: Path) -> list[str]:
+    """The benchmarks whose files are all in a folder; raises LoadError where there are none."""
+    hash_files_of(root)
+    found = [name for name, files in FILES.items() if all((benchmarks(root) / file).is_file() for file in files)]
+    if not found:
+        raise LoadError(
+            f"{benchmarks(root)}: the files of none of {', '.join(FILES)} are all there; fetch LLaVA's eval.zip"
+        )
+    return found
+
+
+def hash_files_of(root: Path) -> str:
+    """SHA-256 of the conversations and of every benchmark's files that are there: their names and contents."""
+    names = [f"eval/{name}" for files in FILES.values() for name in files]
+    found = {name: root / name for name in (MIX, *names) if (root / name).is_file()}
+    if not found:
+        raise LoadError(f"{root}: neither {MIX} nor the files of a benchmark in eval/; give LLaVA's playground/data")
+    return hash_files(found)
+
+
+def _folder(data_dir: Path | None) -> Path:
+    if data_dir is None:
+        raise LoadError(f"data '{NAME}' is a local folder, LLaVA's playground/data: give it with --data-dir")
+    return Path(data_dir)
