@@ -10,7 +10,7 @@ from typing import Any
 
 from dora_lab.models.base import hash_model
 from dora_lab.spec import Spec, SpecError, derive, did_you_mean, leaves, spec_id, to_dict, validate
-from dora_lab.tasks import sources
+from dora_lab.tasks import sources, vl_adapter
 
 
 def chosen(
@@ -55,6 +55,12 @@ def chosen(
 def _with_data(spec: Spec, data_dir: Path) -> Spec:
     """The spec on a folder of real data: its tasks are those that have a test file, all their items are taken, unless
     it was made for such a folder."""
+    if spec.data.name == vl_adapter.NAME:
+        return replace(spec, data=replace(spec.data, sha256=vl_adapter.hash_annotations(data_dir)))
+    if spec.data.name in vl_adapter.NAMES:
+        raise SpecError(
+            f"--data-dir {data_dir}: {spec.tier} runs read embedded pictures; choose --tier paper for yours"
+        )
     names = sources.tasks_in(data_dir)
     if not names:
         sources.hash_data(data_dir)  # says what a folder of data looks like

@@ -4,7 +4,8 @@ Sources: "mini" and "mini2" (the embedded world, asked about in two ways); "llm_
 that repository (``<task>/train.json`` and ``<task>/test.json``, or these below ``dataset/``); "commonsense_170k"
 (training items only), the file
 ``commonsense_170k.json`` of such a folder (in it or in ``ft-training_set/``), else the hub's copy at `data.revision`;
-"vl_adapter", items about pictures with their features (see `vl_adapter`).
+"vl_adapter", items about pictures with their features, and "mini_vl" and "mini_vl_blind", an embedded world of them
+(see `vl_adapter`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from dora_lab.tasks.pictures import Pictures
 
 Item = dict[str, Any]
 Pools = dict[str, list[Item]]  # items by task
-SOURCES = (*mini.WORLDS, "llm_adapters", MIX, vl_adapter.NAME)
+SOURCES = (*mini.WORLDS, "llm_adapters", MIX, *vl_adapter.NAMES)
 HUB_MIX = "zwhe99/commonsense_170k"  # the copy that public code loads
 HUB_FILES = ("*.json", "*.parquet")
 DATA_SEED = 42  # of the split and the subset: the same items for every run seed, as in the released code
@@ -92,7 +93,7 @@ def items(spec: Spec, data_dir: Path | None = None) -> Items:
             used = len(train.get(task, ())) + len(validation.get(task, ()))
             sources.append(_described(data, task, "train", pool) | {"used": used})
     seen = None
-    if data.name == vl_adapter.NAME:
+    if data.name in vl_adapter.NAMES:
         seen = vl_adapter.pictures((train, validation, test), data, data_dir)
     return Items(train=train, validation=validation, test=test, sources=tuple(sources), pictures=seen)
 
@@ -102,7 +103,7 @@ def _question(item: Item) -> Any:
 
 
 def _described(data: Data, task: str, split: str, items: list[Item]) -> dict[str, Any]:
-    return (vl_adapter.describe if data.name == vl_adapter.NAME else describe)(task, split, items)
+    return (vl_adapter.describe if data.name in vl_adapter.NAMES else describe)(task, split, items)
 
 
 def hash_data(folder: Path) -> str:
@@ -124,7 +125,7 @@ def data_identity(data: Data, source: str, data_dir: Path | None) -> dict[str, A
     """What identifies a source as it is on this machine now: the hash of a local one, the commit of the hub's."""
     if source in mini.WORLDS:
         return {"revision": None, "sha256": mini.world_sha256(source)}
-    if source == vl_adapter.NAME:
+    if source in vl_adapter.NAMES:
         return vl_adapter.identity(data, data_dir)
     local = source == "llm_adapters"
     if data_dir is not None and (local or _mix_file(data_dir) is not None):
@@ -166,7 +167,7 @@ def _read(source: str, split: str, data: Data, data_dir: Path | None) -> Pools:
         return found
     if source == "llm_adapters":
         return _read_folder(split, data, data_dir)
-    if source == vl_adapter.NAME:
+    if source in vl_adapter.NAMES:
         return vl_adapter.read(split, data, data_dir)
     if source == MIX:
         if split != "train":
@@ -226,7 +227,7 @@ def _split(pools: Pools, data: Data, data_dir: Path | None) -> tuple[Pools, Pool
     if data.holdout == "mixed":
         return _split_mixed(pools, data)
     pools = {name: _shuffled(pool, name) for name, pool in pools.items()}
-    if data.name in (*mini.WORLDS, vl_adapter.NAME):
+    if data.name in (*mini.WORLDS, *vl_adapter.NAMES):
         own = _formed(_read(data.name, "validation", data, data_dir), data) if data.validation_items else {}
         held = _shares(own, data.validation_items)
         validation = {name: pool[: held[name]] for name, pool in own.items()}
