@@ -1,4 +1,4 @@
-"""The text base of the world of pictures: its recipe, and once it is made its size, bytes and what it can tell."""
+"""The text base of the world of pictures: its recipe, its size, bytes and what it can tell."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from dora_lab.mini import vl
 from dora_lab.mini.vl import corpus, families, pretrain
 from dora_lab.models.vl_bart import open_vl_bart
 
-made = pytest.mark.skipif(not (vl.folder() / "record.json").exists(), reason="not made yet: make mini-vl-base")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -111,14 +110,12 @@ def record() -> dict[str, Any]:
     return json.loads((vl.folder() / "record.json").read_text())
 
 
-@made
 def test_it_is_small_and_what_its_record_says() -> None:
     assert sum(file.stat().st_size for file in vl.folder().iterdir()) <= 4 * 1024**2
     assert hashlib.sha256((vl.folder() / "model.safetensors").read_bytes()).hexdigest() == record()["sha256"]
     assert min(record()["gate"][kind] for kind in ("where", "what", "relation")) >= 0.9
 
 
-@made
 @pytest.mark.parametrize("kind", ["where", "what", "relation"])
 def test_from_prose_it_answers_what_it_never_read(model: BartForConditionalGeneration, kind: str) -> None:
     """A sample of the gate, whose record is of 1,000 questions, each of a scene drawn for it."""
@@ -128,6 +125,5 @@ def test_from_prose_it_answers_what_it_never_read(model: BartForConditionalGener
     assert abs(sum(hits) / 100 - record()["gate"][kind]) < 0.1
 
 
-@made
 def test_the_tokenizer_has_the_words_that_its_recipe_gives(tokenizer: PreTrainedTokenizerFast) -> None:
     assert PreTrainedTokenizerFast.from_pretrained(vl.folder()).get_vocab() == tokenizer.get_vocab()

@@ -82,3 +82,8 @@ def test_what_decides_the_sign_on_one_matrix_and_in_one_run() -> None:
     assert "rotation" in outputs and "image/png" in outputs
     *_, last = re.findall(r"2\.5%((?: +-?\d\.\d+){4})\b", outputs)  # of key, query, up, value
     assert all(float(r) < 0 for r in last.split()), "with decay every kind is negative"
+
+
+def test_pictures_and_what_is_said_of_them() -> None:
+    outputs = str([cell.get("outputs") for cell in execute("05_pictures.ipynb", "epochs = 0.1\nasked = 10").cells])
+    assert "image/png" in outputs and "from prose" in outputs and "coco_caption_novel" in outputs

@@ -14,11 +14,11 @@ from dora_lab.report import Block, cell_name, number
 from dora_lab.report.rates import choose
 
 ISNT = "a comparison of methods. Losses on validation items, to choose each cell's rate by."
-GRID = ("experiment", "tier", "data", "method", "rank", "data.train_items")
-NOTES = (
-    "Columns of rates: logarithm of the choice NLL (mean over tasks) on validation items, mean over seeds. "
+GRID = ("experiment", "tier", "data", "method", "rank", "method.alpha", "data.train_items")
+NOTE = (
+    "Columns of rates: logarithm of the {} NLL (mean over tasks) on validation items, mean over seeds. "
     "The rate is the vertex of the parabola through the lowest log NLL and its neighbours over log2 of the rate, two "
-    "digits; at an end of the grid, or beside a rate at which a run failed, the lowest itself.",
+    "digits; at an end of the grid, or beside a rate at which a run failed, the lowest itself."
 )
 
 
@@ -32,22 +32,28 @@ def build(results: Path) -> list[Path]:
     losses["loss"] = np.log(losses["loss"])
     blocks, data = [], []
     for (experiment, tier, name), part in losses.groupby(["experiment", "tier", "data"]):
+        alphas = part.groupby(["method", "rank"])["method.alpha"].transform("nunique")  # else the rank says it
+        part = part.assign(**{"method.alpha": part["method.alpha"].where(alphas > 1)})
         cells = [_cell(key, of_cell) for key, of_cell in part.groupby([*GRID[3:]], dropna=False, sort=False)]
         data += [{"experiment": experiment, "tier": tier, "data": name} | row for row in cells]
-        blocks.append(Block(title=f"{experiment}, tier {tier}, data {name}", cells=_shown(cells), notes=NOTES))
+        chosen = evals.loc[evals["spec_id"].isin(part["spec_id"]), "choice_nll"].notna().any()
+        note = NOTE.format("choice" if chosen else "answer")
+        blocks.append(Block(title=f"{experiment}, tier {tier}, data {name}", cells=_shown(cells), notes=(note,)))
     source = report.provenance(evals, statuses)
     table = pd.DataFrame(data)
     return report.save_table(results / "tables", "rates", "Learning rates", blocks, table, source, ISNT)
 
 
 def swept(evals: pd.DataFrame) -> pd.DataFrame:
-    """The runs of sweeps: columns of `GRID`, optim.learning_rate, seed, spec_id, loss (choice NLL, mean over tasks)."""
-    known = evals[(evals["split"] == "validation") & evals["choice_nll"].notna()] if len(evals) else evals
+    """The runs of sweeps: columns of `GRID`, optim.learning_rate, seed, spec_id, loss (NLL, mean over tasks)."""
+    # what is chosen among options has both; what is written, the answer's alone
+    loss = evals["choice_nll"].where(evals["choice_nll"].notna(), evals["answer_nll"])
+    known = evals.assign(loss=loss)[(evals["split"] == "validation") & loss.notna()] if len(evals) else evals
     known = known[known["experiment"] != "own"]  # of many models and folders: table `own`
     if not len(known):
         return known
     by = [*GRID, "optim.learning_rate", "seed", "spec_id"]
-    runs = known.groupby(by, dropna=False)["choice_nll"].mean().reset_index(name="loss")
+    runs = known.groupby(by, dropna=False)["loss"].mean().reset_index()
     return runs[runs.groupby([*GRID, "seed"], dropna=False)["loss"].transform("size") > 1]  # a sweep, no pilot
 
 
@@ -55,8 +61,10 @@ def _cell(key: tuple[Any, ...], rows: pd.DataFrame) -> dict[str, Any]:
     tried = {float(rate): part["loss"].tolist() for rate, part in rows.groupby("optim.learning_rate")}
     seeds = rows["seed"].nunique()
     choice = choose(tried, seeds)
+    method, rank, alpha, items = (None if pd.isna(value) else value for value in key)
     return {
-        "method": key[0], "rank": None if pd.isna(key[1]) else int(key[1]), "items": int(key[2]), "seeds": seeds,
+        "method": method, "rank": rank and int(rank), "items": items and int(items), "seeds": seeds,
+        **({} if alpha is None else {"alpha": alpha}),
         "rate": choice and choice.rate, "lowest": choice and choice.lowest, "at_end": choice and choice.at_end,
         **{f"{rate:g}": np.mean(found) if len(found) == seeds else None for rate, found in sorted(tried.items())},
     }  # fmt: skip
@@ -68,7 +76,9 @@ def _shown(cells: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "Cell": cell_name(row["method"], row["rank"]) + (f", {row['items']:,} items" if sizes else ""),
+                "Cell": cell_name(row["method"], row["rank"])
+                + (f", α {row['alpha']:g}" if "alpha" in row else "")
+                + (f", {row['items']:,} items" if sizes else ""),
                 "Seeds": str(row["seeds"]),
                 "Rate": "–" if row["rate"] is None else f"{row['rate']:g}" + (" (end of the grid)" * row["at_end"]),
                 **{rate: number(row.get(rate), digits=3) for rate in rates},

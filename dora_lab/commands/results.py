@@ -89,7 +89,9 @@ def reproduce(
     """Run the mini tier, rebuild tables and figures, print the table and compare with the committed runs."""
     module = load_experiment(experiment)
     specs = module.reproduced() if hasattr(module, "reproduced") else chosen(module, "mini")
-    if quick:
+    if quick and hasattr(module, "quick"):
+        specs = module.quick()
+    elif quick:
         lowest_last = sorted(specs, key=lambda spec: -spec.seed)
         specs = list({replace(spec, seed=0): spec for spec in lowest_last}.values())
     tell(run_many(specs, Paths(results), jobs=jobs), results)

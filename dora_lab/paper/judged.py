@@ -17,6 +17,11 @@ from dora_lab.paper.registered import Claim, Registered, Term
 from dora_lab.paper.verdict import MARGINS, Contrast, benjamini_hochberg, decide, p_value
 from dora_lab.report.statistics import holm
 
+# metrics that are judged together, and the protocols whose rows have them
+TOGETHER = (
+    (("accuracy", "choice_nll"), ("loglikelihood", "cloze")),
+    (("normalised", "answer_nll"), ("generate",)),
+)
 COLUMNS = (
     "claim", "statement", "family", "metric", "carries", "hypothesis", "verdict", "effect", "low", "high", "unit", "p",
     "p_adjusted", "seeds", "n", "of", "facts", "items", "margin",
@@ -24,20 +29,21 @@ COLUMNS = (
 
 
 def judge(plan: Registered, evals: pd.DataFrame) -> pd.DataFrame:
-    """Every claim of `plan` by every metric; columns `COLUMNS`.
+    """Every claim of `plan` by its metric and those that are judged with it; columns `COLUMNS`.
 
-    Args: evals: `report.frame`, stream "eval"; of it the test rows of the plan's experiments, of protocols
-        loglikelihood and cloze on its tier, data and tasks count, with seeds below its number.
+    Args: evals: `report.frame`, stream "eval"; of it the test rows of the plan's experiments, of the protocols that go
+        with its metric, on its tier, data and tasks count, with seeds below its number.
     effect, low and high (the unadjusted 95 % interval) are in `unit`, more is better; p_adjusted: Holm over the primary
-    claims by the metric that carries them, Benjamini-Hochberg over all the others; seeds: how many of them have the
+    claims by the metrics that carry them, Benjamini-Hochberg over all the others; seeds: how many of them have the
     effect above 0; verdict: "k of n" while any condition has fewer than the registered n seeds.
     """
     mine = (evals["tier"] == plan.tier) & (evals["data"] == plan.data) & (evals["split"] == "test")
     mine &= evals["experiment"].isin((plan.experiment, *plan.beside))
-    rows = evals[mine & evals["protocol"].isin(("loglikelihood", "cloze")) & (evals["seed"] < plan.seeds)]
+    together, protocols = next(pair for pair in TOGETHER if plan.metric in pair[0])
+    rows = evals[mine & evals["protocol"].isin(protocols) & (evals["seed"] < plan.seeds)]
     rows = rows[rows["task"].isin(plan.tasks)] if plan.tasks else rows
     found: list[dict[str, Any]] = []
-    metrics = sorted(MARGINS, key=lambda metric: metric != plan.metric)
+    metrics = sorted(together, key=lambda metric: metric != plan.metric)
     for metric in metrics:
         for claim in plan.claims:
             here = paired([(term.coefficient, _of(term, rows)) for term in claim.terms], metric)
@@ -48,7 +54,7 @@ def judge(plan: Registered, evals: pd.DataFrame) -> pd.DataFrame:
 
 
 def _row(claim: Claim, metric: str, plan: Registered, here: Contrast | None, margin: float) -> dict[str, Any]:
-    carries = metric == plan.metric
+    carries = metric in plan.carrying
     row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
         "claim": claim.name, "statement": claim.statement, "hypothesis": claim.hypothesis, "metric": metric,
         "family": "primary" if claim.primary and carries else "exploratory", "carries": carries,

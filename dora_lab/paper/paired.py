@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dora_lab.paper.verdict import Contrast, contrast
 from dora_lab.report.items import clusters, item_values
 
-LOWER_IS_BETTER = ("choice_nll",)  # likelihoods: compared as ratios, and so that more is better
+LOWER_IS_BETTER = ("choice_nll", "answer_nll")  # likelihoods: compared as ratios, and so that more is better
 
 
 def paired(terms: Sequence[tuple[float, pd.DataFrame]], metric: str) -> Contrast | None:

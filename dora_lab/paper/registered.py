@@ -59,6 +59,12 @@ class Registered:
     sha256: str
     tasks: tuple[str, ...] = ()  # that are scored; none: all
     beside: tuple[str, ...] = ()  # experiments whose runs are conditions too
+    also: tuple[str, ...] = ()  # metrics that carry verdicts, too, at their usual margins
+
+    @property
+    def carrying(self) -> tuple[str, ...]:
+        """The metrics whose primary claims are one family."""
+        return (self.metric, *self.also)
 
 
 def registered(experiment: str, folder: Path = REGISTERED) -> Registered | None:
@@ -83,8 +89,8 @@ def registered(experiment: str, folder: Path = REGISTERED) -> Registered | None:
 
 def _read(values: Mapping[str, Any], sha256: str) -> Registered:
     metric, margin = values["metric"], float(values["margin"])
-    if metric not in MARGINS:
-        raise ValueError(f"metric {metric!r} is not one of {', '.join(MARGINS)}")
+    if strange := [name for name in (metric, *values.get("also", ())) if name not in MARGINS]:
+        raise ValueError(f"metric {strange[0]!r} is not one of {', '.join(MARGINS)}")
     claims = tuple(_claim(claim) for claim in values["claims"])
     if len({claim.name for claim in claims}) < len(claims):
         raise ValueError("two claims have one name")
@@ -101,6 +107,7 @@ def _read(values: Mapping[str, Any], sha256: str) -> Registered:
         sha256,
         tuple(values.get("tasks", ())),
         tuple(values.get("beside", ())),
+        tuple(values.get("also", ())),
     )
 
 

@@ -25,7 +25,8 @@ from scipy import stats
 Floats = NDArray[np.float64]
 HOLDS, NOT, EQUIVALENT, NOT_INFERIOR, UNDECIDED = "holds", "does not hold", "equivalent", "not inferior", "undecided"
 HYPOTHESES = ("superior", "not inferior", "equivalent")
-MARGINS = {"accuracy": 1.0, "choice_nll": 5.0}  # points; percent of the likelihood
+# points of 100; percent of the likelihood
+MARGINS = {"accuracy": 1.0, "choice_nll": 5.0, "normalised": 1.0, "answer_nll": 5.0}
 LEVEL = 0.05
 
 

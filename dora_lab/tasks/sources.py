@@ -4,8 +4,8 @@ Sources: "mini" and "mini2" (the embedded world, asked about in two ways); "llm_
 that repository (``<task>/train.json`` and ``<task>/test.json``, or these below ``dataset/``); "commonsense_170k"
 (training items only), the file
 ``commonsense_170k.json`` of such a folder (in it or in ``ft-training_set/``), else the hub's copy at `data.revision`;
-"vl_adapter", items about pictures with their features (see `vl_adapter`); "llava_v1_5", conversations and benchmarks
-about images (see `llava`).
+"vl_adapter", items about pictures with their features, and "mini_vl" and "mini_vl_blind", an embedded world of them
+(see `vl_adapter`); "llava_v1_5", conversations and benchmarks about images (see `llava`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dora_lab.tasks.pictures import Pictures
 
 Item = dict[str, Any]
 Pools = dict[str, list[Item]]  # items by task
-OWN = {vl_adapter.NAME: vl_adapter, llava.NAME: llava}  # sources whose tasks are theirs alone
+OWN = {**dict.fromkeys(vl_adapter.NAMES, vl_adapter), llava.NAME: llava}  # sources whose tasks are theirs alone
 SOURCES = (*mini.WORLDS, "llm_adapters", MIX, *OWN)
 HUB_MIX = "zwhe99/commonsense_170k"  # the copy that public code loads
 HUB_FILES = ("*.json", "*.parquet")
@@ -97,7 +97,7 @@ def items(spec: Spec, data_dir: Path | None = None) -> Items:
             sources.append(_described(data, task, "train", pool) | {"used": used})
     found = Items(train=train, validation=validation, test=test, sources=tuple(sources))
     every = (train, validation, test)
-    if data.name == vl_adapter.NAME:
+    if data.name in vl_adapter.NAMES:
         return replace(found, pictures=vl_adapter.pictures(every, data, data_dir))
     if data.name == llava.NAME:
         root = cast(Path, data_dir)
@@ -236,7 +236,7 @@ def _split(pools: Pools, data: Data, data_dir: Path | None) -> tuple[Pools, Pool
     if data.holdout == "mixed":
         return _split_mixed(pools, data)
     pools = {name: _shuffled(pool, name) for name, pool in pools.items()}
-    if data.name in (*mini.WORLDS, vl_adapter.NAME):
+    if data.name in (*mini.WORLDS, *vl_adapter.NAMES):
         own = _formed(_read(data.name, "validation", data, data_dir), data) if data.validation_items else {}
         held = _shares(own, data.validation_items)
         validation = {name: pool[: held[name]] for name, pool in own.items()}

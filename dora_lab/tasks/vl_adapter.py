@@ -1,4 +1,6 @@
-"""Source "vl_adapter": items about pictures from VL-Adapter's data, a folder in one of its layouts or the hub's."""
+"""Items about pictures from VL-Adapter's data: "vl_adapter", a folder in one of its layouts or the hub's, and the
+embedded worlds of pictures, which are folders in the same layout (see `mini_pictures`).
+"""
 
 from __future__ import annotations
 
@@ -11,30 +13,33 @@ from typing import Any
 from dora_lab.io.errors import LoadError
 from dora_lab.io.files import hash_files
 from dora_lab.spec import Data
-from dora_lab.tasks import family, load_task
+from dora_lab.tasks import family, load_task, mini_pictures
 from dora_lab.tasks.annotations import Item
 from dora_lab.tasks.features import hub_folder
 from dora_lab.tasks.pictures import Pictures, gather_pictures
 
 NAME = "vl_adapter"
+NAMES = (NAME, *mini_pictures.SOURCES)
 FOLDERS = ("vqa", "GQA", "nlvr", "COCO")  # of annotations
 
 
 def read(split: str, data: Data, data_dir: Path | None) -> dict[str, list[Item]]:
-    """All items of a split by task; "train" is the published one's where nothing is held out.
+    """All items of a split by task; "train" of the real data is the published one's where nothing is held out.
 
     Raises LoadError for a task that is about no pictures and for another folder than `data.sha256` says, ItemError for
     annotations that cannot be used.
     """
     root = _folder(data, data_dir)
-    if data_dir is not None and data.sha256 is not None and (found := hash_annotations(root)) != data.sha256:
+    local = data_dir is not None or data.name != NAME
+    if local and data.sha256 is not None and (found := hash_annotations(root)) != data.sha256:
         raise LoadError(f"{root}: content hash {found[:12]}..., the spec asks for {data.sha256[:12]}...")
-    whole = split == "train" and not data.validation_items
+    whole = split == "train" and not data.validation_items and data.name == NAME
     pools = {}
     for task in map(load_task, data.tasks):
         if task.read is None or task not in family("image_text"):
             raise LoadError(f"data.tasks: '{task.name}' is not in source '{NAME}', whose tasks are about pictures")
-        pools[task.name] = task.read(root, "published_train" if whole else split)
+        if found := task.read(root, "published_train" if whole else split):  # what is only asked has no others
+            pools[task.name] = found
     return pools
 
 
@@ -53,9 +58,9 @@ def pictures(pools: Iterable[Mapping[str, list[Item]]], data: Data, data_dir: Pa
 
 def identity(data: Data, data_dir: Path | None) -> dict[str, Any]:
     """What identifies the annotations as they are on this machine now (features: `Pictures.sha256`)."""
-    if data_dir is None:
+    if data.name == NAME and data_dir is None:
         return {"revision": data.revision, "sha256": None}  # a hub commit is its own hash
-    return {"revision": None, "sha256": hash_annotations(data_dir)}
+    return {"revision": None, "sha256": hash_annotations(_folder(data, data_dir))}
 
 
 def hash_annotations(root: Path) -> str:
@@ -81,4 +86,6 @@ def describe(task: str, split: str, items: list[Item]) -> dict[str, Any]:
 
 
 def _folder(data: Data, data_dir: Path | None) -> Path:
+    if data.name in mini_pictures.SOURCES:
+        return mini_pictures.folder(data.name)
     return Path(data_dir) if data_dir is not None else hub_folder(data.revision)

@@ -12,11 +12,11 @@ from functools import cache
 from pathlib import Path
 
 from dora_lab.mini.vl import families
-from dora_lab.mini.vl.cells import SHAPE, features, write
+from dora_lab.mini.vl.cells import SHAPE, add, features, write
 from dora_lab.mini.vl.draw import draw
-from dora_lab.mini.vl.families import ceiling, floor, shown
+from dora_lab.mini.vl.families import ceiling, floor, items, shown
 
-__all__ = ["SHAPE", "ceiling", "draw", "features", "floor", "folder", "shown", "world_sha256", "write"]
+__all__ = ["SHAPE", "add", "ceiling", "draw", "features", "floor", "folder", "items", "shown", "world_sha256", "write"]
 
 
 def folder() -> Path:

@@ -58,20 +58,34 @@ def write(root: Path, tested: str = "test", blind: bool = False) -> Path:
         tested: whose items the test files hold: "test", or "novel" (see `families`).
         blind: features all zero: what is left is what the questions give away.
     """
+    _write_annotations(root, tested)
+    for name, keys in families.pictures(tested).items():
+        _write_shard(root / "features" / name / VARIANT / "part-00000.parquet", keys, name, blind)
+    return root
+
+
+def add(root: Path, tested: str, blind: bool = False) -> None:
+    """To a folder that `write` made: annotations with other tested items, in `root / tested`, and what pictures they
+    show beside those that are there, as a second shard of each set."""
+    _write_annotations(root / tested, tested)
+    there = families.pictures()
+    for name, keys in families.pictures(tested).items():
+        if new := sorted({*keys} - {*there[name]}):
+            _write_shard(root / "features" / name / VARIANT / "part-00001.parquet", new, name, blind)
+
+
+def _write_annotations(root: Path, tested: str) -> None:
     for name, rows in families.files(tested).items():
         file = root / "annotations" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(rows), encoding="utf-8")
-    for name, keys in families.pictures(tested).items():
-        cells = np.stack([features(families.shown(name, key), key) for key in keys])
-        _write_shard(root / "features" / name / VARIANT / "part-00000.parquet", keys, cells * np.float16(not blind))
-    return root
 
 
-def _write_shard(file: Path, keys: list[str], features_NRF: np.ndarray) -> None:
+def _write_shard(file: Path, keys: list[str], name: str, blind: bool) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    features_NRF = np.stack([features(families.shown(name, key), key) for key in keys]) * np.float16(not blind)
     file.parent.mkdir(parents=True, exist_ok=True)
     flat = pa.array(features_NRF.ravel())
     regions = pa.FixedSizeListArray.from_arrays(pa.FixedSizeListArray.from_arrays(flat, WIDTH), SHAPE[0])

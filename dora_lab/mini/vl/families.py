@@ -181,19 +181,23 @@ def pictures(tested: str = "test") -> dict[str, list[str]]:
     return {name: sorted(keys) for name, keys in named.items()}
 
 
+def items(family: str, split: str) -> tuple[tuple[Any, ...], ...]:
+    """Of "vqa", "gqa", "nlvr2" or "coco": pictures, and what is asked or said about them."""
+    return {"vqa": vqa, "gqa": gqa, "nlvr2": nlvr2, "coco": coco}[family](split)
+
+
 def floor(family: str, tested: str = "test") -> list[str]:
     """What to answer without looking: to each item of a split, the answer that train gives most often to its kind."""
     if family == "coco":
         return [Random("floor").choice(coco("train"))[1][0]] * len(coco(tested))
-    asked = {"vqa": vqa, "gqa": gqa, "nlvr2": nlvr2}[family]
     given: dict[str, Counter[str]] = {}
-    for *_, one in asked("train"):
+    for *_, one in items(family, "train"):
         given.setdefault(one.kind, Counter())[one.answer] += 1
-    return [given[one.kind].most_common(1)[0][0] for *_, one in asked(tested)]
+    return [given[one.kind].most_common(1)[0][0] for *_, one in items(family, tested)]
 
 
 def ceiling(family: str, tested: str = "test") -> list[str]:
     """The truth to each item of a split; of captions the first of five, to be held against the other four."""
     if family == "coco":
         return [captions[0] for _, captions in coco(tested)]
-    return [one.answer for *_, one in {"vqa": vqa, "gqa": gqa, "nlvr2": nlvr2}[family](tested)]
+    return [one.answer for *_, one in items(family, tested)]

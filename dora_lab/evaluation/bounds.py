@@ -1,0 +1,42 @@
+"""What can be reached on the embedded world of pictures: without looking, and by whoever knows the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dora_lab.metrics import score
+from dora_lab.mini import vl
+from dora_lab.tasks import Task, mini_pictures
+
+FAMILIES = {"vqa": "vqa", "gqa": "gqa", "nlvr2": "nlvr2", "coco_caption": "coco"}  # task: of `mini.vl`
+NOVEL = "_novel"  # ends the names of tasks about unseen combinations
+
+
+def bounds(source: str, task: Task, split: str, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """`floor` and `ceiling` of a task's first metric on these items; {} for data of which neither is known.
+
+    floor: the answer that training items of its kind have most often, of captions one and the same for all; ceiling:
+    the truth, of captions a person's, held against the other four. "mini_vl_blind" has those of "mini_vl".
+    """
+    family = FAMILIES.get(task.name.removesuffix(NOVEL))
+    if source not in mini_pictures.SOURCES or family is None:
+        return {}
+    tested = "novel" if task.name.endswith(NOVEL) else split
+    asked = [*map(_asked, vl.items(family, tested))]
+    others = [{**item, "references": item["references"][1:]} if "references" in item else dict(item) for item in items]
+    found = {}
+    for name, texts, held in (("floor", vl.floor, items), ("ceiling", vl.ceiling, others)):
+        told = dict(zip(asked, texts(family, tested), strict=True))
+        said = {item["id"]: told[(*(key for _, key in item["pictures"]), item["text"])] for item in items}
+        if family == "nlvr2":
+            said = {key: {word: float(word == text) for word in ("true", "false")} for key, text in said.items()}
+        scored = score(task.metrics[0], held, said, f"{name} of {task.name}")
+        (found[name], *_) = scored.summary.values()
+    return found
+
+
+def _asked(item: tuple[Any, ...]) -> tuple[str, ...]:
+    """Pictures and text, as an item of the task has them."""
+    *keys, last = item
+    return (*keys, last.text if hasattr(last, "text") else "")

@@ -1,0 +1,8 @@
+"""See the family."""
+
+from __future__ import annotations
+
+from dora_lab.tasks.image_text import coco_caption
+from dora_lab.tasks.image_text_novel import novel
+
+TASK = novel(coco_caption.TASK)
