@@ -28,26 +28,14 @@ REFUSED = "damaged or misplaced (`dora-lab doctor` names them)"
 _FIRST = (*GROUP, "spec_id", "method", "rank", "label", "seed", "trainable_percent", "commit", "modified")
 _STREAMS = {  # columns that a frame has even when there are no rows
     "eval": (
-        "task",
-        "protocol",
-        "metric",
-        "value",
-        "stderr",
-        "n",
-        "n_unparsed",
-        "chance",
-        "majority",
-        "prompt_sha256",
-        "correct",
-        "choice_nll",
-        "answer_nll",
-        "margin",
+        "task", "protocol", "metric", "value", "stderr", "n", "n_unparsed", "chance", "majority", "prompt_sha256",
+        "correct", "choice_nll", "answer_nll", "margin",
     ),
     "probe": ("step", "fraction", "module", "layer", "kind", "delta_m", "delta_d", "relative_change"),
     "metrics": ("step", "tokens", "loss", "learning_rate", "grad_norm"),
     "timing": ("step", "seconds"),
     "record": ("status",),
-}
+}  # fmt: skip
 
 
 def frame(
@@ -181,24 +169,19 @@ def scores(evals: pd.DataFrame) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     accuracy = evals[evals["metric"] == "accuracy"] if len(evals) else evals
     if not len(accuracy):
-        return pd.DataFrame(
-            columns=[
-                *GROUP,
-                "protocol",
-                "label",
-                "task",
-                "mean",
-                "sd",
-                "n_seeds",
-                "n_items",
-                "unparsed_percent",
-                "chance",
-                "majority",
-                "method",
-                "rank",
-                "trainable_percent",
-            ]
+        names = (
+            "protocol",
+            "label",
+            "task",
+            "mean",
+            "sd",
+            "n_seeds",
+            "n_items",
+            "unparsed_percent",
+            "chance",
+            "majority",
         )
+        return pd.DataFrame(columns=[*GROUP, *names, "method", "rank", "trainable_percent"])
     for key, block in accuracy.groupby([*GROUP, "protocol"], dropna=False, sort=True):
         tasks = ordered_tasks(block["task"])
         for label in ordered_labels(block):
