@@ -1,6 +1,7 @@
 """LLaVA-1.5 by FT, LoRA and DoRA on visual instructions: tables 4 and 12.
 
     dora-lab join-llava VICUNA CLIP PROJECTOR llava-1.5-7b-base --allow-pickle
+    dora-lab run visual_instruction --dry-run                    # 9 runs: what they need
     torchrun --nproc-per-node 8 -m dora_lab run visual_instruction --tier paper --data-dir playground/data \\
         --model-dir llava-1.5-7b-base --shard --recompute
 
