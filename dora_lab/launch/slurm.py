@@ -91,6 +91,7 @@ def submit(
     """
     try:
         import submitit
+        from submitit.core.utils import FailedJobError
     except ImportError:
         raise ClusterError("submitit is not installed: pip install 'dora-lab[slurm]'") from None
     here = Paths(**{name: place and Path(place).resolve() for name, place in vars(paths).items()})
@@ -117,7 +118,7 @@ def submit(
         try:
             with executor.batch():  # one array of jobs
                 jobs = [executor.submit(job) for job in todo]
-        except submitit.core.utils.FailedJobError as error:
+        except FailedJobError as error:
             said = "; ".join(line.removeprefix("sbatch: error: ") for line in str(error).strip().splitlines())
             raise ClusterError(
                 f"sbatch refused the jobs ({said}); change --partition, --hours, ... or --slurm"
