@@ -7,7 +7,7 @@ RUN := $(BIN)/dora-lab
 export PYTHONHASHSEED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check format results notebooks mini-base mini-vl-base small-base small lm-eval-tasks bench bench-probe gpu-visit torture parameters clean-local
+.PHONY: help setup test check format results notebooks mini-base mini-vl-base small-base small lm-eval-tasks bench bench-probe gpu-visit torture matrix test-slurm cases parameters clean-local
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -77,6 +77,19 @@ TIMES ?= 20
 torture: setup  ## inject every fault many times (TIMES=20) and fuzz every reader; table and summary at the end
 	$(BIN)/python -m tests.faults --times $(TIMES) --results $(RESULTS)
 	@cat $(RESULTS)/tables/faults.md
+
+matrix: setup  ## adapters on 49 architectures and 20 odd layers beside PEFT in float64 (minutes); its table
+	PYTHONPATH=tests $(BIN)/python -m tests.matrix --results $(RESULTS)
+	$(BIN)/python -m analysis.tables.matrix --results $(RESULTS)
+	@cat $(RESULTS)/tables/matrix.md
+
+test-slurm: setup  ## jobs on a real SLURM: submitted, preempted, queued again, resumed (minutes; without sbatch it says so)
+	@command -v sbatch >/dev/null || echo "SKIPPED: no sbatch on this machine, so no job was ever started"
+	TEST_SLURM=1 $(BIN)/python -m pytest -o faulthandler_timeout=3600 -rs tests/test_slurm.py
+
+CASES ?=
+cases: setup  ## CASES=DIR: a folder of scripts that once showed a fault each, run against the lab as it is; a line a case
+	$(BIN)/python -m tests.cases $(CASES)
 
 parameters: setup  ## trainable parameters of every method on the paper's models, beside what it prints (seconds)
 	$(BIN)/python -m experiments.parameters --results $(RESULTS)

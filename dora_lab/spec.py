@@ -32,6 +32,7 @@ from dora_lab.io.limits import (
     KNOWN_PROTOCOLS,
     NOT_EMPTY,
     NOT_NEGATIVE,
+    PASSES,
     PATTERN,
     PATTERNS,
     POSITIVE,
@@ -185,7 +186,7 @@ class Optim(_Checked):
     warmup_steps: Annotated[int, "warm-up steps", NOT_NEGATIVE]  # optimiser steps
     batch_size: Annotated[int, "items per optimiser step", COUNT]  # effective
     micro_batch_size: Annotated[int, "items per forward"]  # divides batch_size
-    epochs: Annotated[float, "passes over the training items", POSITIVE]
+    epochs: Annotated[float, "passes over the training items", PASSES]
     weight_decay: Annotated[float, "weight decay", NOT_NEGATIVE] = 0.0  # decoupled, AdamW's
     max_grad_norm: Annotated[float, "gradients clipped to norm", NOT_NEGATIVE] = 1.0  # Euclidean; 0 = not clipped
     keep: Annotated[Literal["last", "best_loss"], {  # best_loss needs eval_steps

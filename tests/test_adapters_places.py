@@ -256,6 +256,28 @@ def test_what_others_read_of_a_layer_is_still_there() -> None:
         torch.testing.assert_close(ours(**given).logits, plain(**given).logits, rtol=1e-10, atol=1e-10)
 
 
+class Named(nn.Linear):
+    """Calls a number of its own as the adapted layer calls its bias."""
+
+    def __init__(self) -> None:
+        super().__init__(7, 9)
+        self.offset = 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_with_a_name_of_ours_is_adapted_or_refused_by_name(name: str) -> None:
+    """OPT's learned positions have an `offset`, too."""
+    torch.manual_seed(0)
+    plain = Named().double()
+    model = stirred(nn.Sequential(copy.deepcopy(plain)), name, "0")
+    (layer,) = (one for _, one in adapted(model))
+    torch.testing.assert_close(model(X), F.linear(X, layer.effective_weight(), plain.bias))
+    sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    opt = transformers.OPTForCausalLM(transformers.OPTConfig(vocab_size=40, word_embed_proj_dim=16, **sizes))
+    with pytest.raises(ValueError, match="embed_positions: a OPTLearnedPositionalEmbedding cannot be adapted"):
+        inject(opt, method(name, "embed_positions"), seed=0)
+
+
 def test_a_layer_that_stands_in_two_places_is_adapted_in_both() -> None:
     shared = nn.Linear(7, 7)
     model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)})

@@ -68,6 +68,19 @@ def test_without_slurm_it_is_said(paths: Paths, monkeypatch: pytest.MonkeyPatch)
         slurm.submit([make_spec(seed=9)], paths, slurm.Resources())
 
 
+def test_what_sbatch_refuses_is_one_line(paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What SLURM 22.05 says to a partition that is not there."""
+    said = "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: no such name"
+    for name, text in (("srun", "exit 0"), ("sbatch", f"printf '{said}\\n' >&2; exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(slurm.ClusterError) as refused:
+        slurm.submit([make_spec(seed=7)], paths, slurm.Resources(partition="x"))
+    told = "sbatch refused the jobs (invalid partition specified: x; Batch job submission failed: no such name); change"
+    assert str(refused.value).startswith(told) and "\n" not in str(refused.value)
+
+
 def test_the_script_for_slurm(paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What sbatch is given; no cluster here, so that a job really starts is not tested."""
     for name, text in (("srun", "exit 0"), ("sbatch", 'cp "$1" "$(dirname "$0")/script"; echo Submitted batch job 12')):

@@ -145,6 +145,7 @@ def test_derive_parses_by_the_fields_type() -> None:
         (BASE, "optim.learning_rate", "1", "optim is None in this spec (method 'base')"),
         (DORA, "probe", "0.5", "probe = '0.5': expected Probe or None"),
         (DORA, "method.dropout", "1", "method.dropout = 1.0: must be in [0, 1)"),
+        (DORA, "optim.epochs", "1e308", "optim.epochs = 1e+308: must be greater than 0, at most a million"),
         (DORA, "optim", "none", "optim = None: must be None for method base, given for every other"),
         (DORA, "optim.micro_batch_size", "5", "a divisor of optim.batch_size = 32"),
         (DORA, "probe.fractions", "0.5,0.25", "increasing numbers in (0, 1]"),

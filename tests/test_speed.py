@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from analysis.tables import speed as table
 from experiments import speed
 
+COMMITTED = Path(__file__).resolve().parents[1] / "results"
 TINY = speed.Cell(32, 8, rank=2, layers=1, heads=2, key_value_heads=2, contenders=(*speed.ALL, "ft"))
 DROPPED = speed.Cell(32, 8, rank=2, dropout=0.05, layers=1, heads=2, key_value_heads=2, contenders=speed.DROPPED)
 
@@ -57,3 +59,22 @@ def test_resume_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     (tmp_path / "bench" / "speed.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="a line is not a record of this benchmark"):
         speed.main(["--results", str(tmp_path)])
+
+
+def test_the_readme_says_what_the_table_says() -> None:
+    """The committed measurements, read by pandas alone."""
+    rows = pd.read_csv(COMMITTED / "tables" / "speed.csv")
+    rows = rows[(rows["measure"] == "seconds") & (rows["mode"] == "train") & (rows["dtype"] == "float32")]
+    rows = rows[(rows["rank"] == 16) & (rows["accumulation"] == 1)]
+    wide = rows.pivot_table(index=["dropout", "tokens", "hidden", "round"], columns="contender", values="value")
+
+    def span(contender: str, dropout: float, tokens: slice) -> str:
+        ratio = (wide[contender] / wide["ours/lora"]).dropna().loc[dropout].loc[tokens]
+        medians = ratio.groupby(["tokens", "hidden"]).median()
+        return f"{medians.min():.2f}-{medians.max():.2f}"
+
+    text = " ".join((COMMITTED.parent / "README.md").read_text(encoding="utf-8").split())
+    plain, few = span("ours/dora", 0, slice(512, None)), span("ours/dora", 0, slice(128, 128))
+    dropped, branch = (span(name, 0.05, slice(None)) for name in ("ours/dora", "ours/dora-branch"))
+    assert f"{plain} with 512 or more tokens, {few} with 128; with the published dropout (0.05, " in text
+    assert f"on all but one base product) {dropped}, with dropout on the low-rank branch alone {branch} " in text

@@ -83,7 +83,7 @@ def rebuild(results: Path, written: Callable[[Path], object] = lambda path: None
 def reproduce(
     experiment: ExperimentArgument,
     results: ResultsOption = LOCAL,
-    jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: one per core.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one per core.")] = None,
     quick: Annotated[bool, typer.Option("--quick", envvar="QUICK", help="One seed of each setting.")] = False,
 ) -> None:
     """Run the mini tier, rebuild tables and figures, print the table and compare with the committed runs."""

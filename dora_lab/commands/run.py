@@ -26,7 +26,10 @@ from dora_lab.runs.survey import verified
 from dora_lab.spec import SpecError, spec_id
 
 DeviceOption = Annotated[Device | None, typer.Option(help="Where it computes; default: as the tier says.")]
-ThreadsOption = Annotated[int | None, typer.Option(help="Threads of a run on the CPU; default: as the tier says.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads of a run on the CPU; default: as the tier says.")
+]
+JobsOption = Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: mini one per core, else one.")]
 
 
 @app.command("list", epilog=examples("list", "list --format json"))
@@ -56,8 +59,10 @@ def run(
     gpu: Annotated[
         str | None, typer.Option(help="Of the cost: hours on it; default for runs on a GPU: A100-80GB.")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Of the cost: tokens per text; default: the cutoff.")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: mini one per core, else one.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of the cost: tokens per text; default: the cutoff.")
+    ] = None,
+    jobs: JobsOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
     shard: Annotated[
@@ -110,10 +115,10 @@ def submit(
     with_: Annotated[list[str] | None, typer.Option("--with", help="FIELD=VALUE: change that field.")] = None,
     partition: Annotated[str | None, typer.Option(help="SLURM partition; default: the cluster's.")] = None,
     hours: Annotated[float, typer.Option(help="Wall time of a job; after it the job is queued again.")] = 24.0,
-    gpus: Annotated[int, typer.Option(help="GPUs of a job.")] = 1,
-    cpus: Annotated[int, typer.Option(help="Processor cores of a job.")] = 4,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of a job.")] = 1,
+    cpus: Annotated[int, typer.Option(min=1, help="Processor cores of a job.")] = 4,
     memory: Annotated[float, typer.Option(help="Memory of a job, GB.")] = 64.0,
-    at_once: Annotated[int | None, typer.Option(help="Jobs at a time; default: as the cluster gives.")] = None,
+    at_once: Annotated[int | None, typer.Option(min=1, help="Jobs at a time; default: as the cluster gives.")] = None,
     slurm: Annotated[list[str] | None, typer.Option(help="KEY=VALUE: a further option of sbatch.")] = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,

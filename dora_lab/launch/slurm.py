@@ -87,10 +87,11 @@ def submit(
     Logs go to `cluster/` in the results folder, which the jobs must see under the same path, as they must the code, the
     environment and the inputs. local: the same jobs as processes of this machine, one after the other, each waited for
     (`resources` then only limits the time); meant for trying out. Raises ClusterError where submitit or SLURM is not
-    there.
+    there, and where sbatch refuses.
     """
     try:
         import submitit
+        from submitit.core.utils import FailedJobError
     except ImportError:
         raise ClusterError("submitit is not installed: pip install 'dora-lab[slurm]'") from None
     here = Paths(**{name: place and Path(place).resolve() for name, place in vars(paths).items()})
@@ -114,8 +115,14 @@ def submit(
             jobs.append(executor.submit(job))
             jobs[-1].wait()
     else:
-        with executor.batch():  # one array of jobs
-            jobs = [executor.submit(job) for job in todo]
+        try:
+            with executor.batch():  # one array of jobs
+                jobs = [executor.submit(job) for job in todo]
+        except FailedJobError as error:
+            said = "; ".join(line.removeprefix("sbatch: error: ") for line in str(error).strip().splitlines())
+            raise ClusterError(
+                f"sbatch refused the jobs ({said}); change --partition, --hours, ... or --slurm"
+            ) from None
     return [(job.spec, submitted) for job, submitted in zip(todo, jobs, strict=True)]
 
 

@@ -52,8 +52,9 @@ class AdaptedLinear(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         _share_hooks(layer, self)
+        own = dir(self)
         for name, value in vars(layer).items():  # what others may read of the layer beside calling it
-            if not name.startswith("_") and not hasattr(self, name) and not isinstance(value, nn.Module | Tensor):
+            if not name.startswith("_") and name not in own and not isinstance(value, nn.Module | Tensor):
                 setattr(self, name, value)
         self.kind = kind_of(layer)
         self.in_features, self.out_features = self.kind.in_features, self.kind.out_features

@@ -61,7 +61,7 @@ def inputs() -> Path:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     folder = Path(tempfile.mkdtemp(prefix="dora-lab-faults-"))
     save_model(folder / "model")
-    save_data(folder / "data")
+    save_data(folder / "data", test=64)
     return folder
 
 

@@ -16,8 +16,10 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from dora_lab import report
+from dora_lab.launch import stages
 from dora_lab.launch.run import run_spec
 from dora_lab.launch.runtime import Paths
 from dora_lab.runs import checkpoints
@@ -160,7 +162,11 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 def last_error(root: Path) -> str:
     """The last line of the traceback that a child left."""
-    return (root / "errors.txt").read_text().strip().splitlines()[-1].partition(": ")[2]
+    return last_error_of((root / "errors.txt").read_text())
+
+
+def last_error_of(told: str) -> str:
+    return told.strip().splitlines()[-1].partition(": ")[2]
 
 
 @fault(5, "the disk has no room for a checkpoint (found before writing)")
@@ -387,6 +393,48 @@ def read_only(folder: Path, rng: random.Random) -> str:
         assert "Read-only file system" in told, told
         crash.same_as_whole(disk, spec)
         return told
+
+
+@fault("memory", "no memory is left when the evaluation begins")
+def no_memory(folder: Path, rng: random.Random) -> str:
+    batch = {"evaluation.protocols": "loglikelihood", "evaluation.batch_size": 64, "data.test_items": 64}
+    spec, score, room = derive(any_spec(rng), batch), stages.score, rng.randint(3 << 20, 6 << 20)  # bytes
+
+    def starved(*given: Any) -> None:
+        taken = exhausted(room, 8 << 20)  # the logits of a batch take more
+        try:
+            score(*given)
+        finally:  # as the evaluation's own would be given back
+            taken.clear()
+
+    def work() -> None:
+        stages.score = starved  # only ever in a child
+        crash.run(folder, spec)
+
+    assert crash.ended(crash.child(work, folder / "errors.txt")) == 1
+    told, record = (folder / "errors.txt").read_text(), read_record(run_path(folder, spec))
+    assert "memory" in last_error(folder) and "in score\n" in told, told
+    assert record["status"] == "interrupted" and "memory" in record["error"], record["error"]
+    last = run_path(folder, spec) / "checkpoints" / f"checkpoint-{crash.STEPS}"
+    assert checkpoints.read_manifest(last)[1] is None and not (run_path(folder, spec) / "eval.jsonl").exists()
+    crash.same_as_whole(folder, spec)
+    assert read_record(run_path(folder, spec))["training"]["resumed_from"] == crash.STEPS
+    return last_error_of(told)
+
+
+def exhausted(room: int, block: int) -> list[bytearray]:
+    """All memory that this process can still get in pieces of `block` bytes: its address space may grow by `room` bytes
+    alone, and what is free in it is taken."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:
+        raise Skipped("no /proc here that says how large this process is") from None
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room, resource.RLIM_INFINITY))
+    taken: list[bytearray] = []
+    with contextlib.suppress(MemoryError):
+        while True:
+            taken.append(bytearray(block))
+    return taken
 
 
 @fault("clock", "the clock jumps")
