@@ -214,6 +214,18 @@ def test_the_estimate_adds_up(tmp_path: Path) -> None:
     assert fixed.of(specs[1], 8) == pytest.approx(10 + steps + checked + 4, abs=0.1)
 
 
+def test_one_slow_micro_batch_does_not_end_the_trying_but_two_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = placed("llama", tmp_path)
+    specs = OWN.confirmation(place.first, {"lora": 1e-3}, SMALL)[1:]
+    for seconds, tried in (([3.0, 9.0, 2.0, 4.0, 4.0, 1.0], 5), ([3.0, 9.0, 9.0, 1.0, 1.0, 1.0], 3)):
+        times = iter(seconds)
+        monkeypatch.setattr(trial, "_timed", lambda step, fits, times=times: next(times))
+        seen = trial.measure(specs, place.paths, Runtime(threads=1), [1, 2, 4, 8, 16])
+        assert [*seen.steps.values()] == seconds[:tried] and seen.steps[seen.micro_batch] == min(seconds[:tried])
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
     """(folder, the command, what it printed) of a whole quick run on few items."""

@@ -18,7 +18,7 @@ from dora_lab.models.base import model_and_tokenizer
 from dora_lab.spec import Optim, Spec
 from dora_lab.tasks import sources
 
-SLOWER = 1.1  # a micro-batch that takes so many times the best one's time: larger ones are not tried
+SLOWER = 1.1  # times the best one's time; after two such micro-batches in a row, larger ones are not tried
 ITEMS = 8  # of each task that are scored
 SHORT = 1.0  # seconds: below it a step is timed three times
 PRODUCT = 1024  # rows and columns of the matrices of `products`
@@ -75,7 +75,7 @@ def measure(specs: Sequence[Spec], paths: Paths, runtime: Runtime, micro_batches
                 seconds = _timed(one, fits=not found)
                 if spec is specs[0]:
                     found[micro] = seconds
-                    if seconds > SLOWER * min(found.values()):
+                    if len(found) > 2 and min([*found.values()][-2:]) > SLOWER * min(found.values()):
                         break
                 step[spec.method.name] = min(seconds, step.get(spec.method.name, seconds))
             detach(model)
