@@ -17,8 +17,8 @@ heads, L layers, V words, h hidden, r rank, T tokens of a text, per token:
 `tests/test_cost.py` holds this against torch's FlopCounterMode on a small model: equal for a step and for a forward (an
 upper bound, by less than 2 %, where not all of q, k and v are adapted).
 
-Of a LLaVA beside it: the forward of its frozen tower for every text, as if each had an image; with layers that run again
-for the gradient (--recompute) a forward more, and of every layer but one its input alone is kept.
+Of a LLaVA beside it: the forward of its frozen tower for every text, as if each had an image; with layers that run
+again for the gradient (--recompute) a forward more, and of every layer but one its input alone is kept.
 
 Memory: weights; 16 bytes for each adapter parameter (value, gradient, two moments, float32), or 3 x its type more for
 each weight under full fine-tuning; what autograd keeps, a h + b m bytes for each token and layer (m =
@@ -146,9 +146,7 @@ def words(cost: Cost, card: Gpu | None) -> str:
     """One estimate on a line."""
     hours = "" if cost.hours is None else f", about {cost.hours:.1f} h"
     fits = card is None or cost.memory_bytes <= card.memory
-    more = (
-        "" if fits else " (does not fit: --recompute, a smaller optim.micro_batch_size or --shard make the same steps)"
-    )
+    more = "" if fits else " (does not fit: smaller optim.micro_batch_size, --recompute, --shard make the same steps)"
     return (
         f"{_big(cost.tokens).rstrip()} tokens, {_big(cost.flops)}FLOP, {cost.memory_bytes / 2**30:.1f} GiB{more}{hours}"
     )
