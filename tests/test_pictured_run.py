@@ -13,6 +13,7 @@ from pictured import SHAPE, TASKS, save_bart, save_pictures
 from dora_lab.io.errors import LoadError
 from dora_lab.launch.run import run_spec
 from dora_lab.launch.runtime import Paths, Runtime
+from dora_lab.launch.select import chosen
 from dora_lab.metrics import score
 from dora_lab.runs.errors import ResumeError
 from dora_lab.runs.item_values import unpack
@@ -20,7 +21,9 @@ from dora_lab.runs.record import read_record, run_path
 from dora_lab.runs.streams import read_rows
 from dora_lab.spec import Spec, derive
 from dora_lab.tasks import ItemError
+from dora_lab.tasks.vl_adapter import hash_annotations
 from dora_lab.training.fit import Interrupted
+from experiments import image_text
 from experiments.image_text import specs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -158,3 +161,9 @@ def test_a_run_goes_on_with_its_own_features_alone(paths: Paths, tmp_path: Path)
     pq.write_table(table.set_column(0, "id", table.column("id").take(list(range(len(table)))[::-1])), file)
     with pytest.raises(ResumeError, match=r"features\.sha256"):
         run_spec(spec, here)
+
+
+def test_a_folder_of_its_own_data_is_taken(paths: Paths) -> None:
+    (spec,) = chosen(image_text, "paper", ["method=ft", "seed=0"], (), paths.data_dir, paths.model_dir)
+    assert spec.data.tasks == TASKS and spec.model.name == "bart"
+    assert paths.data_dir is not None and spec.data.sha256 == hash_annotations(paths.data_dir)

@@ -17,9 +17,15 @@ from safetensors.torch import load_file
 from tiny_benchmarks import save_benchmarks
 from tiny_llava import save_llava, save_mix
 
+from analysis.tables import visual_instruction as table
+from dora_lab.launch import cost
+from dora_lab.launch import plan as planning
 from dora_lab.launch.run import run_spec
 from dora_lab.launch.runtime import Paths, Runtime
+from dora_lab.methods.inject import inject
 from dora_lab.metrics import score
+from dora_lab.models import shapes
+from dora_lab.models.llava import open_llava
 from dora_lab.runs.errors import ResumeError
 from dora_lab.runs.item_values import unpack
 from dora_lab.runs.record import read_record, run_path
@@ -28,7 +34,7 @@ from dora_lab.runs.survey import iter_runs
 from dora_lab.spec import Spec, SpecError, derive
 from dora_lab.tasks import ItemError, load_task
 from dora_lab.training.fit import Interrupted
-from experiments.visual_instruction import TASKS, specs
+from experiments.visual_instruction import BASE, ITEMS, TASKS, specs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HOUSE = Path(__file__).resolve().parents[1]
@@ -247,6 +253,25 @@ def test_a_run_goes_on_with_its_own_images_alone(paths: Paths, tmp_path: Path) -
         run_spec(spec, here)
 
 
+def test_what_it_would_cost(paths: Paths) -> None:
+    """Shapes by arithmetic are those of real modules; every row has an estimate."""
+    shape = shapes.OTHERS[BASE]
+    assert shape.trained(ROWS["lora"].method) == 340_795_392 and shape.trained(ROWS["dora"].method) == 342_155_264
+    assert shape.parameters() + 342_155_264 - shape.projector == 7_384_078_336 + 2 * 4096  # with <image>
+    assert shape.parameters() - shape.trained(ROWS["ft"].method) == shape.tower
+    assert paths.model_dir is not None
+    model, _ = open_llava(paths.model_dir)
+    tiny = shapes.of_folder(paths.model_dir)
+    assert tiny.parameters() == sum(weight.numel() for weight in model.parameters())
+    for name in ROWS:
+        spec = small(name)
+        assert tiny.trained(spec.method) == inject(open_llava(paths.model_dir)[0], spec.method, 0)["trainable"]
+    told = [*planning.lines(specs("paper"), ITEMS, None, None, None, Runtime(recompute=True))]
+    assert sum("EFLOP" in line for line in told) == 9 + 1 and told[0].count("about 5198 steps") == 1
+    one, other = (cost.estimate(ROWS["lora"], shape, 1280, 0, recompute=flag) for flag in (False, True))
+    assert other.memory_bytes < 0.6 * one.memory_bytes and 1.4 < other.train_flops / one.train_flops < 1.5
+
+
 def test_over_two_processes_as_over_one(paths: Paths, tmp_path: Path) -> None:
     """torchrun with whole weights (DDP), and with shares of them (FSDP2): the same losses and answers.
 
@@ -282,3 +307,26 @@ def test_over_two_processes_as_over_one(paths: Paths, tmp_path: Path) -> None:
             assert texts[0] == texts[1]
         for key, tensor in adapters["one"].items():
             torch.testing.assert_close(adapters[name][key], tensor, rtol=1e-3, atol=2e-5, msg=key)
+
+
+def test_its_table_is_the_papers_form(paths: Paths, tmp_path: Path) -> None:
+    here = Paths(tmp_path, paths.data_dir, paths.model_dir)
+    for spec in (small("dora"), small("dora", seed=1), small("ft")):
+        run_spec(spec, here)
+    assert {file.suffix for file in table.build(tmp_path)} == {".md", ".csv", ".tex"}
+    text = (tmp_path / "tables" / "visual_instruction.md").read_text()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    heads = [line for line in lines if line[0] == "Method"]
+    assert len(heads) == 2 and heads[1][3:] == ["VQAv2", "GQA", "VisWiz", "SQA", "VQAT", "POPE", "MMBench", "Average"]
+    assert [head for head in heads[0] if head in heads[1]] == heads[1]  # the paper's columns in its order
+    named = [line for line in lines if line[0].startswith(("DoRA", "FT"))]
+    ours, theirs = ([dict(zip(h, line, strict=True)) for line in named if len(line) == len(h)] for h in heads)
+    assert [row["VQAv2"] for row in theirs] == ["78.5", "78.6"]
+    by_method = {row["Method"].split()[0]: row for row in ours}  # not the declared rank: "DoRA r=4"
+    assert by_method["DoRA"]["Seeds"] == "2" and by_method["FT"]["Seeds"] == "1"
+    told = [row for spec in (small("dora"), small("dora", seed=1)) for row in rows(here, spec)]
+    values = [row["value"] for row in told if row["task"] == "pope"]
+    assert by_method["DoRA"]["POPE"].split("±")[0].strip() == f"{50 * sum(values):.1f}"
+    for row in ours:  # their servers have the answers
+        assert {row["VQAv2"], row["VisWiz"], row["Average"]} == {"–"}
+    assert table.build(tmp_path / "empty") == []

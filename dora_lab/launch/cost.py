@@ -146,9 +146,7 @@ def words(cost: Cost, card: Gpu | None) -> str:
     """One estimate on a line."""
     hours = "" if cost.hours is None else f", about {cost.hours:.1f} h"
     fits = card is None or cost.memory_bytes <= card.memory
-    more = (
-        "" if fits else " (does not fit: --recompute, a smaller optim.micro_batch_size or --shard make the same steps)"
-    )
+    more = "" if fits else " (does not fit: smaller optim.micro_batch_size, --recompute, --shard make the same steps)"
     return (
         f"{_big(cost.tokens).rstrip()} tokens, {_big(cost.flops)}FLOP, {cost.memory_bytes / 2**30:.1f} GiB{more}{hours}"
     )
