@@ -22,6 +22,7 @@ from dora_lab.mini import vl
 from dora_lab.paper.judged import judge
 from dora_lab.paper.registered import registered
 from dora_lab.report.items import item_values
+from dora_lab.runs import doctor
 from dora_lab.runs.item_values import pack
 from dora_lab.runs.record import read_record, run_path
 from dora_lab.runs.streams import read_rows
@@ -161,7 +162,7 @@ def test_every_cell_is_swept_alike_and_looks_at_no_test_item() -> None:
     assert {(one.evaluation.split, one.seed) for one in specs} == {("validation", image_text.SWEEP_SEED)}
     for cell in tries:
         grid = sorted(one.optim.learning_rate for one in specs if (one.method.name, one.method.alpha) == cell)  # type: ignore[union-attr]
-        assert [after / before for before, after in pairwise(grid)] == pytest.approx([3.0] * 3)
+        assert [after / before for before, after in pairwise(grid)] == pytest.approx([3.0] * 3, rel=1e-3)
     assert image_text.SWEEP_SEED not in {one.seed for one in image_text.confirmation()}
 
 
@@ -185,4 +186,15 @@ def test_a_row_from_start_to_end(cell: str, tmp_path: Path) -> None:
     if cell != "blind":
         own = {row["module"] for row in probed if "encoder_attn" not in row["module"]}
         assert len(own) == 2 * 12  # query and value of six and six layers
+    assert list(doctor.examine(tmp_path)) == []
     assert run_spec(made, Paths(tmp_path)) == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "said"),
+    [("cider_d", 3.6, []), ("cider_d", 10.5, ["value = 10.5 is outside 0 .. 10"]),
+     ("accuracy", 1.2, ["value = 1.2 is outside 0 .. 1"])],
+)  # fmt: skip
+def test_a_cider_above_one_is_nothing_wrong_and_an_accuracy_is(metric: str, value: float, said: list[str]) -> None:
+    row = {"task": "x", "protocol": "generate", "metric": metric, "value": value}
+    assert list(doctor._disorder("eval", [row])) == said

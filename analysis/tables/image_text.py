@@ -50,18 +50,19 @@ def build(results: Path) -> list[Path]:
     tested = evals[evals["split"] == "test"] if len(evals) else evals
     if not len(tested):
         return []
-    beside = frame(results, EXPERIMENT, "record")
+    seconds = _seconds(frame(results, EXPERIMENT, "record"))
     blocks, data = [], []
     for (tier, model, name), part in tested.groupby(["tier", "model", "data"], sort=True):
         if name == BLIND and (tested["data"] == EMBEDDED).any():
             continue
         blind = tested[tested["data"] == BLIND] if name == EMBEDDED else tested.iloc[:0]
         for ending, what in (("", ""), (NOVEL, ", unseen combinations of colour and shape")):
-            rows = [*_rows(part, ending), *(row | {"name": f"Blind {row['name']}"} for row in _rows(blind, ending))]
+            of_blind = _rows(blind, ending, seconds)
+            rows = [*_rows(part, ending, seconds), *(row | {"name": f"Blind {row['name']}"} for row in of_blind)]
             if rows:
                 data += [{"tier": tier, "model": model, "data": name, "items": ending[1:] or "test"} | r for r in rows]
                 title = f"tier {tier}, model {model}, data {name}{what}"
-                cells = _shown(rows, _costs(beside), name == EMBEDDED, ending)
+                cells = _shown(rows, name == EMBEDDED)
                 notes = (*NOTES, BOUNDED) if name == EMBEDDED else NOTES
                 blocks.append(Block(title=title, cells=cells, notes=notes, isnt=isnt([tier]), wide=(*cells,)))
     source = report.provenance(tested, evals.attrs["statuses"])
@@ -70,9 +71,9 @@ def build(results: Path) -> list[Path]:
     return report.save_table(results / "tables", EXPERIMENT, title, [*blocks, printed()], table, source)
 
 
-def _rows(evals: pd.DataFrame, ending: str) -> list[dict[str, Any]]:
-    """A row per setting: name, label, seeds, mean and sd of each task's score (as printed), of the average, of the
-    normalised mean (None without bounds) and of the NLL; floor and ceiling of each task."""
+def _rows(evals: pd.DataFrame, ending: str, seconds: dict[str, float]) -> list[dict[str, Any]]:
+    """A row per setting: name, label, seeds, seconds of training, mean and sd of each task's score (as printed), of the
+    average, of the normalised mean (None without bounds) and of the NLL; floor and ceiling of each task."""
     wanted = [task + ending for task in TASKS]
     found = []
     for label in report.ordered_labels(evals):
@@ -83,7 +84,13 @@ def _rows(evals: pd.DataFrame, ending: str) -> list[dict[str, Any]]:
         first = runs[0].iloc[0]
         row: dict[str, Any] = {"name": NAMES.get((first["method"], *_told(first)), label), "label": label}
         row |= {"seeds": len(runs), "learning_rate": first.get("optim.learning_rate"), "spec_id": first["spec_id"]}
-        row |= {"rank": first["rank"], "alpha": first["method.alpha"], "percent": first["trainable_percent"]}
+        spent = [seconds.get(name, float("nan")) for name in mine["spec_id"].unique()]
+        row |= {
+            "seconds": float(np.mean(spent)),
+            "rank": first["rank"],
+            "alpha": first["method.alpha"],
+            "percent": first["trainable_percent"],
+        }
         for task, plain in zip(wanted, TASKS, strict=True):
             row[plain], row[f"{plain}_sd"] = mean_sd([100 * run.loc[task, "value"] for run in runs])
             for bound in ("floor", "ceiling"):
@@ -101,6 +108,11 @@ def _told(row: pd.Series) -> tuple[Any, Any]:
     return row["method.dropout"], row["method.detach_norm"]
 
 
+def _one(values: Sequence[float]) -> float:
+    """The value that all rows have; of runs that were asked other items there is none."""
+    return values[0] if len({*values}) == 1 else float("nan")
+
+
 def _known(value: Any) -> float:
     return float("nan") if value is None else float(value)
 
@@ -112,12 +124,12 @@ def _normalised(run: pd.DataFrame) -> float:
     return float(100 * ((run["value"] - low) / (high - low)).mean(skipna=False))
 
 
-def _costs(records: pd.DataFrame) -> dict[str, float]:
-    """Seconds of training by label, mean over seeds."""
-    return records.groupby("label")["seconds.train"].mean().to_dict() if "seconds.train" in records else {}
+def _seconds(records: pd.DataFrame) -> dict[str, float]:
+    """Seconds of training by run."""
+    return records.set_index("spec_id")["seconds.train"].to_dict() if "seconds.train" in records else {}
 
 
-def _shown(rows: Sequence[dict[str, Any]], seconds: dict[str, float], bounded: bool, ending: str) -> pd.DataFrame:
+def _shown(rows: Sequence[dict[str, Any]], bounded: bool) -> pd.DataFrame:
     heads = {task: ("mini-" if bounded else "") + load_task(task).column for task in TASKS}
     cells = []
     for row in rows:
@@ -125,8 +137,7 @@ def _shown(rows: Sequence[dict[str, Any]], seconds: dict[str, float], bounded: b
         line = {"Method": row["name"], "r": None if pd.isna(row["rank"]) else str(row["rank"])}
         line["Rate"] = f"{row['learning_rate']:g}" if trained and pd.notna(row["learning_rate"]) else None
         line["#Params %"] = number(row["percent"], digits=2)
-        if not ending:
-            line["Train, s"] = number(seconds.get(row["label"])) if trained else None
+        line["Train, s"] = number(row["seconds"]) if trained else None
         line |= {head: number(row[task], row[f"{task}_sd"]) for task, head in heads.items()}
         line["Average"] = number(row["average"], row["average_sd"])
         if bounded:
@@ -134,7 +145,7 @@ def _shown(rows: Sequence[dict[str, Any]], seconds: dict[str, float], bounded: b
         cells.append(line | {"NLL": number(row["nll"], row["nll_sd"], digits=3), "Seeds": str(row["seeds"])})
     if bounded:
         for name, bound in (("floor", "floor"), ("ceiling", "ceiling")):
-            values = [rows[0][f"{task}_{bound}"] for task in TASKS]
+            values = [_one([row[f"{task}_{bound}"] for row in rows]) for task in TASKS]
             line = {"Method": name} | dict(zip(heads.values(), map(number, values), strict=True))
             cells.append(
                 line | {"Average": number(float(np.mean(values))), "Normalised": number(100.0 * (bound != "floor"))}
