@@ -156,7 +156,7 @@ def _disorder(name: str, rows: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{len(twice)} rows are there twice, the first is {twice[0]}"
     limits = {"delta_d": 2, "delta_m": math.inf, "relative_change": math.inf, "value": 1}
     for field, usual in limits.items():
-        found = [(row[field], _LARGEST.get(row.get("metric"), usual)) for row in rows if row.get(field) is not None]
+        found = [(row[field], _LARGEST.get(row.get("metric", ""), usual)) for row in rows if row.get(field) is not None]
         if strange := [(value, high) for value, high in found if not 0 <= value <= high + 1e-6]:
             yield f"{field} = {strange[0][0]} is outside 0 .. {strange[0][1]}"
 
