@@ -1,4 +1,4 @@
-"""VL-BART on four image-text tasks: table 2, the norm's rows of table 7; figures 2 and 7 with `image_text_decay`.
+"""VL-BART on four image-text tasks: table 2, the norm's rows of table 7.
 
     dora-lab run image_text                     # mini: 16 runs of a sweep, 54 at the rates that it chose
     dora-lab reproduce image_text               # seed 0 of each row
@@ -69,7 +69,7 @@ SWEPT = ("FT", "LoRA, quoted", "LoRA, matched", "DoRA")  # the norm in the graph
 MIDDLE = {"ft": 3e-4, "lora": 1e-3, "dora": 1e-3}
 STEPS = (1 / 3, 1, 3, 9)  # of the middle: the same number of tries for every cell
 BLIND_SEEDS = (0, 1, 2)
-RATES: dict[str, float] = {}
+RATES: dict[str, float] = {}  # row: what the sweep chose (results/tables/rates); empty until it is made
 
 
 def specs(tier: str) -> list[Spec]:

@@ -156,9 +156,11 @@ def _disorder(name: str, rows: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{len(twice)} rows are there twice, the first is {twice[0]}"
     limits = {"delta_d": 2, "delta_m": math.inf, "relative_change": math.inf, "value": 1}
     for field, usual in limits.items():
-        found = [(row[field], _LARGEST.get(row.get("metric", ""), usual)) for row in rows if row.get(field) is not None]
-        if strange := [(value, high) for value, high in found if not 0 <= value <= high + 1e-6]:
-            yield f"{field} = {strange[0][0]} is outside 0 .. {strange[0][1]}"
+        for row in rows:
+            value, high = row.get(field), _LARGEST.get(str(row.get("metric"))) or usual
+            if value is not None and not 0 <= value <= high + 1e-6:
+                yield f"{field} = {value} is outside 0 .. {high}"
+                break
 
 
 def _counts(spec: Spec, record: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, str]]:
