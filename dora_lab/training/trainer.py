@@ -67,14 +67,16 @@ def training_arguments(
             f"optim.batch_size / optim.micro_batch_size = {parts} micro-batches cannot be shared by "
             f"{distributed.size()} processes; start a number of them that divides it or lower optim.micro_batch_size"
         )
+    names = ("activation_checkpointing", "gradient_checkpointing")  # the second in earlier versions of transformers
+    name = next(name for name in names if name in TrainingArguments.__dataclass_fields__)
+    again = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=1,  # one entry of the dataset is a whole micro-batch
         gradient_accumulation_steps=parts // distributed.size(),
         # it costs DDP a walk over the graph; without it a parameter that rests is waited for in vain
         ddp_find_unused_parameters=rests,
-        gradient_checkpointing=recompute,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if recompute else None,
+        **cast(Any, again if recompute else {}),
         max_steps=steps,
         learning_rate=optim.learning_rate,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(optim.schedule, optim.schedule),
