@@ -319,7 +319,7 @@ def summed(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One row of a base: what was adapted, how many cells came out how, why those that did not come out right."""
     counts = {how: sum(row["how"] == how for row in rows) for how in HOW}
     reasons = {how: sorted({short(row["why"]) for row in rows if row["how"] == how}) for how in HOW[1:]}
-    about = {"base": name, "layers": list(dict.fromkeys(row["kind"] for row in rows))}
+    about = {"base": name}
     told = {f"{how} because": why for how, why in reasons.items() if why and how != "–"}
     return about | {how: count for how, count in counts.items() if count} | told
 
