@@ -26,6 +26,9 @@ NOTES = (
 )
 
 
+SETTINGS = ("threads", "tf32", "bf16_reduced_sums", "estimate_s", "took_s", "seed")  # measured nothing: bench/gpu.jsonl
+
+
 def build(results: Path) -> list[Path]:
     """Write results/tables/gpu.{md,csv,tex}; returns their paths, none if no GPU was visited."""
     rows = read(results)
@@ -62,7 +65,7 @@ def data(rows: list[dict[str, Any]]) -> pd.DataFrame:
             {name: row[name] for name in kept} | {"what": what, "value": value}
             for row in rows
             for what, value in row.items()
-            if isinstance(value, int | float) and what not in kept and what != "threads"
+            if isinstance(value, int | float) and what not in (*kept, *SETTINGS)
         ]
     )
 

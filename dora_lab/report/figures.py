@@ -56,7 +56,7 @@ def legend_below(figure: Figure, handles: Sequence[Any], title: str) -> None:
 def save_figure(
     figure: Figure, folder: Path, name: str, source: Provenance, data: pd.DataFrame | None = None
 ) -> list[Path]:
-    """Write `<name>.pdf`, `<name>.png` (200 dpi) and what they show as `<name>.data.csv`, with their provenance as
+    """Write `<name>.pdf`, `<name>.png` (150 dpi) and what they show as `<name>.data.csv`, with their provenance as
     metadata; no dates. Returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     for ending in ("pdf", "png"):
@@ -81,7 +81,7 @@ def write_figure(figure: Figure, file: Path, source: Provenance | None = None) -
     }
     drawn = BytesIO()  # its writer of PDF hides what a full disk says
     metadata = {"Title": file.stem, **told[file.suffix]}
-    figure.savefig(drawn, format=file.suffix[1:], dpi=200, metadata=metadata)
+    figure.savefig(drawn, format=file.suffix[1:], dpi=150, metadata=metadata)
     write_bytes(file, _few_colours(drawn) if file.suffix == ".png" else drawn.getvalue())
     return file
 
