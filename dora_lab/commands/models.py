@@ -101,7 +101,13 @@ def fetch(
     say(bring(what, out, lambda text: say(text, err=True)))
 
 
-@app.command("join-llava", epilog=examples("join-llava vicuna-7b-v1.5 clip-vit-large-patch14-336 mm_projector.bin out"))
+@app.command(
+    "join-llava",
+    epilog=examples(
+        "join-llava VICUNA CLIP projector.safetensors llava-base",
+        "join-llava VICUNA CLIP mm_projector.bin llava-base --allow-pickle",
+    ),
+)
 def join_llava(
     words: Annotated[Path, typer.Argument(help="Folder of the language model, vicuna-7b-v1.5.")],
     tower: Annotated[Path, typer.Argument(help="Folder of the CLIP, clip-vit-large-patch14-336.")],
@@ -137,7 +143,6 @@ def export(
 @app.command(
     "verify-published",
     epilog=examples(
-        "verify-published ADAPTER --base yahma/llama-7b-hf --data-dir LLM-Adapters",
         "verify-published ADAPTER --base BASE --data-dir LLM-Adapters --paper-model LLaMA-7B --format csv",
         "verify-published ADAPTER --base llava-1.5-7b-base --data-dir playground/data --allow-pickle",
     ),

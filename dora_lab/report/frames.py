@@ -146,13 +146,9 @@ def groups(data: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     for key, rows in data.groupby(GROUP, dropna=False, sort=True):
         tier, model, trained, evaluated, split = (str(part) for part in key[1:6])
         plain = {tier, model, trained, evaluated} == {"mini"} and split == "test"
-        parts = (
-            [tier, model, trained]
-            + ([evaluated] if evaluated != trained else [])
-            + ([split] if split != "test" else [])
-        )
+        more = [name for name, usual in ((evaluated, trained), (split, "test")) if name != usual]
         # the names of models and data are anybody's, and these are names of files
-        safe = "_".join(re.sub(r"[^\w.-]+", "-", part)[:80] for part in parts)
+        safe = "_".join(re.sub(r"[^\w.-]+", "-", part)[:80] for part in (tier, model, trained, *more))
         found.append(("" if plain else f"_{safe}", rows))
     return sorted(found, key=lambda pair: pair[0])
 

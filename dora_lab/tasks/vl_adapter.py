@@ -34,9 +34,9 @@ def read(split: str, data: Data, data_dir: Path | None) -> dict[str, list[Item]]
     if local and data.sha256 is not None and (found := hash_annotations(root)) != data.sha256:
         raise LoadError(f"{root}: content hash {found[:12]}..., the spec asks for {data.sha256[:12]}...")
     whole = split == "train" and not data.validation_items and data.name == NAME
-    pools = {}
+    pools, ours = {}, (*family("image_text"), *family("image_text_novel"))
     for task in map(load_task, data.tasks):
-        if task.read is None or task not in family("image_text"):
+        if task.read is None or task not in ours:
             raise LoadError(f"data.tasks: '{task.name}' is not in source '{NAME}', whose tasks are about pictures")
         if found := task.read(root, "published_train" if whole else split):  # what is only asked has no others
             pools[task.name] = found
