@@ -211,6 +211,17 @@ def test_figures_are_drawn_from_the_grid_and_not_without_one(grid: Path, tmp_pat
     assert figure.build(tmp_path) == why_figure.build(tmp_path) == why.build(tmp_path) == []
 
 
+def test_of_a_method_with_several_ranks_the_one_that_stands_for_it_is_drawn(tmp_path: Path, run_writer: Any) -> None:
+    for method, ranks in (("ft", (None,)), ("lora", (4, 8, 16)), ("dora", (4, 8, 16))):
+        for rank in ranks:
+            run_writer(tmp_path, make_spec(method, rank, 0))
+    rows = report.frame(tmp_path, "commonsense", "probe")
+    _, data = figure.draw(rows, [("r", "pooled", "out", "pooled")])
+    assert set(data["label"]) == {"FT", "LoRA r=8", "DoRA r=8"}
+    query = data[(data["label"] == "LoRA r=8") & (data["x"] == figure.KINDS.index("q_proj"))]
+    assert query["paper"].tolist() == [0.83]
+
+
 def test_a_grid_that_was_stopped_early_is_still_read(tmp_path: Path, run_writer: Callable[..., Path]) -> None:
     for rate in (1e-3, 4e-3):
         run_writer(tmp_path, make_spec("dora", 8, 0, experiment="decomposition", optim__learning_rate=rate))

@@ -37,10 +37,12 @@ def build(results: Path) -> list[Path]:
 def draw(probes: pd.DataFrame, panels: list[tuple[str, str, str, str]]) -> Any:
     """The figure and its numbers, a panel for each (row, column, axis, view) of `panels`; None where nothing varies."""
     printed = {(report.METHODS[panel.method].label, panel.kind): panel.r for panel in PANELS}
+    there = report.standing(probes)  # of several ranks the one that stands for the method
     found = [
-        (row, column, label, at, r.value, r.low, r.high, printed.get((label, kind)) if column == "pooled" else None)
+        (row, column, label, at, r.value, r.low, r.high, printed.get((method, kind)) if column == "pooled" else None)
         for row, column, axis, view in panels
-        for label in METHODS
+        for method in METHODS
+        for label in (there.get(method, method),)
         for at, kind in enumerate(KINDS)
         if (estimate := correlations.correlate(probes[probes["label"] == label], kind, axis, view))
         and (r := statistics.cautious(estimate))

@@ -144,7 +144,7 @@ def lines(
                 axis.text(0.5, 0.5, "no runs", ha="center", va="center", transform=axis.transAxes)
             ends = limits.get(column) if isinstance(limits, Mapping) else limits
             _axes(axis, there, logarithmic, ends, doublings, (ticks or {}).get(column))
-            axis.set_title(fill(column, 34) if i == 0 else "", fontsize=9)
+            axis.set_title(fill(column, 28) if i == 0 else "", fontsize=9)
             axis.set_xlabel(x_name if i == len(rows) - 1 else "")
         axes[i, 0].set_ylabel(row + ("\n(log scale)" if logarithmic else ""), fontsize=8.5)
     if "paper" in data and data["paper"].notna().any():
