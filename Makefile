@@ -32,7 +32,7 @@ check: setup  ## lint, types, import contracts
 format: setup  ## format the code
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-results: setup  ## rebuild the committed tables, figures and README block from the committed records (seconds)
+results: setup  ## rebuild the committed tables, figures and README block from the committed records (a minute or two)
 	$(RUN) report --results results
 	$(BIN)/python -m analysis.tables.commonsense --results results --readme README.md
 

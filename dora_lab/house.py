@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -13,3 +14,8 @@ CLAIMS = EXPERIMENTS / "claims.csv"
 ANALYSIS = HOUSE / "analysis"
 RESULTS = HOUSE / "results"  # the committed records
 LOCAL = Path("results") if INSTALLED else RESULTS / "local"  # a user's own runs: never among the committed ones
+
+
+def cache() -> Path:
+    """Where what can be made or fetched again lies, beside other programs' caches; XDG_CACHE_HOME moves it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dora_lab"

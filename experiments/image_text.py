@@ -49,6 +49,7 @@ from dataclasses import replace
 from typing import Any
 
 from dora_lab.spec import Data, Evaluation, Method, Model, Optim, Probe, Spec
+from dora_lab.tasks.image_text_novel import ENDING
 
 TIERS = ("mini", "paper")
 SEEDS = (0, 1, 2)
@@ -113,7 +114,7 @@ def mini(method: Method, learning_rate: float, seed: int, epochs: float = EPOCHS
         model=Model(name="mini_vl", family="vl_bart"),
         data=Data(
             name="mini_vl",
-            tasks=(*TASKS, *(f"{task}_novel" for task in TASKS)),
+            tasks=(*TASKS, *(task + ENDING for task in TASKS)),
             feature_shape=(36, 64),
             visual_tokens=9,  # a place each: half the time of a step
             loss="scored",
@@ -133,7 +134,10 @@ def mini(method: Method, learning_rate: float, seed: int, epochs: float = EPOCHS
         ),
         probe=Probe(fractions=FRACTIONS),
         evaluation=Evaluation(
-            task_beams=("coco_caption=5", "coco_caption_novel=5"), max_new_tokens=31, early_stopping=True, batch_size=64
+            task_beams=("coco_caption=5", f"coco_caption{ENDING}=5"),
+            max_new_tokens=31,
+            early_stopping=True,
+            batch_size=64,
         ),
     )
 

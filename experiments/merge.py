@@ -29,8 +29,9 @@ from dora_lab.io.errors import LoadError
 from dora_lab.methods.inject import merge
 from dora_lab.models.base import model_and_tokenizer
 from dora_lab.runs import provenance
+from dora_lab.runs.record import spec_of
 from dora_lab.runs.survey import survey, verified
-from dora_lab.spec import Spec, from_dict
+from dora_lab.spec import Spec
 from dora_lab.tasks import sources
 
 CELLS = (("lora", 8), ("dora", 8))
@@ -63,7 +64,7 @@ def measured(results: Path, rounds: int = ROUNDS, items: int = ITEMS) -> Iterato
     runs = {
         (spec.method.name, spec.method.rank): (path, spec)
         for path, record in survey(results, "commonsense").runs
-        for spec in [from_dict(record["spec"])]
+        for spec in [spec_of(record)]
         if record["status"] == "complete" and spec.seed == 0 and spec.evaluation.split == "test"
         if (path / "adapter").is_dir() and spec.data.name == "mini2"
     }

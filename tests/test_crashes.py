@@ -332,3 +332,19 @@ def test_a_stopped_run_is_not_behind_its_checkpoint(tmp_path: Path) -> None:
     assert manifest is not None
     lines = (path / "metrics.jsonl").read_bytes()[: manifest["streams"]["metrics"]["bytes"]].splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("others", "asked", "code"),
+    [(True, "list", 0), (True, "run no_such_experiment", 2), (False, "list", -signal.SIGABRT)],
+)
+def test_a_process_of_several_ends_before_its_interpreter_does(others: bool, asked: str, code: int) -> None:
+    """What aborts at the interpreter's end, as a group's threads do now and then, reaches a process alone, no other."""
+    code_of_main = "import atexit, os; from dora_lab.__main__ import main; atexit.register(os.abort); main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code_of_main, *asked.split()],
+        capture_output=True, text=True, cwd=HOUSE, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": str(HOUSE), **({"RANK": "0", "WORLD_SIZE": "2"} if others else {})},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr[-2000:]
+    assert "commonsense" in (done.stderr if code == 2 else done.stdout)

@@ -21,10 +21,10 @@ from dora_lab import paper, report
 from dora_lab.report import Block, number
 from dora_lab.report.statistics import mean_sd
 from dora_lab.tasks import load_task
+from dora_lab.tasks.image_text_novel import ENDING
 from experiments.image_text import CELLS, TASKS
 
 EXPERIMENT, EMBEDDED, BLIND = "image_text", "mini_vl", "mini_vl_blind"
-NOVEL = "_novel"
 PAPER = "The paper's table 2 (arXiv 2402.09353 v6; VL-BART on the real data, single runs)"
 PRINTED = (
     "measured here. Single runs, as the paper prints them; FT and LoRA it quotes, trained in another way than DoRA."
@@ -56,7 +56,7 @@ def build(results: Path) -> list[Path]:
         if name == BLIND and (tested["data"] == EMBEDDED).any():
             continue
         blind = tested[tested["data"] == BLIND] if name == EMBEDDED else tested.iloc[:0]
-        for ending, what in (("", ""), (NOVEL, ", unseen combinations of colour and shape")):
+        for ending, what in (("", ""), (ENDING, ", unseen combinations of colour and shape")):
             of_blind = _rows(blind, ending, seconds)
             rows = [*_rows(part, ending, seconds), *(row | {"name": f"Blind {row['name']}"} for row in of_blind)]
             if rows:
@@ -144,9 +144,9 @@ def _shown(rows: Sequence[dict[str, Any]], bounded: bool) -> pd.DataFrame:
             line["Normalised"] = number(row["normalised"], row["normalised_sd"])
         cells.append(line | {"NLL": number(row["nll"], row["nll_sd"], digits=3), "Seeds": str(row["seeds"])})
     if bounded:
-        for name, bound in (("floor", "floor"), ("ceiling", "ceiling")):
+        for bound in ("floor", "ceiling"):
             values = [_one([row[f"{task}_{bound}"] for row in rows]) for task in TASKS]
-            line = {"Method": name} | dict(zip(heads.values(), map(number, values), strict=True))
+            line = {"Method": bound} | dict(zip(heads.values(), map(number, values), strict=True))
             cells.append(
                 line | {"Average": number(float(np.mean(values))), "Normalised": number(100.0 * (bound != "floor"))}
             )

@@ -23,9 +23,9 @@ from dora_lab.commands.show import Format, FormatOption, show
 from dora_lab.io.atomic import write_text
 from dora_lab.launch.experiments import experiment_name, published_specs
 from dora_lab.runs import packs
-from dora_lab.runs.record import read_record
+from dora_lab.runs.record import read_record, spec_of
 from dora_lab.runs.survey import survey, verified
-from dora_lab.spec import SpecError, did_you_mean, from_dict
+from dora_lab.spec import SpecError, did_you_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,7 +75,7 @@ def diff_command(
     if other != "published":
         say(card.diff(first, find_run(other, results)))
     else:
-        say(card.diff(first, card.nearest(from_dict(verified(first)["spec"]), published_specs())))
+        say(card.diff(first, card.nearest(spec_of(verified(first)), published_specs())))
 
 
 @app.command(epilog=examples("doctor results", "doctor results/local --format json"))

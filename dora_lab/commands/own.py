@@ -20,10 +20,10 @@ from dora_lab.launch.pool import Outcome, run_many
 from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.launch.select import pair
 from dora_lab.report.rates import Choice, choose
-from dora_lab.runs.record import run_path
+from dora_lab.runs.record import run_path, spec_of
 from dora_lab.runs.streams import read_stream
 from dora_lab.runs.survey import survey
-from dora_lab.spec import Spec, SpecError, derive, from_dict, spec_id
+from dora_lab.spec import Spec, SpecError, derive, spec_id
 
 MICRO = "optim.micro_batch_size"
 
@@ -114,7 +114,7 @@ def _divisors(batch_size: int) -> list[int]:
 def _begun(results: Path, first: Spec) -> int | None:
     """The micro-batch of runs of this plan that there are, or None: they are gone on with, whatever is faster now."""
     for _, record in survey(results, first.experiment).runs:
-        spec = from_dict(record["spec"])
+        spec = spec_of(record)
         if spec.optim is None or first.optim is None:
             continue
         micro = spec.optim.micro_batch_size

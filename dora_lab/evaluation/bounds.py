@@ -8,9 +8,9 @@ from typing import Any
 from dora_lab.metrics import score
 from dora_lab.mini import vl
 from dora_lab.tasks import Task, mini_pictures
+from dora_lab.tasks.image_text_novel import ENDING
 
 FAMILIES = {"vqa": "vqa", "gqa": "gqa", "nlvr2": "nlvr2", "coco_caption": "coco"}  # task: of `mini.vl`
-NOVEL = "_novel"  # ends the names of tasks about unseen combinations
 
 
 def bounds(source: str, task: Task, split: str, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -19,10 +19,10 @@ def bounds(source: str, task: Task, split: str, items: Sequence[Mapping[str, Any
     floor: the answer that training items of its kind have most often, of captions one and the same for all; ceiling:
     the truth, of captions a person's, held against the other four. "mini_vl_blind" has those of "mini_vl".
     """
-    family = FAMILIES.get(task.name.removesuffix(NOVEL))
+    family = FAMILIES.get(task.name.removesuffix(ENDING))
     if source not in mini_pictures.SOURCES or family is None:
         return {}
-    tested = "novel" if task.name.endswith(NOVEL) else split
+    tested = "novel" if task.name.endswith(ENDING) else split
     asked = [*map(_asked, vl.items(family, tested))]
     others = [{**item, "references": item["references"][1:]} if "references" in item else dict(item) for item in items]
     found = {}

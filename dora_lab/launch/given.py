@@ -8,16 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dora_lab.io.errors import LoadError
 from dora_lab.launch.runtime import Paths
 from dora_lab.models.base import hash_model, model_folder, outline_and_tokenizer
 from dora_lab.spec import Data, Evaluation, Method, Model, Optim, Spec, did_you_mean
 from dora_lab.tasks import sources
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)

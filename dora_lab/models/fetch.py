@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dora_lab import house
 from dora_lab.io.errors import LoadError
 from dora_lab.io.files import sha256
 from dora_lab.io.hub import snapshot
@@ -49,7 +49,7 @@ FILES = ("*.json", "*.safetensors", "*.model")  # of a repository on the hub
 
 def models_folder() -> Path:
     """Where fetched models lie, beside other programs' caches: a folder for each."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dora_lab" / "models"
+    return house.cache() / "models"
 
 
 def fetch(what: str, out: Path | None = None, say: Say = lambda text: None) -> Path:

@@ -93,9 +93,11 @@ def diff(path: Path, other: Path | Spec) -> str:
     """
     record = verified(path)
     mine = spec_of(record)
-    theirs_record = None if isinstance(other, Spec) else verified(other)
-    theirs = other if isinstance(other, Spec) else spec_of(theirs_record or {})
-    whose = "published" if theirs_record is None else f"run {theirs_record['spec_id']}"
+    if isinstance(other, Spec):
+        theirs_record, theirs, whose = None, other, "published"
+    else:
+        theirs_record = verified(other)
+        theirs, whose = spec_of(theirs_record), f"run {theirs_record['spec_id']}"
     lines = [f"A: run {record['spec_id']}, {name(mine)}", f"B: {whose}, {name(theirs)}", ""]
     lines += differences(mine, theirs, published=other is theirs)
     if theirs_record is not None:

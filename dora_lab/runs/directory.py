@@ -24,9 +24,9 @@ from dora_lab.io.files import hash_bytes
 from dora_lab.runs import kept
 from dora_lab.runs.errors import OUTSIDE, LockedError, StoreError
 from dora_lab.runs.lock import Lock, acquire
-from dora_lab.runs.record import ENDINGS, SCHEMA, read_record, run_path
+from dora_lab.runs.record import ENDINGS, SCHEMA, read_record, run_path, spec_of
 from dora_lab.runs.streams import STREAMS, content, repair
-from dora_lab.spec import Spec, did_you_mean, from_dict, spec_id, to_dict
+from dora_lab.spec import Spec, did_you_mean, spec_id, to_dict
 
 OWN_FIELDS = ("schema", "spec", "spec_id", "status", "error", "notes")  # of record.json, written by RunDir alone
 
@@ -74,7 +74,7 @@ class RunDir:
         wanted = {"schema": SCHEMA, "spec": to_dict(spec), "spec_id": spec_id(spec), "status": "running", "error": None}
         if (self.path / "record.json").exists():
             self._record = read_record(self.path)
-            if from_dict(self._record["spec"]) != spec:
+            if spec_of(self._record) != spec:
                 raise StoreError(f"{self.path / 'record.json'} is of another spec; move that directory away")
         if self.complete:
             return

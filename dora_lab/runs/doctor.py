@@ -20,10 +20,10 @@ from dora_lab.io.text import shown
 from dora_lab.runs import checkpoints, kept, packs
 from dora_lab.runs.errors import StoreError
 from dora_lab.runs.lock import holder
-from dora_lab.runs.record import read_record
+from dora_lab.runs.record import read_record, spec_of
 from dora_lab.runs.streams import STREAMS, content, read_rows
 from dora_lab.runs.survey import survey
-from dora_lab.spec import Spec, from_dict
+from dora_lab.spec import Spec
 
 AGAIN = "run it again: it resumes"
 ANEW = kept.MEND
@@ -92,7 +92,7 @@ def _run(path: Path) -> Iterator[Finding]:
     held = owner is not None and owner.alive
     try:
         record = read_record(path)
-        spec = from_dict(record["spec"])
+        spec = spec_of(record)
     except StoreError as error:
         yield of_error(path / "record.json", error)
         return

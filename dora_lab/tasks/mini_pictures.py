@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
 
+from dora_lab import house
 from dora_lab.io.errors import LoadError
 from dora_lab.io.files import hash_files
 from dora_lab.mini import vl
@@ -24,18 +24,13 @@ WORLD = ("scenes", "questions", "families", "cells")  # modules of `mini.vl` tha
 SEAL = "sha256"  # a file of the folder: the hash of all others
 
 
-def cache_folder() -> Path:
-    """Where the folders lie, beside other programs' caches."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dora_lab" / "data"
-
-
 def folder(name: str) -> Path:
     """The folder of a source, written if it is not there whole.
 
     Processes that write it at the same time make the same bytes, and one of them keeps its own. Raises LoadError where
     there is no room or no right to write.
     """
-    place = cache_folder() / f"{name}-{_version()}"
+    place = house.cache() / "data" / f"{name}-{_version()}"
     if _whole(place):
         return place
     try:

@@ -11,6 +11,8 @@ from pathlib import Path
 from dora_lab.tasks.annotations import Item
 from dora_lab.tasks.task import Task
 
+ENDING = "_novel"  # of the names of these tasks
+
 
 def novel(task: Task) -> Task:
     """The task on the items of split `novel`."""
@@ -20,4 +22,4 @@ def novel(task: Task) -> Task:
     def tested(root: Path, split: str) -> list[Item]:
         return read(root / "novel", split) if split == "test" else []
 
-    return replace(task, name=f"{task.name}_novel", column=f"{task.column}, novel", read=tested)
+    return replace(task, name=task.name + ENDING, column=f"{task.column}, novel", read=tested)
