@@ -24,7 +24,23 @@ CELLS = tuple((method, rank, size) for method, rank in METHODS for size in SIZES
 SWEEP_SEEDS = (100, 101)
 STEPS = (1 / 9, 1 / 3, 1)  # of the rate that 2,048 items chose; the same number of tries for every cell
 # results/tables/rates: as the sweep chose, frozen before any run of `confirmation`
-RATES: dict[tuple[str, int | None, int], float] = {}
+RATES: dict[tuple[str, int | None, int], float] = {
+    ("ft", None, 64): 0.00016,
+    ("ft", None, 128): 0.00016,
+    ("ft", None, 256): 0.00069,
+    ("ft", None, 512): 0.0014,
+    ("ft", None, 1024): 0.0014,
+    ("lora", 8, 64): 0.0018,
+    ("lora", 8, 128): 0.0023,
+    ("lora", 8, 256): 0.0083,
+    ("lora", 8, 512): 0.0083,
+    ("lora", 8, 1024): 0.0083,
+    ("dora", 8, 64): 0.0018,
+    ("dora", 8, 128): 0.0023,
+    ("dora", 8, 256): 0.0086,
+    ("dora", 8, 512): 0.0086,
+    ("dora", 8, 1024): 0.0086,
+}
 
 
 def specs(tier: str) -> list[Spec]:
@@ -43,7 +59,7 @@ def sweep() -> list[Spec]:
 
 
 def confirmation(seeds: Sequence[int] = range(8)) -> list[Spec]:
-    """Every cell at its rate with eight seeds, two sizes with noise too; nothing before the rates are chosen."""
+    """Every cell at its rate with eight seeds, two sizes with noise too."""
     return [
         _of(commonsense.trained(method, rank, rate, seed), size, noise)
         for seed in seeds
