@@ -1,4 +1,4 @@
-"""Tables and figures of ranks, samples, stability and merging, on runs whose right answer is known."""
+"""Tables and figures of ranks, samples, stability, capacity and merging, on runs whose right answer is known."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import torch
 
 from analysis.figures import ranks as ranks_figure
 from analysis.figures import samples as samples_figure
+from analysis.tables import capacity as capacity_table
 from analysis.tables import merge as merge_table
 from analysis.tables import stability as table
 from dora_lab.formats.live import save_trained
 from dora_lab.methods.inject import inject
 from dora_lab.models.base import model_and_tokenizer
-from experiments import commonsense
+from experiments import capacity, commonsense
 from experiments import merge as merging
 
 
@@ -147,3 +148,44 @@ def test_the_table_of_merging_is_written_from_its_rows(tmp_path: Path) -> None:
     (tmp_path / "bench" / "merge.jsonl").write_text(text)
     page = merge_table.build(tmp_path)[0].read_text()
     assert "| DoRA r=8, merged | int8 | 5.0e-04 | 3 of 400 |" in page and "experiments/merge.py" in page
+
+
+def stored(method: str, rank: int | None, seed: int, nll: float, rate: float = 0.01) -> list[dict[str, Any]]:
+    """Rows of a run that was asked its own 40 + 20 random labels, of 2 and 4 options."""
+    common = {"method": method, "rank": rank, "seed": seed, "optim.learning_rate": rate, "split": "train",
+              "spec_id": f"{method}{rank}{seed}{rate}", "choice_nll": nll}  # fmt: skip
+    return [common | {"n": 40, "chance": 0.5, "value": 0.8}, common | {"n": 20, "chance": 0.25, "value": 0.5}]
+
+
+def test_bits_are_what_an_item_could_say_less_what_is_left_unknown() -> None:
+    runs = capacity_table.bits(pd.DataFrame(stored("ft", None, 0, 0.0) + stored("lora", 8, 0, np.log(2))))
+    found = runs.set_index("method")
+    assert found["of"].tolist() == [80, 80] and found.loc["ft", "bits"] == pytest.approx(80)
+    assert found.loc["lora", "bits"] == pytest.approx(20) and found.loc["lora", "correct"] == pytest.approx(42)
+
+
+@pytest.mark.parametrize(
+    ("dora", "verdict"), [(1.3, "holds"), (0.7, "does not hold"), (0.98, "equivalent"), (1.12, "undecided")]
+)
+def test_what_dora_stores_beside_lora_is_judged_over_seeds(dora: float, verdict: str) -> None:
+    noise = np.array([0.2, -0.1, 0.1, -0.2, 0.0]) if verdict == "undecided" else 0.01 * np.arange(5)
+    rows = [
+        {"method": method, "rank": rank, "seed": seed, "bits": 10 * rank * (1 if method == "lora" else dora + extra)}
+        for rank in capacity.RANKS for method in ("lora", "dora") for seed, extra in enumerate(noise)
+    ]  # fmt: skip
+    found = capacity_table.pair(pd.DataFrame(rows))
+    assert found is not None and found["verdict"] == verdict
+    assert found["value"] == pytest.approx(100 * (dora - 1 + noise.mean()))
+    few = capacity_table.pair(pd.DataFrame([row for row in rows if row["seed"] < 2]))
+    assert few is not None and few["verdict"] == "2 of 5"
+
+
+def test_capacity_asks_training_items_whose_labels_are_all_random() -> None:
+    specs = capacity.sweep()
+    assert len(specs) == 39 and {spec.seed for spec in specs} == {100}
+    assert all(spec.evaluation.split == "train" and spec.data.label_noise == 1 for spec in specs)
+    rates = {(spec.method.name, spec.method.rank): [] for spec in specs}
+    for spec in specs:
+        assert spec.optim is not None
+        rates[spec.method.name, spec.method.rank].append(spec.optim.learning_rate)
+    assert rates["ft", None] == [0.0007, 0.0014, 0.0028] and rates["lora", 1] == rates["lora", 2]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -58,6 +60,20 @@ def test_frames_of_packed_runs_are_those_of_folders(both: tuple[Path, Path]) -> 
             assert packs.packed(where) == files
             assert find_run(path.name[:8], packed) == where
     assert not list(packs.faults(experiment))
+
+
+def test_numbers_in_base64_are_kept_apart_and_come_back_byte_for_byte() -> None:
+    numbers = np.random.default_rng(0).normal(size=150).astype("<f2").tobytes()
+    text = base64.b64encode(numbers)
+    plain = b'{"correct": "%b", "sha256": "%b", "per_item": {"margin": "' % (b"01" * 50, b"5f" * 32)
+    content = plain + text + b'", "fact": "' + base64.b64encode(numbers[:75]) + b'"}}\n'
+    rest, apart = packs._apart(content)
+    assert rest == plain + b'\x00300", "fact": "\x0075"}}\n'
+    assert apart == (numbers + numbers[:75])[::2] + (numbers + numbers[:75])[1::2]
+    assert packs._together(rest, apart) == content
+    for whole in (b"", b"{}\n", b'"\x00300"\n' + content, b'"' + b"A" * 70 + b'B=="'):
+        assert packs._together(*packs._apart(whole)) == whole
+    assert packs._apart(b'"' + b"A" * 70 + b'B=="')[1] is None  # other base64 of the same bytes
 
 
 def test_a_second_call_packs_what_is_new_and_writes_no_part_again(both: tuple[Path, Path]) -> None:
