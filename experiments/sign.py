@@ -5,9 +5,10 @@
 
 Full fine-tuning whose decoupled decay takes δ off every weight in all, LoRA and DoRA under as much Σ η λ (and, on the
 mini tier, under as large a λ), and controls: decay on DoRA's m alone, on A and B alone, full fine-tuning of the
-matrices alone, a constant rate. Small: also full fine-tuning on one and the same function with its layers' norms set
-with and against the step's length (`model.rescale`). Training as in `commonsense` and `small`; scored on few items, to
-see that the loss is one. What is predicted stands in registered/sign.md, written before.
+matrices alone, a constant rate, SGD with momentum at the rate of a sweep of its own. Small: also full fine-tuning on
+one and the same function with its layers' norms set with and against the step's length (`model.rescale`). Training as
+in `commonsense` and `small`; scored on few items, to see that the loss is one. What is predicted stands in
+registered/sign.md, written before.
 """
 
 from __future__ import annotations
@@ -53,13 +54,29 @@ class SmallCell(NamedTuple):
 
 SAME = "same λ"  # as full fine-tuning: at an adapter's rate it takes more
 M_ALONE, FACTORS_ALONE, MATRICES, CONSTANT = "m alone", "A and B alone", "matrices alone", "constant rate"
+SGD = "SGD"
+SGD_GRID = (0.01, 0.03, 0.1, 0.3, 1.0)
+SGD_RATE: float | None = None  # results/tables/rates: as the sweep chose, frozen before any run at it
 
 
 def specs(tier: str) -> list[Spec]:
     """All runs, seed by seed."""
-    return (
-        [spec for seed in MINI_SEEDS for _, spec in _mini(seed)] if tier == "mini" else [spec for _, spec in _small()]
-    )
+    if tier == "small":
+        return [spec for _, spec in _small()]
+    return [*sweep(), *confirmation()]
+
+
+def sweep() -> list[Spec]:
+    """Full fine-tuning by SGD at every rate of its grid, one seed, on validation items."""
+    return [
+        _with(replace(commonsense.swept("ft", None, rate, 100), experiment="sign"), optimizer="sgd")
+        for rate in SGD_GRID
+    ]
+
+
+def confirmation() -> list[Spec]:
+    """The runs of the mini tier that are judged, seed by seed."""
+    return [spec for seed in MINI_SEEDS for _, spec in _mini(seed)]
 
 
 @cache
@@ -91,6 +108,9 @@ def _mini(seed: int) -> Iterator[tuple[Cell, Spec]]:
         yield Cell("ft", MATRICES, decay), decayed(matrices, weight_decay)
         # a constant rate adds up to twice as much, but for its warm-up
         yield Cell("ft", CONSTANT, decay), decayed(_with(spec, schedule="constant"), weight_decay / 2)
+        if SGD_RATE:
+            by_sgd = _with(spec, optimizer="sgd", learning_rate=SGD_RATE)
+            yield Cell("ft", SGD, decay), decayed(by_sgd, decay_of_mini(by_sgd, _sum(decay)))
 
 
 def of_mini(experiment: str, method: str, rank: int | None, seed: int) -> Spec:

@@ -23,9 +23,9 @@ MINI = base.BASES["mini"]
 
 def test_every_run_of_the_mini_tier_is_one_of_a_cell() -> None:
     cells = sign.cells()
-    assert cells.keys() == {spec_id(spec) for spec in sign.specs("mini")}
+    assert cells.keys() == {spec_id(spec) for spec in sign.confirmation()}
     assert set(Counter(cells.values()).values()) == {8} and len(set(cells.values())) == 29
-    for spec in sign.specs("mini"):
+    for spec in sign.confirmation():
         cell, optim = cells[spec_id(spec)], spec.optim
         assert optim is not None
         steps = optim.steps(2048)

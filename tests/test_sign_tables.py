@@ -84,7 +84,7 @@ def parts(results: Path, name: str = "sign") -> list[str]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     results = tmp_path_factory.mktemp("sign")
     with pytest.MonkeyPatch.context() as patch:
-        write(results, sign.specs("mini"), sign.cells(), as_predicted, patch)
+        write(results, sign.confirmation(), sign.cells(), as_predicted, patch)
     return results
 
 
@@ -103,7 +103,7 @@ def test_runs_as_predicted_hold_and_what_is_no_part_of_the_design_is_left_out(
     same = cell[(cell["method"] == "lora") & (cell["control"] == sign.SAME) & (cell["decay"] == 0.05)].iloc[0]
     assert same["delta"] == pytest.approx(1 - 0.95 ** (0.0083 / 0.0014), rel=0.01)
     assert same["ratio"] == pytest.approx(same["delta"] / same["delta_d"], rel=1e-4)
-    strange = replace(sign.specs("mini")[0], seed=100)
+    strange = replace(sign.confirmation()[0], seed=100)
     write(runs, [strange], {spec_id(strange): sign.Cell("ft", "", 0.05)}, as_predicted, monkeypatch)
     assert outcomes(runs)["value"].tolist() == rows["value"].tolist()
 
@@ -114,7 +114,7 @@ def test_lora_that_turns_negative_and_full_fine_tuning_that_does_not_are_refuted
     def tilt(cell: sign.Cell, kind: str) -> float:
         return TURNS[cell.decay] if cell.method == "lora" else 0.0
 
-    specs = [s for s in sign.specs("mini") if s.method.name in ("ft", "lora")]
+    specs = [s for s in sign.confirmation() if s.method.name in ("ft", "lora")]
     write(tmp_path, specs, sign.cells(), tilt, monkeypatch)
     rows = outcomes(tmp_path).set_index("statement")["outcome"]
     assert rows["LoRA, δ 5.0%: r of q is positive"] == "refuted"
@@ -128,7 +128,7 @@ def test_lora_that_turns_negative_and_full_fine_tuning_that_does_not_are_refuted
 
 def test_seeds_that_are_missing_are_told_and_decide_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = sign.cells()
-    specs = [s for s in sign.specs("mini") if s.seed != 3 and cells[spec_id(s)].decay in (0.0, 0.025)]
+    specs = [s for s in sign.confirmation() if s.seed != 3 and cells[spec_id(s)].decay in (0.0, 0.025)]
     specs = [s for s in specs if s.seed < 2 or cells[spec_id(s)].method != "dora"]
     write(tmp_path, specs, cells, as_predicted, monkeypatch)
     rows = outcomes(tmp_path).set_index("statement")

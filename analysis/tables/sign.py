@@ -1,6 +1,6 @@
 """What decides the sign of figure 2: the registered predictions of experiment `sign`, tier mini, and r cell by cell.
 
-Thresholds are those of experiments/registered/sign.md, parts 1 to 5.
+Thresholds are those of experiments/registered/sign.md, parts 1 to 6.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dora_lab import report
 from dora_lab.paper.predicted import Prediction, judge
 from dora_lab.report import Block, law
 from experiments import sign
-from experiments.sign import CONSTANT, DECAYS, FACTORS_ALONE, M_ALONE, MATRICES, SAME, Cell
+from experiments.sign import CONSTANT, DECAYS, FACTORS_ALONE, M_ALONE, MATRICES, SAME, SGD, Cell
 
 TITLE = "What decides the sign of ΔD and ΔM: experiment sign, tier mini"
 PARTS = {
@@ -26,6 +26,7 @@ PARTS = {
     "3": "DoRA under the same λ: as FT from the λ of 2.5 % on; by the decay of m alone",
     "4": "Both are needed: with checkpoints from 0.25 on, r of q under FT is positive up to 2.5 %",
     "5": "FT of the matrices alone is as FT; a constant rate makes late r more positive",
+    "6": "It is no matter of AdamW: under SGD z of q and v falls with decay, too",
 }
 QV = {"q_proj": "q", "v_proj": "v"}
 SOME = tuple(decay for decay in DECAYS if decay)
@@ -102,6 +103,9 @@ def predictions(z: ZS) -> Iterator[Prediction]:
                              high=0.3, per_seed=matrices)  # fmt: skip
             yield Prediction(part="5", statement=f"{of} under a constant rate less a falling one's is positive", low=0,
                              per_seed=constant)  # fmt: skip
+        falls = less(at("ft", 0.025, kind, SGD), at("ft", 0.0, kind, SGD))
+        yield Prediction(part="6", statement=f"SGD: z of {name} at δ 2.5% less without decay is negative", high=0,
+                         per_seed=falls, refutes=True)  # fmt: skip
 
 
 def _dora(at: Any, kind: str, name: str) -> Iterator[Prediction]:
