@@ -7,7 +7,7 @@ RUN := $(BIN)/dora-lab
 export PYTHONHASHSEED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check format results notebooks mini-base mini-vl-base small-base small lm-eval-tasks bench bench-probe gpu-visit torture matrix test-slurm cases parameters clean-local
+.PHONY: help setup test check format results notebooks mini-base mini-vl-base small-base small lm-eval-tasks bench bench-probe bench-small gpu-visit torture matrix test-slurm cases parameters clean-local
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -67,6 +67,11 @@ bench-probe: setup  ## time and memory of the probe of saved models on LLaMA-7B'
 	$(BIN)/python -m experiments.probe_speed --results $(RESULTS)
 	$(BIN)/python -m analysis.tables.probe_speed --results $(RESULTS)
 	@cat $(RESULTS)/tables/probe_speed.md
+
+bench-small: setup  ## an update of tier small beside a plain loop and Trainer with PEFT (about 10 minutes, 16 GB of memory)
+	$(BIN)/python -m experiments.small_speed --results $(RESULTS)
+	$(BIN)/python -m analysis.tables.small_speed --results $(RESULTS)
+	@cat $(RESULTS)/tables/small_speed.md
 
 CPU ?=
 VISIT ?= 420

@@ -167,14 +167,18 @@ def measure(cell: Cell, rounds: int = ROUNDS, budget: float = BUDGET) -> dict[st
 
 
 def _bytes_in_a_process(name: str, cell: Cell) -> int:
+    return in_a_process([sys.executable, "-m", "experiments.speed", "--one", json.dumps([name, asdict(cell)])])
+
+
+def in_a_process(command: list[str]) -> int:
+    """The bytes that a command prints last. Raises RuntimeError where it fails."""
     # freed blocks go back to the system at once, so that what is resident is what is in use
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "experiments.speed", "--one", json.dumps([name, asdict(cell)])]
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1], check=False
     )
     if done.returncode:
-        raise RuntimeError(f"{name} in {cell.name()} failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{' '.join(command[2:])} failed:\n{done.stderr[-2000:]}")
     return int(done.stdout.split()[-1])
 
 
