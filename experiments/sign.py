@@ -55,7 +55,7 @@ class SmallCell(NamedTuple):
 SAME = "same λ"  # as full fine-tuning: at an adapter's rate it takes more
 M_ALONE, FACTORS_ALONE, MATRICES, CONSTANT = "m alone", "A and B alone", "matrices alone", "constant rate"
 SGD = "SGD"
-SGD_GRID = (0.01, 0.03, 0.1, 0.3, 1.0)
+SGD_GRID = (0.01, 0.03, 0.09, 0.27, 0.81)
 SGD_RATE: float | None = None  # results/tables/rates: as the sweep chose, frozen before any run at it
 
 
