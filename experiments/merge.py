@@ -134,12 +134,10 @@ def _model(spec: Spec, path: Path, dtype: str, form: str) -> Any:
         if form == "adapted":
             return None
         merged = _model(spec, path, "float32", "merged")
-        linears = {name for name, module in merged.named_modules() if isinstance(module, nn.Linear)} - {
-            "lm_head"
-        }  # tied
+        linears = {name for name, module in merged.named_modules() if isinstance(module, nn.Linear)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # moves to torchao, a package of its own
-            return torch.ao.quantization.quantize_dynamic(merged, linears - {"lm_head"}, dtype=torch.qint8)
+            return torch.ao.quantization.quantize_dynamic(merged, linears - {"lm_head"}, dtype=torch.qint8)  # tied
     model = model_and_tokenizer(spec)[0]
     load_adapter(model, path / "adapter")
     return (merge(model, keep=False) if form == "merged" else model).to(getattr(torch, dtype)).eval()
