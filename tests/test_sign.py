@@ -24,7 +24,7 @@ MINI = base.BASES["mini"]
 def test_every_run_of_the_mini_tier_is_one_of_a_cell() -> None:
     cells = sign.cells()
     assert cells.keys() == {spec_id(spec) for spec in sign.confirmation()}
-    assert set(Counter(cells.values()).values()) == {8} and len(set(cells.values())) == 29
+    assert set(Counter(cells.values()).values()) == {8} and len(set(cells.values())) == 31
     for spec in sign.confirmation():
         cell, optim = cells[spec_id(spec)], spec.optim
         assert optim is not None
