@@ -17,6 +17,7 @@ from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
 from dora_lab.evaluation import submissions
+from dora_lab.evaluation.bounds import bounds
 from dora_lab.evaluation.lm_eval_model import quiet, undisturbed
 from dora_lab.evaluation.rows import Progress, Sample, Tick, through
 from dora_lab.forms.llava import Example, Llava
@@ -78,7 +79,8 @@ def evaluate(
     per task: `metric` and `value`, its headline, a fraction; what all numbers of its rule say (`rules`), the standard
     error over items where the value is their mean, n, n_unparsed, the hash of what was asked, and over the items in
     nats: answer_nll, -log p per token of the right answer (of ten people's, the most frequent), and choice_nll, -log of
-    what the right option has of the likelihood of all. With these the values of single items. Writes samples, and for a
+    what the right option has of the likelihood of all. With these the values of single items, and of the embedded world
+    `floor` and `ceiling` (see `bounds`). Writes samples, and for a
     task that a server scores its file, if all of its questions were asked. Raises ItemError as `prepare`, Stopped if
     `stop` is set.
     """
@@ -96,7 +98,8 @@ def evaluate(
             | {name: item[name] for name in FIELDS if name in item}
             for index, item in enumerate(part.items)
         ]
-        return _row(part, said, nlls), samples
+        known = bounds(spec.data.name, part.task, spec.evaluation.split, part.items)
+        return _row(part, said, nlls) | known, samples
 
     rows = through(parts, answered, run, spec.evaluation.batch_size, stop, progress)
     return {row["task"]: row["value"] for row in rows}
