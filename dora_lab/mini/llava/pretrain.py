@@ -99,7 +99,7 @@ def project(
 
 
 def pretrain(
-    out: Path, vision_steps: int = 600, chat_steps: int = 2400, projector_steps: int = 300, questions: int = 300,
+    out: Path, vision_steps: int = 600, chat_steps: int = 1600, projector_steps: int = 300, questions: int = 300,
     seed: int = 0, threads: int = 1,
 ) -> None:  # fmt: skip
     """Make all parts and write the folder `out` with its record; a call that was cut off goes on with the next part."""
@@ -135,7 +135,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE / "base")
     parser.add_argument("--vision-steps", type=int, default=600)
-    parser.add_argument("--chat-steps", type=int, default=2400)
+    parser.add_argument("--chat-steps", type=int, default=1600)
     parser.add_argument("--projector-steps", type=int, default=300)
     parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)

@@ -23,7 +23,7 @@ from dora_lab.mini.llava import corpus
 from dora_lab.mini.llava.talk import NO_ANSWER, Turn
 from dora_lab.mini.vl.pretrain import optimizers
 
-PICKING_FIRST = 4_096  # conversations that only ask for a word about one thing: the rest builds on that
+PICKING_FIRST = 3_072  # conversations that only ask for a word about one thing: the rest builds on that
 BATCH, POOL = 8, 32  # conversations of a step; steps whose documents are sorted by length together
 GUIDED = 0.75  # share of the steps in which heads are shown where to look
 SIZES: dict[str, Any] = {
@@ -142,9 +142,10 @@ def batches(tokenizer: PreTrainedTokenizerFast, first: int) -> Iterator[Batch]:
 def guidance(attentions: tuple[Tensor, ...], batch: Batch) -> Tensor:
     """A loss that shows heads where to look (as in `mini.vl.pretrain`): else picking by name stays at chance.
 
-    In the first two layers head 0 looks from a word at those of its own sentence or name; in the next head 1 looks from
-    an option, and from where an answer begins, at the name in the question; in the last two head 0 looks from the name,
-    the options and the answer at what is told of it; in the last head 2 from the answer at the right option.
+    In the first two layers head 0 looks from a word at those of its own sentence, name or option before it, so that the
+    last one knows them all; in the second and third head 1 looks from an option's end, and from where an answer begins,
+    at the name in the question; in the last two head 0 looks from all three at the end of what is told of it; in the
+    last head 2 from the answer at the end of the right option. Of ends alone: no earlier word knows what will follow.
     """
     T = batch.ids_BT.shape[1]
     before_TT = torch.ones(T, T, dtype=torch.bool).tril()
@@ -153,17 +154,39 @@ def guidance(attentions: tuple[Tensor, ...], batch: Batch) -> Tensor:
     answers_BT[:, :-1] = batch.labels_BT[:, 1:].ne(-100)
     own_BTT = batch.piece_BT[:, :, None].eq(batch.piece_BT[:, None]) & batch.piece_BT[:, :, None].ne(0) & before_TT
     same_turn_BTT = batch.turn_BT[:, :, None].eq(batch.turn_BT[:, None]) & before_TT
-    asking_BT1 = (answers_BT | option_BT)[:, :, None]
+    end_BT = ends(batch)
+    asking_BT1 = (answers_BT | option_BT & end_BT)[:, :, None]
     naming_BTT = same_turn_BTT & named_BT[:, None] & asking_BT1
-    wanted_BT = torch.where(answers_BT, batch.due_BT, batch.things_BT * (named_BT | option_BT))
-    looking_BTT = (wanted_BT[:, :, None] & batch.things_BT[:, None]).ne(0) & told_BT[:, None]
-    right_BTT = same_turn_BTT & batch.part_BT.eq(4)[:, None] & answers_BT[:, :, None]
+    wanted_BT = torch.where(answers_BT, batch.due_BT, batch.things_BT * ((named_BT | option_BT) & end_BT))
+    looking_BTT = (wanted_BT[:, :, None] & batch.things_BT[:, None]).ne(0) & (told_BT & end_BT)[:, None]
+    right_BTT = same_turn_BTT & (batch.part_BT.eq(4) & end_BT)[:, None] & answers_BT[:, :, None]
     a = attentions
     pairs = (
         (a[0][:, 0], own_BTT), (a[1][:, 0], own_BTT), (a[1][:, 1], naming_BTT), (a[2][:, 1], naming_BTT),
         (a[2][:, 0], looking_BTT), (a[3][:, 0], looking_BTT), (a[3][:, 2], right_BTT),
     )  # fmt: skip
     return torch.stack([_apart(attention, wanted) for attention, wanted in pairs]).sum()
+
+
+def own_words(model: LlamaForCausalLM, hidden_BTH: Tensor, batch: Batch) -> Tensor:
+    """How badly the end of a sentence, name or option tells, after two layers, the words of it: cross-entropy, evenly.
+
+    Without it a head that looks at the right sentence finds nothing there to read.
+    """
+    own_BTT = batch.piece_BT[:, :, None].eq(batch.piece_BT[:, None]) & batch.piece_BT[:, :, None].ne(0)
+    end_BT = ends(batch)
+    words_NT = own_BTT[end_BT].float()
+    rows_N = end_BT.nonzero()[:, 0]
+    logits_NV = model.lm_head(model.model.norm(hidden_BTH[end_BT])).float()
+    logs_NT = logits_NV.log_softmax(1).gather(1, batch.ids_BT[rows_N])
+    return -((logs_NT * words_NT).sum(1) / words_NT.sum(1)).mean()
+
+
+def ends(batch: Batch) -> Tensor:
+    """(B, T): is a token the last of a sentence, name or option?"""
+    end_BT = batch.piece_BT.ne(0)
+    end_BT[:, :-1] &= batch.piece_BT[:, :-1].ne(batch.piece_BT[:, 1:])
+    return end_BT
 
 
 def _apart(attention_BQK: Tensor, wanted_BQK: Tensor) -> Tensor:
@@ -245,14 +268,16 @@ def learn(model: LlamaForCausalLM, batch: Batch, guided: bool) -> tuple[float, l
     mask_BT = batch.ids_BT.ne(SIZES["pad_token_id"])
     with torch.autocast("cpu", torch.bfloat16):
         output = model(
-            input_ids=batch.ids_BT, attention_mask=mask_BT, use_cache=False, output_attentions=guided
+            input_ids=batch.ids_BT, attention_mask=mask_BT, use_cache=False, output_attentions=guided,
+            output_hidden_states=True,
         )  # fmt: skip
+        words = own_words(model, output.hidden_states[2], batch)
     logits_BTV = output.logits[:, :-1].float()
     losses_BT = torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), batch.ids_BT[:, 1:], reduction="none")
     said_BT = batch.labels_BT[:, 1:].ne(-100)
     loss = losses_BT[said_BT].mean()
     prose = losses_BT[~said_BT & mask_BT[:, 1:]].mean()
-    (loss + 0.1 * prose + (0.1 * guidance(output.attentions, batch) if guided else 0.0)).backward()
+    (loss + 0.1 * prose + 0.3 * words + (0.1 * guidance(output.attentions, batch) if guided else 0.0)).backward()
     wrong_BT = logits_BTV.argmax(2).ne(batch.ids_BT[:, 1:]) & said_BT
     found = []
     for row, kinds in enumerate(batch.kinds):
