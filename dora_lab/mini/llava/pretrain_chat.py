@@ -20,13 +20,16 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dora_lab.mini.llava import corpus
-from dora_lab.mini.llava.talk import NO_ANSWER, Turn
+from dora_lab.mini.llava.talk import LETTERS, NO_ANSWER, Turn
+from dora_lab.mini.llava.views import WORDS
 from dora_lab.mini.vl.pretrain import optimizers
+from dora_lab.mini.vl.questions import plural
+from dora_lab.mini.vl.scenes import COLOURS, COLUMNS, ROWS, SHAPES, SIZES
 
 PICKING_FIRST = 3_072  # conversations that only ask for a word about one thing: the rest builds on that
 BATCH, POOL = 8, 32  # conversations of a step; steps whose documents are sorted by length together
 GUIDED = 0.75  # share of the steps in which heads are shown where to look
-SIZES: dict[str, Any] = {
+LLAMA: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 320,
     "num_hidden_layers": 4,
@@ -67,12 +70,13 @@ def make_tokenizer(n_documents: int = 3_000) -> PreTrainedTokenizerFast:
         for turn in corpus.document(number, picking=False)
         for text in (f"{USER}{turn.text}{ASSISTANT}", f" {turn.answer}", f"\n{turn.answer}")
     ]
-    texts += [SYSTEM, " Is there a star in the image?", " Yes", " No"] * 500
+    rare = [*(f" {word}" for word in (*WORDS, *map(plural, SHAPES), *range(10))), " Is there a star in the image?"]
+    texts += [SYSTEM, " Yes", " No", *rare] * 200
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-        model_max_length=SIZES["max_position_embeddings"], clean_up_tokenization_spaces=False,
+        model_max_length=LLAMA["max_position_embeddings"], clean_up_tokenization_spaces=False,
     )  # fmt: skip
 
 
@@ -85,6 +89,7 @@ class Batch(NamedTuple):
     piece_BT: Tensor  # number of the piece of text that it is of; 0: of none
     part_BT: Tensor  # 0 other, 1 told, 2 named, 3 option, 4 the right option
     turn_BT: Tensor
+    telling_BT: Tensor  # is it one of the words that tell things apart?
     due_BT: Tensor  # bits of the evidence, where the next token is of an answer
     kinds: list[list[str]]
 
@@ -112,7 +117,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, conversations: list[list[Turn]], 
         marks.append(np.repeat(np.array([row[1:] for row in at]), [row[0] for row in at], axis=0))
     coded = tokenizer.backend_tokenizer.encode_batch(whole, add_special_tokens=False)
     B, T = len(whole), max(len(e.ids) for e in coded)
-    ids, found = np.full((B, T), SIZES["pad_token_id"]), np.zeros((B, T, 5), np.int64)
+    ids, found = np.full((B, T), LLAMA["pad_token_id"]), np.zeros((B, T, 5), np.int64)
     for row, (e, mark) in enumerate(zip(coded, marks, strict=True)):
         ids[row, : len(e.ids)] = e.ids
         found[row, : len(e.ids)] = mark[np.asarray([end - 1 for _, end in e.offsets])]
@@ -122,9 +127,16 @@ def encode(tokenizer: PreTrainedTokenizerFast, conversations: list[list[Turn]], 
     due_BT = torch.zeros_like(bits_BT)
     due_BT[:, :-1] = (bits_BT * answer_BT)[:, 1:]
     return Batch(
-        ids_BT, ids_BT.masked_fill(~answer_BT, -100), bits_BT * ~answer_BT, *marks_BT5[..., 1:4].unbind(2), due_BT,
+        ids_BT, ids_BT.masked_fill(~answer_BT, -100), bits_BT * ~answer_BT, *marks_BT5[..., 1:4].unbind(2),
+        torch.isin(ids_BT, telling(tokenizer)) & marks_BT5[..., 1].ne(0), due_BT,
         [[turn.kind if turn.answer != NO_ANSWER else "none" for turn in turns] for turns in conversations],
     )  # fmt: skip
+
+
+def telling(tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """Ids of the words that tell things apart: their colours, shapes, sizes, places, the signs' words, the letters."""
+    words = [*COLOURS, *SHAPES, *map(plural, SHAPES), *SIZES, *ROWS, *COLUMNS, *WORDS, "sign"]
+    return torch.tensor(cast("list[int]", tokenizer.convert_tokens_to_ids([*(f"Ġ{word}" for word in words), *LETTERS])))
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, first: int) -> Iterator[Batch]:
@@ -142,8 +154,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, first: int) -> Iterator[Batch]:
 def guidance(attentions: tuple[Tensor, ...], batch: Batch) -> Tensor:
     """A loss that shows heads where to look (as in `mini.vl.pretrain`): else picking by name stays at chance.
 
-    In the first two layers head 0 looks from a word at those of its own sentence, name or option before it, so that the
-    last one knows them all; in the second and third head 1 looks from an option's end, and from where an answer begins,
+    In the first two layers two heads look from the end of a sentence, name or option at the telling words of it; in the second and third head 1 looks from an option's end, and from where an answer begins,
     at the name in the question; in the last two head 0 looks from all three at the end of what is told of it; in the
     last head 2 from the answer at the end of the right option. Of ends alone: no earlier word knows what will follow.
     """
@@ -152,7 +163,7 @@ def guidance(attentions: tuple[Tensor, ...], batch: Batch) -> Tensor:
     told_BT, named_BT, option_BT = batch.part_BT.eq(1), batch.part_BT.eq(2), batch.part_BT.ge(3)
     answers_BT = torch.zeros_like(told_BT)
     answers_BT[:, :-1] = batch.labels_BT[:, 1:].ne(-100)
-    own_BTT = batch.piece_BT[:, :, None].eq(batch.piece_BT[:, None]) & batch.piece_BT[:, :, None].ne(0) & before_TT
+    own_BTT = _own(batch) & ends(batch)[:, :, None]
     same_turn_BTT = batch.turn_BT[:, :, None].eq(batch.turn_BT[:, None]) & before_TT
     end_BT = ends(batch)
     asking_BT1 = (answers_BT | option_BT & end_BT)[:, :, None]
@@ -162,24 +173,29 @@ def guidance(attentions: tuple[Tensor, ...], batch: Batch) -> Tensor:
     right_BTT = same_turn_BTT & (batch.part_BT.eq(4) & end_BT)[:, None] & answers_BT[:, :, None]
     a = attentions
     pairs = (
-        (a[0][:, 0], own_BTT), (a[1][:, 0], own_BTT), (a[1][:, 1], naming_BTT), (a[2][:, 1], naming_BTT),
+        (a[0][:, 0], own_BTT), (a[0][:, 1], own_BTT), (a[1][:, 0], own_BTT), (a[1][:, 3], own_BTT),
+        (a[1][:, 1], naming_BTT), (a[2][:, 1], naming_BTT),
         (a[2][:, 0], looking_BTT), (a[3][:, 0], looking_BTT), (a[3][:, 2], right_BTT),
     )  # fmt: skip
     return torch.stack([_apart(attention, wanted) for attention, wanted in pairs]).sum()
 
 
 def own_words(model: LlamaForCausalLM, hidden_BTH: Tensor, batch: Batch) -> Tensor:
-    """How badly the end of a sentence, name or option tells, after two layers, the words of it: cross-entropy, evenly.
+    """How badly the end of a sentence, name or option tells, after two layers, the telling words of it, evenly.
 
     Without it a head that looks at the right sentence finds nothing there to read.
     """
-    own_BTT = batch.piece_BT[:, :, None].eq(batch.piece_BT[:, None]) & batch.piece_BT[:, :, None].ne(0)
     end_BT = ends(batch)
-    words_NT = own_BTT[end_BT].float()
+    words_NT = _own(batch)[end_BT].float()
     rows_N = end_BT.nonzero()[:, 0]
     logits_NV = model.lm_head(model.model.norm(hidden_BTH[end_BT])).float()
     logs_NT = logits_NV.log_softmax(1).gather(1, batch.ids_BT[rows_N])
-    return -((logs_NT * words_NT).sum(1) / words_NT.sum(1)).mean()
+    return -((logs_NT * words_NT).sum(1) / words_NT.sum(1).clamp_min(1)).mean()
+
+
+def _own(batch: Batch) -> Tensor:
+    """(B, T, T): is the second token a telling word of the first's sentence, name or option?"""
+    return batch.piece_BT[:, :, None].eq(batch.piece_BT[:, None]) & batch.telling_BT[:, None]
 
 
 def ends(batch: Batch) -> Tensor:
@@ -200,7 +216,7 @@ def _apart(attention_BQK: Tensor, wanted_BQK: Tensor) -> Tensor:
 
 def make_model(words: int) -> LlamaForCausalLM:
     """A Llama of the base's sizes with so many words; random."""
-    config = LlamaConfig(**SIZES, vocab_size=words)
+    config = LlamaConfig(**LLAMA, vocab_size=words)
     config._attn_implementation = "eager"  # the guided heads' probabilities are needed
     return LlamaForCausalLM(config)
 
@@ -265,7 +281,7 @@ def pretrain(
 def learn(model: LlamaForCausalLM, batch: Batch, guided: bool) -> tuple[float, list[list[bool]]]:
     """Forward and backward of one batch: its loss (nats a token of the answers), and of every turn whether each token
     of its answer is the likeliest, given those before it."""
-    mask_BT = batch.ids_BT.ne(SIZES["pad_token_id"])
+    mask_BT = batch.ids_BT.ne(LLAMA["pad_token_id"])
     with torch.autocast("cpu", torch.bfloat16):
         output = model(
             input_ids=batch.ids_BT, attention_mask=mask_BT, use_cache=False, output_attentions=guided,
@@ -305,11 +321,11 @@ def answers(
     for start in range(0, count, 100):
         some = asked[start : start + 100]
         batch = encode(tokenizer, some, answered=False)
-        lengths_B = batch.ids_BT.ne(SIZES["pad_token_id"]).sum(1)
+        lengths_B = batch.ids_BT.ne(LLAMA["pad_token_id"]).sum(1)
         T = batch.ids_BT.shape[1]
         shifted_BT = torch.stack([row.roll(T - int(n)) for row, n in zip(batch.ids_BT, lengths_B, strict=True)])
         said = cast(Any, model).generate(
-            input_ids=shifted_BT, attention_mask=shifted_BT.ne(SIZES["pad_token_id"]), max_new_tokens=6,
+            input_ids=shifted_BT, attention_mask=shifted_BT.ne(LLAMA["pad_token_id"]), max_new_tokens=6,
             do_sample=False,
         )  # fmt: skip
         texts = tokenizer.batch_decode(said[:, T:], skip_special_tokens=True)
