@@ -36,10 +36,10 @@ EMBEDDED, BLIND = "mini_llava", "mini_llava_blind"
 MINI = {"vqav2_val": "mini-VQA", "vizwiz_val": "mini-VizWiz", "science_qa": "mini-SQA", "pope": "mini-POPE"}
 BOUNDED = (
     "Trained on short answers about pictures (mini-VQA) and on prose alone; of pictures no other form is trained on. "
-    "mini-SQA: questions with a picture. mini-POPE: F1 of yes; unparsed: answers without yes or no, which count as yes.",
-    "Normalised: mean over tasks of (share of right answers - floor) / (1 - floor), of mini-SQA with those in prose, in "
-    "percent. Floor: mini-VQA's most frequent answer of the kind in training, Unanswerable, A, Yes. Blind: all "
-    "pictures grey, in training and test.",
+    "mini-SQA: questions with a picture. mini-POPE: F1 of yes; unparsed: answers without yes or no, taken as yes.",
+    "Normalised: mean over tasks of (share of right answers - floor) / (1 - floor), in percent; of mini-SQA with the "
+    "questions in prose. Floor: mini-VQA's most frequent answer of the kind in training, Unanswerable, A, Yes. Blind: "
+    "all pictures grey, in training and test.",
     "Answer NLL: -log p per token of the right answer, in nats, a mean over tasks; lower is better.",
 )
 

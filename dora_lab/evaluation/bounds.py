@@ -47,7 +47,8 @@ def _instructed(task: Task, split: str, items: Sequence[Mapping[str, Any]]) -> d
     for name, texts in (("floor", llava.floor), ("ceiling", llava.ceiling)):
         told = texts(INSTRUCTED[task.name], split)
         held = gold([dict(item) for item in items])
-        scored = score(task.metrics[0], held, {item["id"]: told[item["id"]] for item in items}, f"{name} of {task.name}")
+        said = {item["id"]: told[item["id"]] for item in items}
+        scored = score(task.metrics[0], held, said, f"{name} of {task.name}")
         found[name] = sum(scored.values) / len(scored.values)
     return found
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from dora_lab.runs.item_values import pack
 from dora_lab.spec import Spec
 from dora_lab.tasks import ItemError, Task, load_task
 from dora_lab.tasks.limits import Limits, limits
-from dora_lab.tasks.visual_instruction.benchmarks import gold
+from dora_lab.tasks.visual_instruction.benchmarks import gold, right_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -155,12 +154,8 @@ def _options(form: Llava, spec: Spec, task: Task, pool: list[Item], most: Limits
 
 def _answers_of(item: Item) -> list[str]:
     """The right answer, then the others that the item offers: letters; of POPE Yes and No, as LLaVA is trained."""
-    if "answers" in item:
-        return [Counter(item["answers"]).most_common(1)[0][0]]
-    offered = [*(item.get("letters") or item.get("options") or ())]
-    right = item["answer"]
-    if "category" in item:
-        right, offered = right.capitalize(), ["Yes", "No"]
+    right = right_answer(item)
+    offered = ["Yes", "No"] if "category" in item else [*(item.get("letters") or item.get("options") or ())]
     return [right, *(one for one in offered if one != right)]
 
 

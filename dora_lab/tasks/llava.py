@@ -17,7 +17,7 @@ from dora_lab.io.files import hash_files
 from dora_lab.spec import Data
 from dora_lab.tasks import family, load_task, mini_llava, vl_adapter
 from dora_lab.tasks.conversations import Item, read_conversations
-from dora_lab.tasks.visual_instruction.benchmarks import FILES
+from dora_lab.tasks.visual_instruction.benchmarks import FILES, right_answer
 
 NAME = "llava_v1_5"
 NAMES = (NAME, *mini_llava.SOURCES)
@@ -41,7 +41,11 @@ def read(split: str, data: Data, data_dir: Path | None) -> dict[str, list[Item]]
     for task in map(load_task, data.tasks):
         if task.read is None or task not in family("visual_instruction"):
             raise LoadError(f"data.tasks: '{task.name}' is not in source '{data.name}'; {', '.join(FILES)} are")
-        pools[task.name] = task.read(benchmarks(root) if split == "test" else root / split, "test")
+        if split == "test":
+            pools[task.name] = task.read(benchmarks(root), "test")
+        else:  # their loss may be asked for, too
+            found = task.read(root / split, "test")
+            pools[task.name] = [item | {"turns": [(item["text"], right_answer(item))]} for item in found]
     return pools
 
 

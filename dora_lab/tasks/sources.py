@@ -30,7 +30,8 @@ from dora_lab.tasks.pictures import Pictures
 
 Item = dict[str, Any]
 Pools = dict[str, list[Item]]  # items by task
-OWN = {**dict.fromkeys(vl_adapter.NAMES, vl_adapter), **dict.fromkeys(llava.NAMES, llava)}  # sources whose tasks are theirs alone
+# sources whose tasks are theirs alone
+OWN = {**dict.fromkeys(vl_adapter.NAMES, vl_adapter), **dict.fromkeys(llava.NAMES, llava)}
 SOURCES = (*mini.WORLDS, "llm_adapters", MIX, *OWN)
 HUB_MIX = "zwhe99/commonsense_170k"  # the copy that public code loads
 HUB_FILES = ("*.json", "*.parquet")

@@ -1,5 +1,5 @@
-"""The embedded default for visual instructions: pictures of scenes and signs, conversations and benchmarks about them in
-LLaVA's layout, and a LLaVA of a million parameters whose language model has read prose and letters, never a picture.
+"""The embedded default for visual instructions: pictures of scenes and signs, conversations and benchmarks about them
+in LLaVA's layout, and a LLaVA of a million parameters whose language model has read prose, never a picture.
 
 A world beside those of `dora_lab.mini` and `dora_lab.mini.vl`, of whose scenes and questions it is made. Like them, it
 knows nothing of the lab; readers of LLaVA's files read what `write` makes.

@@ -17,7 +17,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 from dora_lab.mini.llava import pretrain_chat, pretrain_vision, talk
 from dora_lab.mini.llava.draw import pixels
@@ -99,16 +105,24 @@ def project(
 
 
 def pretrain(
-    out: Path, vision_steps: int = 600, chat_steps: int = 1600, projector_steps: int = 300, questions: int = 300,
+    out: Path, vision_steps: int = 600, chat_steps: int = 1000, projector_steps: int = 200, questions: int = 100,
     seed: int = 0, threads: int = 1,
 ) -> None:  # fmt: skip
-    """Make all parts and write the folder `out` with its record; a call that was cut off goes on with the next part."""
+    """Make all parts and write the folder `out` with its record; a later call with the same `out` goes on
+    from the encoder, and from every hundredth step of the language model."""
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
+    saved = out / "vision.pt"
+    if not saved.exists():
+        encoder, readers, vision = pretrain_vision.pretrain(vision_steps, seed=seed)
+        vision["gate"] = pretrain_vision.gate(encoder, readers)
+        print(json.dumps(vision["gate"]), flush=True)
+        torch.save({"model": encoder.state_dict(), "record": vision}, saved)
+    held = torch.load(saved)
+    encoder, vision = CLIPVisionModel(CLIPVisionConfig(**pretrain_vision.CONFIG)), held["record"]
+    encoder.load_state_dict(held["model"])
     words, tokenizer, chat = pretrain_chat.pretrain(chat_steps, seed=seed, out=out)
     chat["gate"] = pretrain_chat.gate(words, tokenizer, questions)
-    encoder, readers, vision = pretrain_vision.pretrain(vision_steps, seed=seed)
-    vision["gate"] = pretrain_vision.gate(encoder, readers)
     torch.manual_seed(seed)
     words.set_attn_implementation("sdpa")
     model = join(encoder, words, tokenizer)
@@ -118,7 +132,8 @@ def pretrain(
         "machine": platform.processor() or platform.machine(), "packages": {"torch": torch.__version__},
         "vision": vision, "chat": chat, "projector": projector,
     })  # fmt: skip
-    (out / "chat.pt").unlink(missing_ok=True)
+    for part in ("vision.pt", "chat.pt"):
+        (out / part).unlink(missing_ok=True)
 
 
 def save(
@@ -135,9 +150,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE / "base")
     parser.add_argument("--vision-steps", type=int, default=600)
-    parser.add_argument("--chat-steps", type=int, default=1600)
-    parser.add_argument("--projector-steps", type=int, default=300)
-    parser.add_argument("--questions", type=int, default=300)
+    parser.add_argument("--chat-steps", type=int, default=1000)
+    parser.add_argument("--projector-steps", type=int, default=200)
+    parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     torch.set_flush_denormal(True)  # for all of a process: not in a function that another program may call

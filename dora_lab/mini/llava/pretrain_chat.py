@@ -154,9 +154,10 @@ def batches(tokenizer: PreTrainedTokenizerFast, first: int) -> Iterator[Batch]:
 def guidance(attentions: tuple[Tensor, ...], batch: Batch) -> Tensor:
     """A loss that shows heads where to look (as in `mini.vl.pretrain`): else picking by name stays at chance.
 
-    In the first two layers two heads look from the end of a sentence, name or option at the telling words of it; in the second and third head 1 looks from an option's end, and from where an answer begins,
-    at the name in the question; in the last two head 0 looks from all three at the end of what is told of it; in the
-    last head 2 from the answer at the end of the right option. Of ends alone: no earlier word knows what will follow.
+    In the first two layers two heads look from the end of a sentence, name or option at the telling words of it; in
+    the second and third head 1 looks from an option's end, and from where an answer begins, at the name in the
+    question; in the last two head 0 looks from all three at the end of what is told of it; in the last head 2 from the
+    answer at the end of the right option. At ends, because no earlier word knows what will follow.
     """
     T = batch.ids_BT.shape[1]
     before_TT = torch.ones(T, T, dtype=torch.bool).tril()

@@ -95,7 +95,8 @@ def pretrain(
     """The encoder after `steps` batches, the linear readers that it was trained by, and a record."""
     torch.manual_seed(seed)
     model = CLIPVisionModel(CLIPVisionConfig(**CONFIG)).train()
-    readers = nn.ModuleDict({name: nn.Linear(CONFIG["hidden_size"], len(values) + 1) for name, values in FIELDS.items()})
+    width = CONFIG["hidden_size"]
+    readers = nn.ModuleDict({name: nn.Linear(width, len(values) + 1) for name, values in FIELDS.items()})
     both = optimizers(cast(Any, nn.ModuleList([model, readers])), learning_rate)
     began, log = time.time(), list[dict[str, Any]]()
     for step in range(steps):
