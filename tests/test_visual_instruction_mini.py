@@ -147,5 +147,6 @@ def test_a_swept_run_is_scored_on_validation_items(base: Path, tmp_path: Path) -
     made = derive(visual_instruction.swept("lora", 1e-3, 100), {"optim.epochs": "0.01", "data.validation_items": "16"})
     assert run_spec(made, Paths(tmp_path, model_dir=base)) == "complete"
     (row,) = read_rows(run_path(tmp_path, made), "eval")
-    assert (row["task"], row["n"], row["split"]) == ("vqav2_val", 16, "validation")
+    assert (row["task"], row["n"]) == ("vqav2_val", 16)
+    assert row["floor"] < row["ceiling"] == 1
     assert row["answer_nll"] > 0

@@ -37,10 +37,11 @@ BATCH = 16  # pictures of a step of stage 1
 
 def join(encoder: Any, words: Any, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """A LLaVA of an encoder and a language model, its projector random."""
-    config = LlavaConfig(
-        vision_config=encoder.config, text_config=words.config, image_seq_length=TOKENS,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE), vision_feature_layer=-1, tie_word_embeddings=True,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {"vision_config": encoder.config, "text_config": words.config, "image_seq_length": TOKENS}
+    image = tokenizer.convert_tokens_to_ids(IMAGE)
+    # the last layer, which the encoder was taught at; LLaVA reads the one before it
+    sizes |= {"image_token_id": image, "vision_feature_layer": -1, "tie_word_embeddings": True}
+    config = LlavaConfig(**sizes)
     model = LlavaForConditionalGeneration(config)
     held = cast(Any, model).model
     held.vision_tower.load_state_dict(encoder.state_dict())

@@ -126,11 +126,18 @@ def encode(tokenizer: PreTrainedTokenizerFast, conversations: list[list[Turn]], 
     bits_BT = marks_BT5[..., 0]
     due_BT = torch.zeros_like(bits_BT)
     due_BT[:, :-1] = (bits_BT * answer_BT)[:, 1:]
+    piece_BT, part_BT, turn_BT = (marks_BT5[..., k] for k in (1, 2, 3))
     return Batch(
-        ids_BT, ids_BT.masked_fill(~answer_BT, -100), bits_BT * ~answer_BT, *marks_BT5[..., 1:4].unbind(2),
-        torch.isin(ids_BT, telling(tokenizer)) & marks_BT5[..., 1].ne(0), due_BT,
-        [[turn.kind if turn.answer != NO_ANSWER else "none" for turn in turns] for turns in conversations],
-    )  # fmt: skip
+        ids_BT=ids_BT,
+        labels_BT=ids_BT.masked_fill(~answer_BT, -100),
+        things_BT=bits_BT * ~answer_BT,
+        piece_BT=piece_BT,
+        part_BT=part_BT,
+        turn_BT=turn_BT,
+        telling_BT=torch.isin(ids_BT, telling(tokenizer)) & piece_BT.ne(0),
+        due_BT=due_BT,
+        kinds=[[turn.kind if turn.answer != NO_ANSWER else "none" for turn in turns] for turns in conversations],
+    )
 
 
 def telling(tokenizer: PreTrainedTokenizerFast) -> Tensor:
