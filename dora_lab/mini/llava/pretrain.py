@@ -106,7 +106,7 @@ def project(
 
 
 def pretrain(
-    out: Path, vision_steps: int = 600, chat_steps: int = 1000, projector_steps: int = 200, questions: int = 100,
+    out: Path, vision_steps: int = 600, chat_steps: int = 1400, projector_steps: int = 200, questions: int = 100,
     seed: int = 0, threads: int = 1,
 ) -> None:  # fmt: skip
     """Make all parts and write the folder `out` with its record; a later call with the same `out` goes on
@@ -151,7 +151,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE / "base")
     parser.add_argument("--vision-steps", type=int, default=600)
-    parser.add_argument("--chat-steps", type=int, default=1000)
+    parser.add_argument("--chat-steps", type=int, default=1400)
     parser.add_argument("--projector-steps", type=int, default=200)
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
