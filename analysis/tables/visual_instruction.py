@@ -1,5 +1,6 @@
 """Table 12: LLaVA-1.5 by FT, LoRA and DoRA on seven benchmarks, runs beside the paper's own rows.
 
+Of tier mini the mean over tasks of (score - floor) / (ceiling - floor) and the NLL carry verdicts, no plain average.
 Nothing is written where there are no runs of experiment `visual_instruction`.
 """
 
@@ -12,6 +13,7 @@ import pandas as pd
 from analysis import frame, isnt, script
 from dora_lab import paper, report
 from dora_lab.report import Block, number
+from dora_lab.report.items import item_values
 from dora_lab.report.labels import ordered_labels
 from dora_lab.report.statistics import mean_sd
 from dora_lab.tasks.visual_instruction.benchmarks import TASKS
@@ -29,6 +31,18 @@ NOTES = (
     "Answer NLL: -log p per token of the right answer, in nats, a mean over tasks; lower is better.",
 )
 
+RATE = "optim.learning_rate"
+EMBEDDED, BLIND = "mini_llava", "mini_llava_blind"
+MINI = {"vqav2_val": "mini-VQA", "vizwiz_val": "mini-VizWiz", "science_qa": "mini-SQA", "pope": "mini-POPE"}
+BOUNDED = (
+    "Trained on short answers about pictures (mini-VQA) and on prose alone; of pictures no other form is trained on. "
+    "mini-SQA: questions with a picture. mini-POPE: F1 of yes; unparsed: answers without yes or no, taken as yes.",
+    "Normalised: mean over tasks of (share of right answers - floor) / (1 - floor), in percent; of mini-SQA with the "
+    "questions in prose. Floor: mini-VQA's most frequent answer of the kind in training, Unanswerable, A, Yes. Blind: "
+    "all pictures grey, in training and test.",
+    "Answer NLL: -log p per token of the right answer, in nats, a mean over tasks; lower is better.",
+)
+
 
 def build(results: Path) -> list[Path]:
     """Write results/tables/visual_instruction.{md,csv,tex}; returns their paths, none if there are no runs."""
@@ -37,7 +51,9 @@ def build(results: Path) -> list[Path]:
     if not len(evals):
         return []
     printed = table_12()
-    blocks = [_block(rows) for _, rows in report.groups(evals)]
+    grey = evals[evals["data"] == BLIND]
+    shown = evals if len(grey) == len(evals) else evals[evals["data"] != BLIND]
+    blocks = [_block(rows, grey) for _, rows in report.groups(shown)]
     return report.save_table(
         results / "tables",
         "visual_instruction",
@@ -69,8 +85,10 @@ def paper_block(printed: pd.DataFrame) -> Block:
     return Block(title=PAPER, cells=pd.DataFrame(rows), text=("Method",), isnt=PRINTED)
 
 
-def _block(evals: pd.DataFrame) -> Block:
-    """The runs of one tier, model and data."""
+def _block(evals: pd.DataFrame, grey: pd.DataFrame) -> Block:
+    """The runs of one tier, model and data; of the embedded one those that saw nothing, and its bounds, too."""
+    if evals.iloc[0]["data"] == EMBEDDED:
+        return _mini(evals, grey)
     first, tasks = evals.iloc[0], sorted(evals["task"].unique(), key=ORDER.index)
     return Block(
         title=f"visual_instruction, tier {first['tier']}, model {first['model']}, data {first['data']}",
@@ -79,6 +97,43 @@ def _block(evals: pd.DataFrame) -> Block:
         notes=NOTES,
         isnt=isnt([first["tier"]]),
     )
+
+
+def _mini(evals: pd.DataFrame, grey: pd.DataFrame) -> Block:
+    """Tier mini: a row a setting, and what can be reached."""
+    tasks = [task for task in MINI if task in set(evals["task"])]
+    rows = [_bounded(evals[evals["label"] == label], tasks) for label in ordered_labels(evals)]
+    for label in ordered_labels(grey) if len(grey) else ():
+        blind = _bounded(grey[grey["label"] == label], tasks)
+        rows.append(blind | {"Method": f"Blind {blind['Method']}"})
+    for bound in ("floor", "ceiling"):
+        held = evals.drop_duplicates("task").set_index("task")[bound]
+        known = {MINI[task]: number(100 * held[task]) for task in tasks if task not in ("science_qa", "pope")}
+        rows.append({"Method": bound} | known | {"Normalised": number(100.0 * (bound != "floor"))})
+    return Block(
+        title=f"visual_instruction, tier mini, model {evals.iloc[0]['model']}, data {EMBEDDED}",
+        cells=pd.DataFrame(rows), text=("Method",), notes=BOUNDED, isnt=isnt(["mini"]),
+    )  # fmt: skip
+
+
+def _bounded(runs: pd.DataFrame, tasks: list[str]) -> dict[str, str | None]:
+    """One setting of tier mini."""
+    told = _row(runs, tasks) if runs.iloc[0]["method"] != "base" else _row(runs.assign(**{RATE: float("nan")}), tasks)
+    normal = [
+        100 * sum(float(item_values(row, "normalised").mean()) for row in rows.to_dict("records")) / len(tasks)
+        for _, rows in runs.groupby("spec_id")
+        if {*rows["task"]} == {*tasks}
+    ]
+    unread = runs.loc[runs["task"] == "pope", ["n_unparsed", "n"]].sum()
+    line = {MINI.get(_name(head), head): cell for head, cell in told.items() if head != "Average"}
+    line["unparsed %"] = number(100 * unread["n_unparsed"] / unread["n"], digits=1) if unread["n"] else None
+    last = {name: line.pop(name) for name in ("Answer NLL", "Seeds")}
+    return line | {"Normalised": number(*mean_sd(normal)) if normal else None} | last
+
+
+def _name(head: str) -> str:
+    """The task of a column."""
+    return next((task for task in MINI if report.TASKS[task] == head), head)
 
 
 def _row(runs: pd.DataFrame, tasks: list[str]) -> dict[str, str | None]:
@@ -92,7 +147,7 @@ def _row(runs: pd.DataFrame, tasks: list[str]) -> dict[str, str | None]:
         "Method": first["label"],
         "r": None if pd.isna(first["rank"]) else str(first["rank"]),
         "α": number(first.get("method.alpha"), digits=0),
-        "Rate": f"{first['optim.learning_rate']:g}",
+        "Rate": None if pd.isna(first[RATE]) else f"{first[RATE]:g}",
         "#Params %": number(first["trainable_percent"], digits=2),
         **{report.TASKS[task]: number(*mean_sd((100 * values).tolist())) for task, values in scores.items()},
         "Average": number(*mean_sd(averages)) if averages else None,

@@ -1,4 +1,4 @@
-"""What can be reached on the embedded world of pictures: without looking, and by whoever knows the truth."""
+"""What can be reached on the embedded worlds of pictures: without looking, and by whoever knows the truth."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dora_lab.metrics import score
-from dora_lab.mini import vl
-from dora_lab.tasks import Task, mini_pictures
+from dora_lab.mini import llava, vl
+from dora_lab.tasks import Task, mini_llava, mini_pictures
 from dora_lab.tasks.image_text_novel import ENDING
+from dora_lab.tasks.visual_instruction.benchmarks import gold
 
 FAMILIES = {"vqa": "vqa", "gqa": "gqa", "nlvr2": "nlvr2", "coco_caption": "coco"}  # task: of `mini.vl`
+INSTRUCTED = {"vqav2_val": "vqa", "vizwiz_val": "vizwiz", "science_qa": "sqa", "pope": "pope"}  # of `mini.llava`
 
 
 def bounds(source: str, task: Task, split: str, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """`floor` and `ceiling` of a task's first metric on these items; {} for data of which neither is known.
+    """`floor` and `ceiling` of a task's first metric on these items, of what it means over them (of POPE the share of
+    right answers, not F1); {} for data of which neither is known.
 
     floor: the answer that training items of its kind have most often, of captions one and the same for all; ceiling:
-    the truth, of captions a person's, held against the other four. "mini_vl_blind" has those of "mini_vl".
+    the truth, of captions a person's, held against the other four. A blind source has those of the other. Of
+    "mini_llava": see `mini.llava.floor`.
     """
+    if source in mini_llava.SOURCES:
+        return _instructed(task, split, items)
     family = FAMILIES.get(task.name.removesuffix(ENDING))
     if source not in mini_pictures.SOURCES or family is None:
         return {}
@@ -33,6 +39,17 @@ def bounds(source: str, task: Task, split: str, items: Sequence[Mapping[str, Any
             said = {key: {word: float(word == text) for word in ("true", "false")} for key, text in said.items()}
         scored = score(task.metrics[0], held, said, f"{name} of {task.name}")
         (found[name], *_) = scored.summary.values()
+    return found
+
+
+def _instructed(task: Task, split: str, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    found = {}
+    for name, texts in (("floor", llava.floor), ("ceiling", llava.ceiling)):
+        told = texts(INSTRUCTED[task.name], split)
+        held = gold([dict(item) for item in items])
+        said = {item["id"]: told[item["id"]] for item in items}
+        scored = score(task.metrics[0], held, said, f"{name} of {task.name}")
+        found[name] = sum(scored.values) / len(scored.values)
     return found
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
 from dora_lab.evaluation import submissions
+from dora_lab.evaluation.bounds import bounds
 from dora_lab.evaluation.lm_eval_model import quiet, undisturbed
 from dora_lab.evaluation.rows import Progress, Sample, Tick, through
 from dora_lab.forms.llava import Example, Llava
@@ -27,7 +27,7 @@ from dora_lab.runs.item_values import pack
 from dora_lab.spec import Spec
 from dora_lab.tasks import ItemError, Task, load_task
 from dora_lab.tasks.limits import Limits, limits
-from dora_lab.tasks.visual_instruction.benchmarks import gold
+from dora_lab.tasks.visual_instruction.benchmarks import gold, right_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -78,7 +78,8 @@ def evaluate(
     per task: `metric` and `value`, its headline, a fraction; what all numbers of its rule say (`rules`), the standard
     error over items where the value is their mean, n, n_unparsed, the hash of what was asked, and over the items in
     nats: answer_nll, -log p per token of the right answer (of ten people's, the most frequent), and choice_nll, -log of
-    what the right option has of the likelihood of all. With these the values of single items. Writes samples, and for a
+    what the right option has of the likelihood of all. With these the values of single items, and of the embedded world
+    `floor` and `ceiling` (see `bounds`). Writes samples, and for a
     task that a server scores its file, if all of its questions were asked. Raises ItemError as `prepare`, Stopped if
     `stop` is set.
     """
@@ -96,7 +97,8 @@ def evaluate(
             | {name: item[name] for name in FIELDS if name in item}
             for index, item in enumerate(part.items)
         ]
-        return _row(part, said, nlls), samples
+        known = bounds(spec.data.name, part.task, spec.evaluation.split, part.items)
+        return _row(part, said, nlls) | known, samples
 
     rows = through(parts, answered, run, spec.evaluation.batch_size, stop, progress)
     return {row["task"]: row["value"] for row in rows}
@@ -152,12 +154,8 @@ def _options(form: Llava, spec: Spec, task: Task, pool: list[Item], most: Limits
 
 def _answers_of(item: Item) -> list[str]:
     """The right answer, then the others that the item offers: letters; of POPE Yes and No, as LLaVA is trained."""
-    if "answers" in item:
-        return [Counter(item["answers"]).most_common(1)[0][0]]
-    offered = [*(item.get("letters") or item.get("options") or ())]
-    right = item["answer"]
-    if "category" in item:
-        right, offered = right.capitalize(), ["Yes", "No"]
+    right = right_answer(item)
+    offered = ["Yes", "No"] if "category" in item else [*(item.get("letters") or item.get("options") or ())]
     return [right, *(one for one in offered if one != right)]
 
 

@@ -12,7 +12,7 @@ from dora_lab import mini
 from dora_lab.io.errors import CheckpointError, LoadError
 from dora_lab.io.files import hash_files
 from dora_lab.io.hub import snapshot
-from dora_lab.mini import vl
+from dora_lab.mini import llava, vl
 from dora_lab.models.fetch import PACKAGES, fetched
 from dora_lab.models.open import open_model, open_tokenizer, refuse_unsafe, unfilled
 from dora_lab.models.rescale import rescale
@@ -21,7 +21,7 @@ from dora_lab.spec import Model, Spec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-EMBEDDED = {"mini": mini.folder, "mini_vl": vl.folder}
+EMBEDDED = {"mini": mini.folder, "mini_vl": vl.folder, "mini_llava": llava.folder}
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.safetensors*")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*", "non_lora_trainables.*", "dora_lab.json")
 CONVERT = 'python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained(IN).save_pretrained(OUT)"'

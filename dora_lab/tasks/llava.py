@@ -1,4 +1,5 @@
-"""Source "llava_v1_5": the conversations and benchmarks of LLaVA-1.5, a folder as its ``playground/data``. No torch.
+"""Source "llava_v1_5": the conversations and benchmarks of LLaVA-1.5, a folder as its ``playground/data``; and the
+embedded worlds in the same layout (see `mini_llava`). No torch.
 
 In it lie ``llava_v1_5_mix665k.json``, the folders of images that it names, and ``eval/`` (see
 `visual_instruction.benchmarks`).
@@ -14,31 +15,37 @@ from typing import Any
 from dora_lab.io.errors import LoadError
 from dora_lab.io.files import hash_files
 from dora_lab.spec import Data
-from dora_lab.tasks import family, load_task, vl_adapter
+from dora_lab.tasks import family, load_task, mini_llava, vl_adapter
 from dora_lab.tasks.conversations import Item, read_conversations
-from dora_lab.tasks.visual_instruction.benchmarks import FILES
+from dora_lab.tasks.visual_instruction.benchmarks import FILES, right_answer
 
 NAME = "llava_v1_5"
+NAMES = (NAME, *mini_llava.SOURCES)
 MIX = "llava_v1_5_mix665k.json"
 Pools = Mapping[str, list[Item]]
 
 
 def read(split: str, data: Data, data_dir: Path | None) -> dict[str, list[Item]]:
-    """All items of a split: the conversations with an image and without ("train"), or the benchmarks by name ("test").
+    """All items of a split: the conversations with an image and without ("train"), or the benchmarks by name ("test";
+    of embedded worlds "validation", too).
 
     Raises LoadError without a folder, for a task that is no benchmark of LLaVA's and for another folder than
     `data.sha256` says; ItemError for files that cannot be used.
     """
-    root = _folder(data_dir)
-    if data.sha256 is not None and (found := hash_files_of(root)) != data.sha256:
+    root = folder(data, data_dir)
+    if data.sha256 is not None and (found := identity(data, data_dir)["sha256"]) != data.sha256:
         raise LoadError(f"{root}: content hash {found[:12]}..., the spec asks for {data.sha256[:12]}...")
     if split == "train":
         return read_conversations(root / MIX, root)
     pools = {}
     for task in map(load_task, data.tasks):
         if task.read is None or task not in family("visual_instruction"):
-            raise LoadError(f"data.tasks: '{task.name}' is not in source '{NAME}'; {', '.join(FILES)} are")
-        pools[task.name] = task.read(benchmarks(root), split)
+            raise LoadError(f"data.tasks: '{task.name}' is not in source '{data.name}'; {', '.join(FILES)} are")
+        if split == "test":
+            pools[task.name] = task.read(benchmarks(root), "test")
+        else:  # their loss may be asked for, too
+            found = task.read(root / split, "test")
+            pools[task.name] = [item | {"turns": [(item["text"], right_answer(item))]} for item in found]
     return pools
 
 
@@ -49,7 +56,9 @@ def benchmarks(root: Path) -> Path:
 
 def identity(data: Data, data_dir: Path | None) -> dict[str, Any]:
     """What identifies conversations and questions as they are on this machine now (images: `images`)."""
-    return {"revision": None, "sha256": hash_files_of(_folder(data_dir))}
+    if data.name in mini_llava.SOURCES:
+        return {"revision": None, "sha256": mini_llava.sha256(data.name)}
+    return {"revision": None, "sha256": hash_files_of(folder(data, data_dir))}
 
 
 def images(pools: Iterable[Pools], root: Path) -> dict[str, Any]:
@@ -101,7 +110,10 @@ def hash_files_of(root: Path) -> str:
     return hash_files(found)
 
 
-def _folder(data_dir: Path | None) -> Path:
+def folder(data: Data, data_dir: Path | None) -> Path:
+    """The folder of a source."""
+    if data.name in mini_llava.SOURCES:
+        return mini_llava.folder(data.name)
     if data_dir is None:
         raise LoadError(f"data '{NAME}' is a local folder, LLaVA's playground/data: give it with --data-dir")
     return Path(data_dir)

@@ -5,7 +5,8 @@ that repository (``<task>/train.json`` and ``<task>/test.json``, or these below 
 (training items only), the file
 ``commonsense_170k.json`` of such a folder (in it or in ``ft-training_set/``), else the hub's copy at `data.revision`;
 "vl_adapter", items about pictures with their features, and "mini_vl" and "mini_vl_blind", an embedded world of them
-(see `vl_adapter`); "llava_v1_5", conversations and benchmarks about images (see `llava`).
+(see `vl_adapter`); "llava_v1_5", conversations and benchmarks about images, and "mini_llava" and "mini_llava_blind", an
+embedded world of them (see `llava`).
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from dora_lab.io.errors import LoadError
 from dora_lab.io.files import hash_files
 from dora_lab.io.hub import snapshot
 from dora_lab.spec import Data, Spec, did_you_mean
-from dora_lab.tasks import Task, all_tasks, check_items, llava, load_task, read_items, vl_adapter
+from dora_lab.tasks import Task, all_tasks, check_items, llava, load_task, mini_llava, read_items, vl_adapter
 from dora_lab.tasks.cloze import as_cloze
 from dora_lab.tasks.commonsense.released_files import MIX, describe
 from dora_lab.tasks.pictures import Pictures
 
 Item = dict[str, Any]
 Pools = dict[str, list[Item]]  # items by task
-OWN = {**dict.fromkeys(vl_adapter.NAMES, vl_adapter), llava.NAME: llava}  # sources whose tasks are theirs alone
+# sources whose tasks are theirs alone
+OWN = {**dict.fromkeys(vl_adapter.NAMES, vl_adapter), **dict.fromkeys(llava.NAMES, llava)}
 SOURCES = (*mini.WORLDS, "llm_adapters", MIX, *OWN)
 HUB_MIX = "zwhe99/commonsense_170k"  # the copy that public code loads
 HUB_FILES = ("*.json", "*.parquet")
@@ -99,8 +101,8 @@ def items(spec: Spec, data_dir: Path | None = None) -> Items:
     every = (train, validation, test)
     if data.name in vl_adapter.NAMES:
         return replace(found, pictures=vl_adapter.pictures(every, data, data_dir))
-    if data.name == llava.NAME:
-        root = cast(Path, data_dir)
+    if data.name in llava.NAMES:
+        root = llava.folder(data, data_dir)
         return replace(found, images=llava.images(every, root), home=llava.benchmarks(root))
     return found
 
@@ -236,7 +238,7 @@ def _split(pools: Pools, data: Data, data_dir: Path | None) -> tuple[Pools, Pool
     if data.holdout == "mixed":
         return _split_mixed(pools, data)
     pools = {name: _shuffled(pool, name) for name, pool in pools.items()}
-    if data.name in (*mini.WORLDS, *vl_adapter.NAMES):
+    if data.name in (*mini.WORLDS, *vl_adapter.NAMES, *mini_llava.SOURCES):
         own = _formed(_read(data.name, "validation", data, data_dir), data) if data.validation_items else {}
         held = _shares(own, data.validation_items)
         validation = {name: pool[: held[name]] for name, pool in own.items()}

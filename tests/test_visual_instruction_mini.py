@@ -1,0 +1,152 @@
+"""The mini tier of visual_instruction: its rows and sweep, runs from end to end on an untrained base, its table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from analysis.tables import visual_instruction as table
+from dora_lab.io.errors import LoadError
+from dora_lab.launch.run import run_spec
+from dora_lab.launch.runtime import Paths
+from dora_lab.mini.llava import families, pretrain, pretrain_chat, pretrain_vision
+from dora_lab.paper.registered import registered
+from dora_lab.report.items import item_values
+from dora_lab.runs import doctor
+from dora_lab.runs.record import read_record, run_path
+from dora_lab.runs.streams import read_rows
+from dora_lab.spec import Spec, SpecError, derive, validate
+from dora_lab.tasks import mini_llava, sources
+from experiments import visual_instruction
+from experiments.visual_instruction import MINI_TASKS, ROWS
+
+FEW = {"optim.epochs": "0.02", "data.test_items": "12", "evaluation.batch_size": "12"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained, of the mini base's sizes."""
+    place = tmp_path_factory.mktemp("base")
+    tokenizer = pretrain_chat.make_tokenizer(500)
+    torch.manual_seed(0)
+    encoder = CLIPVisionModel(CLIPVisionConfig(**pretrain_vision.CONFIG))
+    model = pretrain.join(encoder, pretrain_chat.make_model(len(tokenizer)), tokenizer)
+    pretrain.save(model, tokenizer, place, {})
+    return place
+
+
+def small(row: str, blind: bool = False) -> Spec:
+    made = visual_instruction.mini(row, 1e-3, 0)
+    return derive(visual_instruction.blind(made) if blind else made, FEW)
+
+
+def test_items_of_every_split() -> None:
+    swept = visual_instruction.swept("dora", 1e-3, 100)
+    found = sources.items(swept)
+    assert found.counts() == {
+        "train": {"image": families.SEEN, "text": families.TOLD}, "validation": {"vqav2_val": 256},
+        "test": {"vqav2_val": 512},
+    }  # fmt: skip
+    files = {item["image"].read_bytes() for item in found.validation["vqav2_val"]}
+    assert not files & {item["image"].read_bytes() for item in found.test["vqav2_val"]}
+    tests = sources.items(visual_instruction.mini("dora", 1e-3, 0)).test
+    assert {task: len(items) for task, items in tests.items()} == dict(
+        zip(MINI_TASKS, (512, 512, 512, 384), strict=True)
+    )
+
+
+def test_a_source_is_known_by_its_pictures_too() -> None:
+    shas = [mini_llava.sha256(name) for name in mini_llava.SOURCES]
+    assert len({*shas}) == 2 and all(len(sha) == 64 for sha in shas)
+    made = visual_instruction.mini("ft", 1e-3, 0)
+    with pytest.raises(LoadError, match=r"content hash .*, the spec asks for 0000"):
+        sources.items(derive(made, {"data.sha256": "0" * 64}))
+
+
+def test_every_row_is_swept_alike_and_looks_at_what_it_is_trained_on_alone() -> None:
+    specs = visual_instruction.sweep()
+    assert Counter(one.method.name for one in specs) == dict.fromkeys(("ft", "lora", "dora"), 4)
+    assert {(one.evaluation.split, one.seed, one.data.tasks) for one in specs} == {
+        ("validation", visual_instruction.SWEEP_SEED, ("vqav2_val",))
+    }
+    for name in ROWS:
+        grid = sorted(one.optim.learning_rate for one in specs if one.method.name == name)  # type: ignore[union-attr]
+        assert [after / before for before, after in pairwise(grid)] == pytest.approx([3.0] * 3, rel=1e-3)
+    for one in specs:  # the projector's own rate is the same in all
+        assert one.optim is not None
+        (pattern,) = one.optim.groups
+        rate = one.optim.learning_rate * float(pattern.split("=")[1])
+        assert rate == pytest.approx(visual_instruction.PROJECTOR_RATE, rel=1e-3)
+
+
+def test_confirmation_has_every_row_a_base_and_the_blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(visual_instruction, "RATES", {})
+    assert visual_instruction.confirmation() == [] and len(visual_instruction.reproduced()) == 2
+    monkeypatch.setattr(visual_instruction, "RATES", dict.fromkeys(ROWS, 1e-3))
+    made = Counter((one.method.name, one.data.name) for one in visual_instruction.confirmation())
+    seen = dict.fromkeys(((name, "mini_llava") for name in ROWS), 10)
+    assert made == {**seen, ("base", "mini_llava"): 1, ("ft", "mini_llava_blind"): 3}
+    assert [one.seed for one in visual_instruction.reproduced()] == [0, 0, 0]
+
+
+def test_real_benchmarks_have_test_items_alone() -> None:
+    validate(visual_instruction.swept("ft", 1e-3, 0))
+    (paper, *_) = visual_instruction.paper()
+    with pytest.raises(SpecError, match=r"evaluation.split = 'validation': must be test with llava"):
+        derive(paper, {"evaluation.split": "validation"})
+
+
+def test_what_is_claimed_is_of_its_rows() -> None:
+    plan = registered("visual_instruction")
+    assert plan is not None and plan.carrying == ("normalised", "answer_nll") and plan.tasks == MINI_TASKS
+    ranks = {name: method.rank for name, method in ROWS.items()}
+    assert all(ranks[term.method] == term.rank for claim in plan.claims for term in claim.terms)
+
+
+def test_rows_from_start_to_end_and_their_table(base: Path, tmp_path: Path) -> None:
+    """On an untrained base: nothing is right but what "Yes" says, POPE's F1 is that of one answer for all."""
+    here = Paths(tmp_path, model_dir=base)
+    specs = [small("ft"), small("dora"), small("ft", blind=True)]
+    for made in specs:
+        assert run_spec(made, here) == "complete"
+        folder = run_path(tmp_path, made)
+        record = read_record(folder)
+        assert record["inputs"]["data"]["sha256"] == mini_llava.sha256(made.data.name)
+        assert record["training"]["steps"] == 4  # three about pictures, one in prose
+        rows = read_rows(folder, "eval")
+        assert [row["task"] for row in rows] == [*MINI_TASKS]
+        for row in rows:
+            assert row["n"] == 12 and row["floor"] < row["ceiling"] == 1
+            values = item_values(row, "normalised")
+            assert (values * (1 - row["floor"]) + row["floor"]).tolist() == pytest.approx(
+                item_values(row, "score").tolist(), abs=1e-6
+            )
+    assert list(doctor.examine(tmp_path)) == []
+    assert run_spec(specs[0], here) == "skipped"
+    table.build(tmp_path)
+    text = (tmp_path / "tables" / "visual_instruction.md").read_text()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    shown = [dict(zip(lines[0], line, strict=True)) for line in lines[2:7]]
+    assert [row["Method"].split(" ")[0] for row in shown] == ["FT", "DoRA", "Blind", "floor", "ceiling"]
+    heads = ["mini-VQA", "mini-VizWiz", "mini-SQA", "mini-POPE"]
+    assert [head for head in lines[0] if head.startswith("mini-")] == heads
+    ours = pd.DataFrame(read_rows(run_path(tmp_path, specs[1]), "eval")).to_dict("records")
+    wanted = 100 * np.mean([item_values(row, "normalised").mean() for row in ours])  # type: ignore[arg-type]
+    assert shown[1]["Normalised"].replace("−", "-") == f"{wanted:.1f}"
+    assert "The paper's table 12" in text
+
+
+def test_a_swept_run_is_scored_on_validation_items(base: Path, tmp_path: Path) -> None:
+    made = derive(visual_instruction.swept("lora", 1e-3, 100), {"optim.epochs": "0.01", "data.validation_items": "16"})
+    assert run_spec(made, Paths(tmp_path, model_dir=base)) == "complete"
+    (row,) = read_rows(run_path(tmp_path, made), "eval")
+    assert (row["task"], row["n"]) == ("vqav2_val", 16)
+    assert row["floor"] < row["ceiling"] == 1
+    assert row["answer_nll"] > 0
