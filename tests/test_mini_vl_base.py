@@ -13,7 +13,7 @@ import torch
 from transformers import BartForConditionalGeneration, PreTrainedTokenizerFast
 
 from dora_lab.mini import vl
-from dora_lab.mini.vl import corpus, families, pretrain
+from dora_lab.mini.vl import corpus, families, merged, pretrain
 from dora_lab.models.vl_bart import open_vl_bart
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,6 +77,28 @@ def test_guidance_is_nothing_just_where_heads_look_evenly_at_what_is_wanted(toke
     assert loss(name_BSS, cross_BHTS) > 1  # at one word of a sentence alone
 
 
+@pytest.mark.parametrize("kind", ["relation", "pair"])
+def test_all_words_of_a_sentence_are_read_at_one_place(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Held against the document's own segments; of two pictures each sentence has the words that say which, too."""
+    documents = [corpus.exam(kind, number) for number in range(6)]
+    batch = pretrain.encode(tokenizer, documents)
+    places, read_BNS = merged.merge(batch)
+    for row, document in enumerate(documents):
+        mark, wanted = "", []
+        for text, bits in document.told[document.questions :]:
+            mark = mark if bits else text
+            wanted.append((bits, mark + text if bits else text))
+        at = places.prose_BS[row].nonzero().flatten().tolist()
+        said = [(int(places.things_BS[row, n]), tokenizer.decode(batch.ids_BS[row][read_BNS[row, n]])) for n in at]
+        assert [(bits, text.replace(" ", "")) for bits, text in said] == [
+            (bits, text.replace(" ", "")) for bits, text in wanted
+        ]
+        alone = read_BNS[row].any(1) & ~places.prose_BS[row]  # words of the question, each at its own place
+        words = batch.ids_BS[row][~batch.prose_BS[row] & batch.ids_BS[row].ne(1)]
+        assert read_BNS[row][alone].sum(1).eq(1).all()
+        assert batch.ids_BS[row][read_BNS[row][alone].int().argmax(1)].tolist() == words.tolist()
+
+
 def test_a_run_is_repeated_to_the_byte_and_says_what_it_was(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     for name in ("one", "other"):
         tokenizer.save_pretrained(tmp_path / name)
@@ -87,6 +109,15 @@ def test_a_run_is_repeated_to_the_byte_and_says_what_it_was(tmp_path: Path, toke
     assert told["sha256"] == hashlib.sha256(weights[0]).hexdigest()
     assert told["documents"] == 64 and told["gate"].keys() == corpus.SHARES.keys() - {*corpus.OPEN}
     assert sum(file.stat().st_size for file in (tmp_path / "one").iterdir()) <= 4 * 1024**2
+    for name in ("one", "other"):
+        merged.go_on(2, tmp_path / name, questions=2)
+    again = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other")]
+    assert again[0] == again[1] != weights[0]
+    second = json.loads((tmp_path / "one" / "record.json").read_text())
+    assert second["sha256"] == hashlib.sha256(again[0]).hexdigest() and second["merged"]["began_from"] == told["sha256"]
+    assert second["merged"]["gate"].keys() == told["gate"].keys() and second["documents"] == 64
+    with pytest.raises(SystemExit, match="this base had its second part"):
+        merged.go_on(2, tmp_path / "one")
 
 
 def test_an_untrained_bart_of_its_sizes_opens_as_vl_bart_and_learns_from_features(
