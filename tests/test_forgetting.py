@@ -26,7 +26,13 @@ def made(effect: float = 0.5, slope: float = 2.0) -> pd.DataFrame:
         for method, lead in (("lora", 0.0), ("dora", -0.1)):
             log_task = -0.4 + shared + lead + rng.normal(0, 0.02)
             forgot = 3 + slope * log_task + effect * (method == "dora")
-            about = {"experiment": "commonsense", "method": method, "rank": 8, "optim.learning_rate": 0.008}
+            about = {
+                "experiment": "commonsense",
+                "setting": "",
+                "method": method,
+                "rank": 8,
+                "optim.learning_rate": 0.008,
+            }
             scored = {"task": np.exp(log_task), "text_nll.after": 0.7 + forgot, "forgetting": forgot}
             rows.append(about | scored | {"seed": seed})
     rows.append(rows[0] | {"method": "ft", "rank": None, "forgetting": 9.0})
@@ -83,3 +89,11 @@ def test_a_rate_at_which_a_seed_failed_has_dots_and_no_mean() -> None:
     found = curves(pd.DataFrame(rows)).set_index("x")
     assert found.loc[0.01, "y"] == pytest.approx(1.1) and found.loc[0.01, "dots"] == pytest.approx([0.1, 1.1, 2.1])
     assert np.isnan(found.loc[0.02, "y"]) and len(found.loc[0.02, "dots"]) == 2
+
+
+def test_runs_of_other_items_or_another_experiment_are_rows_of_their_own() -> None:
+    assert table._setting("samples", 1024, 0.2) == "1,024 items, 20% of labels drawn anew"
+    assert table._setting("samples", 64, 0.0) == "64 items" and table._setting("detach", 2048, 0.0) == "detach"
+    assert {table._setting(name, 2048, 0.0) for name in table.PLAIN} == {""}
+    found = table.of_cells(pd.concat([made(), made().assign(setting="detach", forgetting=50.0)]))
+    assert len({(row["method"], row["setting"]) for row in found}) == len(found) == 2 * len(table.of_cells(made()))

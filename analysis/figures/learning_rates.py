@@ -25,7 +25,7 @@ def build(results: Path) -> list[Path]:
     if not len(losses):
         return []
     paths: list[Path] = []
-    losses = losses[losses["experiment"] != "samples"]  # its sizes are no curves of these cells
+    losses = losses[~losses["experiment"].isin(("samples", "sign"))]  # other sizes, another optimiser: no such cells
     for (tier, data), part in losses.groupby(["tier", "data"]):
         source = report.provenance(evals[evals["spec_id"].isin(part["spec_id"])], evals.attrs["statuses"])
         rows = curves(part)

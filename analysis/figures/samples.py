@@ -25,10 +25,8 @@ def build(results: Path) -> list[Path]:
     if not (mine["experiment"] == "samples").any():
         return []
     rows = curves(mine)
-    ticks = {
-        name: {size: f"{size:,.0f}" for size in sorted(part["x"].unique())[::2]}
-        for name, part in rows.groupby("column")
-    }
+    sizes = {name: sorted(part["x"].unique()) for name, part in rows.groupby("column")}
+    ticks = {name: {size: f"{size:,.0f}" for size in of[:: 1 + (len(of) > 3)]} for name, of in sizes.items()}
     figure, numbers = report.lines(rows, "training items", NOTE, ticks=ticks, doublings=True, dodge=0.1)
     source = report.provenance(mine, evals.attrs["statuses"])
     return report.save_figure(figure, results / "figures", "samples", source, numbers)

@@ -16,7 +16,9 @@ from dora_lab import report
 from dora_lab.paper.verdict import benjamini_hochberg
 from dora_lab.report import Block, cell_name, interval, number, p_text, statistics
 
-CELL = ("method", "rank", "optim.learning_rate")
+CELL = ("method", "rank", "optim.learning_rate", "setting")
+PLAIN = ("commonsense", "ranks", "stability")  # which differ in method, rank and rate alone
+SETTING = ("experiment", "data.train_items", "data.label_noise")
 PAIRS = (  # (first, second): method, rank
     *((("dora", rank), ("lora", rank)) for rank in (2, 4, 8, 16, 32)),
     (("lora", 8), ("ft", None)),
@@ -62,20 +64,29 @@ def measured(results: Path) -> pd.DataFrame:
     tested = evals[(evals["split"] == "test") & evals["choice_nll"].notna()]
     task = tested.groupby("spec_id")["choice_nll"].mean().rename("task")
     found = records[records["text_nll.after"].notna()].merge(task, left_on="spec_id", right_index=True)
+    found["setting"] = [_setting(*row) for row in found[[*SETTING]].itertuples(index=False)]
     return found.assign(forgetting=found["text_nll.after"] - found["text_nll.before"])
 
 
+def _setting(experiment: str, items: int, noise: float) -> str:
+    """What a run has apart from method, rank and rate: nothing, other items, or what its experiment is called by."""
+    if experiment == "samples":
+        return f"{int(items):,} items" + (f", {noise:.0%} of labels drawn anew" if noise else "")
+    return "" if experiment in PLAIN else experiment
+
+
 def of_cells(runs: pd.DataFrame) -> list[dict[str, Any]]:
-    """A row per method, rank and rate: number of seeds, means and deviations of task, text and forgetting."""
+    """A row per method, rank, rate and setting: number of seeds, means and deviations of task, text and forgetting."""
     order = list(report.METHODS).index
     rows = []
-    for (method, rank, rate), cell in runs.groupby([*CELL], dropna=False, sort=True):
+    for (method, rank, rate, setting), cell in runs.groupby([*CELL], dropna=False, sort=True):
         means = {}
         for name, column in (("task", "task"), ("text", "text_nll.after"), ("forgetting", "forgetting")):
             means[name], means[f"{name}_sd"] = statistics.mean_sd(cell[column].tolist())
-        about = {"method": method, "rank": None if pd.isna(rank) else int(rank), "rate": rate, "seeds": len(cell)}
+        about = {"method": method, "rank": None if pd.isna(rank) else int(rank), "rate": rate}
+        about |= {"setting": setting, "seeds": len(cell)}
         rows.append(about | means)
-    return sorted(rows, key=lambda row: (order(row["method"]), -(row["rank"] or 0), row["rate"]))
+    return sorted(rows, key=lambda row: (order(row["method"]), -(row["rank"] or 0), row["setting"] != "", row["rate"]))
 
 
 def compared(runs: pd.DataFrame) -> list[dict[str, Any]]:
@@ -115,7 +126,7 @@ def _slope(cells: list[pd.DataFrame]) -> float:
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     return {
-        "Cell": cell_name(row["method"], row["rank"]),
+        "Cell": ", ".join(filter(None, (cell_name(row["method"], row["rank"]), row["setting"]))),
         "Rate": None if pd.isna(row["rate"]) else f"{row['rate']:g}",
         "Seeds": str(row["seeds"]),
         "Task NLL": number(row["task"], row["task_sd"], digits=3),

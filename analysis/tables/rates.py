@@ -38,7 +38,9 @@ def build(results: Path) -> list[Path]:
         data += [{"experiment": experiment, "tier": tier, "data": name} | row for row in cells]
         chosen = evals.loc[evals["spec_id"].isin(part["spec_id"]), "choice_nll"].notna().any()
         note = NOTE.format("choice" if chosen else "answer")
-        blocks.append(Block(title=f"{experiment}, tier {tier}, data {name}", cells=_shown(cells), notes=(note,)))
+        optimizers = set(evals.loc[evals["spec_id"].isin(part["spec_id"]), "optim.optimizer"]) - {"adamw"}
+        title = ", ".join([f"{experiment}, tier {tier}, data {name}", *(other.upper() for other in optimizers)])
+        blocks.append(Block(title=title, cells=_shown(cells), notes=(note,)))
     source = report.provenance(evals, statuses)
     table = pd.DataFrame(data)
     return report.save_table(results / "tables", "rates", "Learning rates", blocks, table, source, ISNT)
