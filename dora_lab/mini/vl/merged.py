@@ -2,7 +2,8 @@
 
 A picture shows all that there is to see of a thing in one token; prose says it in eight, and a base that has read prose
 alone looks for a thing's colour at a word beside that of its shape. So it reads prose once more, most of it with the
-embeddings of a sentence's words added up. This is text, too: no picture, and nothing of how features are made, is in it.
+embeddings of a sentence's words added up. This is text, too: no picture, and nothing of how features are made, is in
+it.
 
 Shape suffixes: B documents, S tokens, N places, T tokens of the decoder, V words, D width.
 """
@@ -24,7 +25,20 @@ from transformers import BartForConditionalGeneration, PreTrainedTokenizerFast
 
 from dora_lab.mini.vl import corpus
 from dora_lab.mini.vl.pretrain import (
-    BATCH, GUIDED, HERE, POOL, Batch, Learned, batches, encode, gate, guidance, learn, optimizers, rate, save,
+    BATCH,
+    GUIDED,
+    HERE,
+    POOL,
+    Batch,
+    Learned,
+    batches,
+    encode,
+    gate,
+    guidance,
+    learn,
+    optimizers,
+    rate,
+    save,
 )  # fmt: skip
 
 SHARE = 0.8  # of the steps; in the others every word has its own place, so that nothing is forgotten
