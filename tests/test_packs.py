@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from dora_lab import report
 from dora_lab.commands import inspect as commands  # noqa: F401  (adds `pack`)
 from dora_lab.commands.app import app, find_run
+from dora_lab.launch.experiments import experiment_names
 from dora_lab.runs import packs
 from dora_lab.runs.doctor import examine
 from dora_lab.runs.errors import StoreError
@@ -200,3 +202,19 @@ def test_a_run_that_is_nowhere_says_so(tmp_path: Path) -> None:
         read_record(tmp_path / "runs" / "x" / "0123456789ab")
     told = CliRunner().invoke(app, ["pack", "commonsens", "--results", str(tmp_path)])
     assert "is no results folder" in str(told.exception)
+
+
+def test_every_run_that_a_committed_table_names_is_among_the_committed_records() -> None:
+    """A pattern for the `samples/` of a run once kept a whole experiment of that name out of the repository."""
+    there = {path.name for path, _ in survey(COMMITTED).runs}
+    for table in sorted((COMMITTED / "tables").glob("*.md")):
+        named = re.findall(r"<!-- runs: ([0-9a-f ]*) -->", table.read_text(encoding="utf-8"))
+        assert len(named) == 1, table
+        assert not {*named[0].split()} - there, table
+
+
+@pytest.mark.skipif(not (COMMITTED.parent / ".git").exists(), reason="asks git of a clone")
+def test_no_experiment_is_called_by_what_git_ignores() -> None:
+    places = [f"results/runs/{name}/part-0001.parquet" for name in experiment_names()]
+    ignored = subprocess.run(["git", "check-ignore", *places], capture_output=True, text=True, cwd=COMMITTED.parent)
+    assert ignored.returncode == 1, ignored.stdout + ignored.stderr
