@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis import frame, isnt, script
 from dora_lab import report
-from dora_lab.paper.verdict import Contrast
+from dora_lab.paper.verdict import decide, of_values
 from dora_lab.report import Block, cell_name, interval, number, statistics
 from dora_lab.report.rates import choose
 from experiments import capacity
@@ -102,19 +102,13 @@ def pair(runs: pd.DataFrame) -> dict[str, Any] | None:
         return None
     lora_RS, dora_RS = (np.array([wide[rank, name] for rank in both], float) for name in ("lora", "dora"))
     more_S = 100 * (dora_RS - lora_RS).mean(axis=0) / lora_RS.mean()
-    spread = float(more_S.std(ddof=1) / np.sqrt(len(more_S))) if len(more_S) > 1 else None
-    found = Contrast(
-        value=float(more_S.mean()), sd=spread, df=len(more_S) - 1, per_seed=tuple(more_S), facts=0, items=0
-    )  # fmt: skip
-    (low, high), (inner_low, inner_high) = (found.interval(level) or (np.nan, np.nan) for level in (0.95, 0.9))
-    verdict = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
-    if verdict == "undecided" and inner_low > -MARGIN and inner_high < MARGIN:
-        verdict = "equivalent"
+    found = of_values(more_S.tolist())
+    low, high = found.interval() or (np.nan, np.nan)
     enough = len(more_S) >= SEEDS and len(both) == len(capacity.RANKS)
     return {
         "what": "DoRA stores more than LoRA", "ranks": len(both), "seeds": len(more_S),
         "value": found.value, "low": low, "high": high,
-        "verdict": verdict if enough else f"{len(more_S)} of {SEEDS}",
+        "verdict": decide(found, "superior", MARGIN, found.p()) if enough else f"{len(more_S)} of {SEEDS}",
     }  # fmt: skip
 
 
@@ -122,8 +116,8 @@ def chosen(runs: pd.DataFrame) -> list[dict[str, Any]]:
     """A row per cell of the sweep: the rate with the most bits, and the bits at each."""
     rows = []
     for (method, rank), part in runs.groupby(["method", "rank"], dropna=False, sort=False):
-        found = choose({rate: [-value] for rate, value in zip(part["learning_rate"], part["bits"], strict=True)}, 1)
         tried = dict(sorted(zip(part["learning_rate"], part["bits"], strict=True)))
+        found = choose({rate: [-value] for rate, value in tried.items()}, 1)
         about = {"method": method, "rank": None if pd.isna(rank) else int(rank)}
         rows.append(about | {"rate": found and found.rate, "at_end": found and found.at_end, "tried": tried})
     return rows

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import script
-from dora_lab.paper.verdict import Contrast
+from dora_lab.paper.verdict import of_values
 from dora_lab.report import Block, Provenance, cell_name, interval, number, save_table
 
 MARGIN = 1.0  # percent of the base's time
@@ -51,10 +51,7 @@ def build(results: Path) -> list[Path]:
 def latency(row: dict[str, Any]) -> dict[str, Any]:
     """Percent more than the base, its interval and verdict, of a row of ratios."""
     logs = [100 * float(np.log(np.median(block))) for block in np.array_split(row["ratios"], BLOCKS)]
-    spread = float(np.std(logs, ddof=1) / np.sqrt(len(logs)))
-    found = Contrast(
-        value=float(np.mean(logs)), sd=spread, df=len(logs) - 1, per_seed=tuple(logs), facts=0, items=0
-    )  # fmt: skip
+    found = of_values(logs)
     (low, high), (inner_low, inner_high) = found.interval() or (np.nan, np.nan), found.interval(0.9) or (np.nan, np.nan)
     verdict = "slower" if low > 0 else "faster" if high < 0 else "undecided"
     if inner_low > -MARGIN and inner_high < MARGIN:

@@ -43,10 +43,9 @@ def bounds(source: str, task: Task, split: str, items: Sequence[Mapping[str, Any
 
 
 def _instructed(task: Task, split: str, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    found = {}
+    found, held = {}, gold([dict(item) for item in items])
     for name, texts in (("floor", llava.floor), ("ceiling", llava.ceiling)):
         told = texts(INSTRUCTED[task.name], split)
-        held = gold([dict(item) for item in items])
         said = {item["id"]: told[item["id"]] for item in items}
         scored = score(task.metrics[0], held, said, f"{name} of {task.name}")
         found[name] = sum(scored.values) / len(scored.values)

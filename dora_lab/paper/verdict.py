@@ -110,6 +110,13 @@ def contrast(
     )  # fmt: skip
 
 
+def of_values(values: Sequence[float]) -> Contrast:
+    """The mean of one number per seed (or of another independent draw), with t over them."""
+    sd = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+    df = None if sd is None else float(len(values) - 1)
+    return Contrast(value=float(np.mean(values)), sd=sd, df=df, per_seed=tuple(values), facts=0, items=0)
+
+
 def from_printed(
     values: Sequence[float], printed: float, noise: float | None = None, rounding: float = 0.05
 ) -> Contrast:

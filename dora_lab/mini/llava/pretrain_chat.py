@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dora_lab.mini.llava import corpus
 from dora_lab.mini.llava.talk import LETTERS, NO_ANSWER, Turn
 from dora_lab.mini.llava.views import WORDS
-from dora_lab.mini.vl.pretrain import optimizers
+from dora_lab.mini.vl.pretrain import apart, optimizers
 from dora_lab.mini.vl.questions import plural
 from dora_lab.mini.vl.scenes import COLOURS, COLUMNS, ROWS, SHAPES, SIZES
 
@@ -185,7 +185,7 @@ def guidance(attentions: tuple[Tensor, ...], batch: Batch) -> Tensor:
         (a[1][:, 1], naming_BTT), (a[2][:, 1], naming_BTT),
         (a[2][:, 0], looking_BTT), (a[3][:, 0], looking_BTT), (a[3][:, 2], right_BTT),
     )  # fmt: skip
-    return torch.stack([_apart(attention, wanted) for attention, wanted in pairs]).sum()
+    return torch.stack([apart(attention, wanted) for attention, wanted in pairs]).sum()
 
 
 def own_words(model: LlamaForCausalLM, hidden_BTH: Tensor, batch: Batch) -> Tensor:
@@ -211,15 +211,6 @@ def ends(batch: Batch) -> Tensor:
     end_BT = batch.piece_BT.ne(0)
     end_BT[:, :-1] &= batch.piece_BT[:, :-1].ne(batch.piece_BT[:, 1:])
     return end_BT
-
-
-def _apart(attention_BQK: Tensor, wanted_BQK: Tensor) -> Tensor:
-    """How far attention is from even over the wanted keys (Kullback and Leibler), mean of the queries that have any."""
-    n_BQ = wanted_BQK.sum(2)
-    logs_BQ = (attention_BQK.float().clamp_min(1e-6).log() * wanted_BQK).sum(2)
-    due_BQ = n_BQ > 0
-    apart = -logs_BQ[due_BQ] / n_BQ[due_BQ] - n_BQ[due_BQ].float().log()
-    return apart.sum() / max(1, len(apart))
 
 
 def make_model(words: int) -> LlamaForCausalLM:

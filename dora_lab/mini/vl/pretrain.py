@@ -134,17 +134,17 @@ def guidance(output: Any, batch: Batch) -> Tensor:
     loss = torch.zeros(())
     for layer, attention_BHSS in enumerate(output.encoder_attentions[:4]):
         from_BS = batch.prose_BS if layer < 2 else ~batch.prose_BS
-        loss = loss + _apart(attention_BHSS[:, 0], shared_BSS & from_BS[:, :, None])
+        loss = loss + apart(attention_BHSS[:, 0], shared_BSS & from_BS[:, :, None])
     said_BT = batch.labels_BT.ne(-100)
     said_BT[:, 0] = False  # <s>
     for head in (0, 1):
         looked_BS = (batch.things_BS & batch.evidence_B2[:, head, None]).ne(0) & batch.prose_BS
         for attention_BHTS in output.cross_attentions[3:]:
-            loss = loss + _apart(attention_BHTS[:, head], said_BT[:, :, None] & looked_BS[:, None])
+            loss = loss + apart(attention_BHTS[:, head], said_BT[:, :, None] & looked_BS[:, None])
     return loss
 
 
-def _apart(attention_BQK: Tensor, wanted_BQK: Tensor) -> Tensor:
+def apart(attention_BQK: Tensor, wanted_BQK: Tensor) -> Tensor:
     """How far attention is from even over the wanted keys (Kullback and Leibler), mean of the queries that have any."""
     n_BQ = wanted_BQK.sum(2)
     logs_BQ = (attention_BQK.float().clamp_min(1e-6).log() * wanted_BQK).sum(2)
