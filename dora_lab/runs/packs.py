@@ -7,6 +7,7 @@ streams. A run is read by the path that its folder would have: nobody but this r
 
 What base64 holds of a content (see `item_values`) lies beside it as bytes, even and odd places apart: of a float16 the
 upper byte says little more than its size, and compresses; in base64 no byte stands alone. A part is a fifth smaller.
+And a stream whose lines differ in nothing but their values lies by columns, like beside like: a tenth smaller again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ FILES = ("record.json", "metrics.jsonl", "probe.jsonl", "timing.jsonl", "eval.js
 _RUN = re.compile(r"[0-9a-f]{12}")
 _BASE64 = re.compile(rb'"((?![01]+")(?:[A-Za-z0-9+/]{4}){17,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?)"')
 _CUT = re.compile(rb'"\x00(\d+)"')  # JSON has no byte 0: what is left where so many bytes were
+_VALUE = re.compile(rb'(?<=": )(?:"(?:[^"\\]|\\.)*"|[^\s,{}\[\]"]+)')
 Files = Mapping[str, bytes]
 
 
@@ -148,15 +150,15 @@ def _apart(content: bytes) -> tuple[bytes, bytes | None]:
         found.append(base64.b64decode(text[1]))
         return b'"\x00%d"' % len(found[-1])
 
-    rest, numbers = _BASE64.sub(cut, content), b"".join(found)
-    numbers = numbers[::2] + numbers[1::2]
-    # base64 that ends in stray bits, or a byte 0 in what is no JSON: kept whole
-    whole = not numbers or b"\x00" in content or _together(rest, numbers) != content
-    return (content, None) if whole else (rest, numbers)
+    rest, numbers = _by_column(_BASE64.sub(cut, content)), b"".join(found)
+    parts = rest, numbers[::2] + numbers[1::2] if numbers else None
+    # base64 that ends in stray bits, or a byte below 3 in what is no JSON: kept whole
+    return parts if not set(content) & {0, 1, 2} and _together(*parts) == content else (content, None)
 
 
 def _together(content: bytes, numbers: bytes | None) -> bytes:
     """What `_apart` was given."""
+    content = _by_line(content)
     if numbers is None:
         return content
     joined = bytearray(len(numbers))
@@ -170,6 +172,24 @@ def _together(content: bytes, numbers: bytes | None) -> bytes:
         return b'"%b"' % base64.b64encode(joined[place - int(mark[1]) : place])
 
     return _CUT.sub(put, content)
+
+
+def _by_column(lines: bytes) -> bytes:
+    """Byte 1, what the lines have in common with byte 2 for each value, and its values a column; else `lines`."""
+    common, *others = {_VALUE.sub(b"\x02", line) for line in lines.splitlines(keepends=True)} or {b""}
+    if others or not lines.endswith(b"\n"):
+        return lines
+    columns = zip(*map(_VALUE.findall, lines.splitlines()), strict=True)
+    return b"\x01".join([b"", common, *(b"\n".join(column) for column in columns)])
+
+
+def _by_line(content: bytes) -> bytes:
+    """What `_by_column` was given."""
+    if not content.startswith(b"\x01"):
+        return content
+    common, *columns = content[1:].split(b"\x01")
+    line = common.replace(b"%", b"%%").replace(b"\x02", b"%b")
+    return b"".join(line % row for row in zip(*(column.split(b"\n") for column in columns), strict=True))
 
 
 def index(experiment: Path) -> dict[str, dict[str, object]]:
