@@ -37,6 +37,8 @@ RIGHT: dict[str, dict[str, str]] = {
     "text_vqa": {"34602": "STOP", "34603": "6"},
     "pope": {str(number): ("Yes, there is.", "No")[number % 2] for number in range(5)} | {"5": "yes"},
     "mmbench": {"3": "A", "1000003": "red"},
+    "easy_vqa_yes_no": {"0": "3"},
+    "easy_vqa_other": {"1": "2"},
 }
 # by hand: of "three" one of ten annotators says so; of POPE's random ones F1 is 2 / 3
 SUMMARY: dict[str, dict[str, float]] = {
@@ -53,6 +55,8 @@ SUMMARY: dict[str, dict[str, float]] = {
         "f1_adversarial": 1.0,
     },
     "mmbench": {"circular": 1.0, "vanilla": 1.0},
+    "easy_vqa_yes_no": {"accuracy": 0.3},
+    "easy_vqa_other": {"accuracy": 0.0},
 }
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import easy_vqa as easy_vqa_package
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from analysis.tables import visual_instruction as table
+from dora_lab.evaluation.bounds import bounds
 from dora_lab.io.errors import LoadError
 from dora_lab.launch.run import run_spec
 from dora_lab.launch.runtime import Paths
@@ -23,7 +25,7 @@ from dora_lab.runs import doctor
 from dora_lab.runs.record import read_record, run_path
 from dora_lab.runs.streams import read_rows
 from dora_lab.spec import Spec, SpecError, derive, validate
-from dora_lab.tasks import mini_llava, sources
+from dora_lab.tasks import easy_vqa, load_task, mini_llava, sources
 from experiments import visual_instruction
 from experiments.visual_instruction import MINI_TASKS, ROWS
 
@@ -91,8 +93,10 @@ def test_confirmation_has_every_row_a_base_and_the_blind(monkeypatch: pytest.Mon
     assert visual_instruction.confirmation() == [] and len(visual_instruction.reproduced()) == 2
     monkeypatch.setattr(visual_instruction, "RATES", dict.fromkeys(ROWS, 1e-3))
     made = Counter((one.method.name, one.data.name) for one in visual_instruction.confirmation())
-    seen = dict.fromkeys(((name, "mini_llava") for name in ROWS), 10)
-    assert made == {**seen, ("base", "mini_llava"): 1, ("ft", "mini_llava_blind"): 3}
+    seen = dict.fromkeys(((name, "mini_llava") for name in ROWS), 10) | dict.fromkeys(
+        ((name, "easy_vqa") for name in ROWS), 3
+    )
+    assert made == {**seen, ("base", "mini_llava"): 1, ("base", "easy_vqa"): 1, ("ft", "mini_llava_blind"): 3}
     assert [one.seed for one in visual_instruction.reproduced()] == [0, 0, 0]
 
 
@@ -141,6 +145,77 @@ def test_rows_from_start_to_end_and_their_table(base: Path, tmp_path: Path) -> N
     wanted = 100 * np.mean([item_values(row, "normalised").mean() for row in ours])  # type: ignore[arg-type]
     assert shown[1]["Normalised"].replace("−", "-") == f"{wanted:.1f}"
     assert "The paper's table 12" in text
+
+
+@pytest.fixture(scope="module")
+def second() -> sources.Items:
+    return sources.items(visual_instruction.easy(visual_instruction.mini("ft", 1e-3, 0)))
+
+
+def test_the_second_source_is_what_the_package_gives(second: sources.Items) -> None:
+    asked = easy_vqa_package.get_test_questions()
+    truth = Counter((image, question, answer) for question, answer, image in zip(*asked, strict=True))
+    held = sources.items(
+        derive(visual_instruction.easy(visual_instruction.swept("ft", 1e-3, 0)), {"data.test_items": None})
+    )
+    assert sum(map(len, held.test.values())) == sum(truth.values()) == 9673
+    for task, items in held.test.items():
+        for item in items:
+            (answer,) = {*item["answers"]}
+            assert (answer in ("yes", "no")) == (task == "easy_vqa_yes_no")
+            _, question, how = item["text"].split("\n")
+            picture = int(item["image"].stem.rsplit("_", 1)[1])
+            truth[picture, question, answer] -= 1
+            assert how == "Answer the question using a single word or phrase."
+    assert not any(truth.values())
+    paths = easy_vqa_package.get_test_image_paths()
+    for item in held.test["easy_vqa_other"][::97]:
+        assert item["image"].read_bytes() == Path(paths[int(item["image"].stem.rsplit("_", 1)[1])]).read_bytes()
+    # trained and held out: every question of the package's training part once
+    every = Counter((image, q, a) for q, a, image in zip(*easy_vqa_package.get_train_questions(), strict=True))
+    bare = [
+        (int(item["id"]), [(q.removeprefix("<image>\n").split("\n")[0], a) for q, a in item["turns"]])
+        for item in held.train["image"]
+    ]
+    every.subtract((picture, q, a) for picture, turns in bare for q, a in turns)
+    assert sum(every.values()) == len(+every) == 38575 - sum(len(turns) for _, turns in bare)
+    assert {picture for picture, _, _ in +every}.isdisjoint(picture for picture, _ in bare)
+    swept = {item["image"].read_bytes() for pool in held.validation.values() for item in pool}
+    assert len(second.train["image"]) == 3500 and held.validation
+    assert {item["image"].stem for item in second.train["image"]}.isdisjoint(str(picture) for picture, _, _ in +every)
+    assert len(swept) > 100
+
+
+def test_what_can_be_said_of_the_second_source_without_looking(second: sources.Items) -> None:
+    given: dict[str, Counter[str]] = {}
+    for item in second.train["image"]:
+        for question, answer in item["turns"]:
+            given.setdefault(question.removeprefix("<image>\n").split("\n")[0], Counter())[answer] += 1
+    for task, items in second.test.items():
+        right = [given[item["text"].split("\n")[1]].most_common(1)[0][0] == item["answers"][0] for item in items]
+        assert bounds("easy_vqa", load_task(task), "test", items) == {"floor": np.mean(right), "ceiling": 1.0}
+
+
+def test_without_the_package_the_second_source_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(easy_vqa, "find_spec", lambda name: None)
+    with pytest.raises(LoadError, match=r"not installed: pip install easy-vqa==1\.0"):
+        sources.items(visual_instruction.easy(visual_instruction.mini("ft", 1e-3, 0)))
+
+
+def test_the_second_source_from_start_to_end_and_its_block(base: Path, tmp_path: Path) -> None:
+    here = Paths(tmp_path, model_dir=base)
+    first = derive(visual_instruction.easy(visual_instruction.mini("dora", 1e-3, 0)), FEW | {"optim.epochs": "0.01"})
+    for made in (first, visual_instruction.untrained(first)):
+        assert run_spec(made, here) == "complete"
+    table.build(tmp_path)
+    text = (tmp_path / "tables" / "visual_instruction.md").read_text()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    shown = {row[0].split(" ")[0]: dict(zip(lines[0], row, strict=True)) for row in lines[2:5]}
+    assert [*shown] == ["Base", "DoRA", "floor"] and "easy_vqa" in text
+    rows = {row["task"]: row for row in read_rows(run_path(tmp_path, first), "eval")}
+    for row, key in ((shown["DoRA"], "value"), (shown["floor"], "floor")):
+        whole = (7136 * rows["easy_vqa_yes_no"][key] + 2537 * rows["easy_vqa_other"][key]) / 9673
+        assert float(row["Whole"]) == pytest.approx(100 * whole, abs=0.06)
 
 
 def test_a_swept_run_is_scored_on_validation_items(base: Path, tmp_path: Path) -> None:

@@ -36,9 +36,17 @@ def asked(names: list[Any], image: str, text: str) -> list[dict[str, Any]]:
 def save_benchmarks(home: Path) -> Path:
     """LLaVA's playground/data/eval, in small; returns the folder."""
     rows: list[Any]
-    for place in ("vqav2/test2015/{}.png", "gqa/data/images/{}.png", "vizwiz/test/{}.png", "vizwiz/val/{}.png",
-                  "textvqa/train_images/{}.png", "pope/val2014/{}.png", "scienceqa/images/test/{}/image.png",
-                  "vqav2/val2014/COCO_val2014_00000000000{}.jpg"):  # fmt: skip
+    for place in (
+        "vqav2/test2015/{}.png",
+        "gqa/data/images/{}.png",
+        "vizwiz/test/{}.png",
+        "vizwiz/val/{}.png",
+        "textvqa/train_images/{}.png",
+        "pope/val2014/{}.png",
+        "scienceqa/images/test/{}/image.png",
+        "vqav2/val2014/COCO_val2014_00000000000{}.jpg",
+        "easy_vqa/val2014/COCO_val2014_00000000000{}.jpg",
+    ):
         for number in range(2):
             save_image(home / place.format(number), "red")
     lines(home / "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", asked([7, 8], "{}.png", "What"))
@@ -50,6 +58,10 @@ def save_benchmarks(home: Path) -> Path:
     )
     whole(home / VQA,
           {"annotations": [{"question_id": n, "answers": said} for n in range(2)]})  # fmt: skip
+    for file in ("v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"):
+        (home / "easy_vqa" / file).write_bytes((home / "vqav2" / file).read_bytes())
+    kinds = [{"question_id": n, "answers": said, "answer_type": kind} for n, kind in enumerate(("yes/no", "other"))]
+    whole(home / "easy_vqa/v2_mscoco_val2014_annotations.json", {"annotations": kinds})
     lines(home / GQA, asked(["201", "202"], "{}.png", "Where"))
     whole(home / "gqa/data/testdev_balanced_questions.json", {"201": {"answer": "left"}, "202": {"answer": "no"}})
     lines(home / "vizwiz/llava_test.jsonl", asked([0, 1], "{}.png", "Which"))

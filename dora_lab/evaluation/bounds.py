@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dora_lab.metrics import score
 from dora_lab.mini import llava, vl
-from dora_lab.tasks import Task, mini_llava, mini_pictures
+from dora_lab.tasks import Task, easy_vqa, mini_llava, mini_pictures
 from dora_lab.tasks.image_text_novel import ENDING
-from dora_lab.tasks.visual_instruction.benchmarks import gold
+from dora_lab.tasks.visual_instruction.benchmarks import gold, right_answer
 
 FAMILIES = {"vqa": "vqa", "gqa": "gqa", "nlvr2": "nlvr2", "coco_caption": "coco"}  # task: of `mini.vl`
 INSTRUCTED = {"vqav2_val": "vqa", "vizwiz_val": "vizwiz", "science_qa": "sqa", "pope": "pope"}  # of `mini.llava`
@@ -21,10 +21,13 @@ def bounds(source: str, task: Task, split: str, items: Sequence[Mapping[str, Any
 
     floor: the answer that training items of its kind have most often, of captions one and the same for all; ceiling:
     the truth, of captions a person's, held against the other four. A blind source has those of the other. Of
-    "mini_llava": see `mini.llava.floor`.
+    "mini_llava": see `mini.llava.floor`; of "easy_vqa" the floor is what the very question has most often.
     """
     if source in mini_llava.SOURCES:
-        return _instructed(task, split, items)
+        floor, ceiling = (texts(INSTRUCTED[task.name], split) for texts in (llava.floor, llava.ceiling))
+        return _instructed(task, items, lambda item: floor[item["id"]], lambda item: ceiling[item["id"]])
+    if source == easy_vqa.NAME:
+        return _instructed(task, items, lambda item: easy_vqa.guess(item["text"].split("\n")[1]), right_answer)
     family = FAMILIES.get(task.name.removesuffix(ENDING))
     if source not in mini_pictures.SOURCES or family is None:
         return {}
@@ -42,11 +45,12 @@ def bounds(source: str, task: Task, split: str, items: Sequence[Mapping[str, Any
     return found
 
 
-def _instructed(task: Task, split: str, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _instructed(
+    task: Task, items: Sequence[Mapping[str, Any]], floor: Callable[[Any], str], ceiling: Callable[[Any], str]
+) -> dict[str, float]:
     found, held = {}, gold([dict(item) for item in items])
-    for name, texts in (("floor", llava.floor), ("ceiling", llava.ceiling)):
-        told = texts(INSTRUCTED[task.name], split)
-        said = {item["id"]: told[item["id"]] for item in items}
+    for name, text in (("floor", floor), ("ceiling", ceiling)):
+        said = {item["id"]: text(item) for item in items}
         scored = score(task.metrics[0], held, said, f"{name} of {task.name}")
         found[name] = sum(scored.values) / len(scored.values)
     return found

@@ -109,7 +109,7 @@ def _of_family(spec: Any) -> list[Rule]:
             "evaluation.split",
             evaluation.split,
             evaluation.split == "test" or (evaluation.split == "validation" and data.name != "llava_v1_5"),
-            "test with llava, whose benchmarks have no other items (of embedded data validation, too)",
+            "test with llava, whose benchmarks have no other items (of data written here validation, too)",
         ),
         ("model.rescale", spec.model.rescale, not spec.model.rescale, "empty with llava"),
         ("model.pad", spec.model.pad, spec.model.pad == "own", "own with llava"),

@@ -1,5 +1,5 @@
-"""Source "llava_v1_5": the conversations and benchmarks of LLaVA-1.5, a folder as its ``playground/data``; and the
-embedded worlds in the same layout (see `mini_llava`). No torch.
+"""Source "llava_v1_5": the conversations and benchmarks of LLaVA-1.5, a folder as its ``playground/data``; and sources
+that are written here in the same layout (see `mini_llava` and `easy_vqa`). No torch.
 
 In it lie ``llava_v1_5_mix665k.json``, the folders of images that it names, and ``eval/`` (see
 `visual_instruction.benchmarks`).
@@ -15,19 +15,20 @@ from typing import Any
 from dora_lab.io.errors import LoadError
 from dora_lab.io.files import hash_files
 from dora_lab.spec import Data
-from dora_lab.tasks import family, load_task, mini_llava, vl_adapter
+from dora_lab.tasks import easy_vqa, family, load_task, mini_llava, vl_adapter
 from dora_lab.tasks.conversations import Item, read_conversations
 from dora_lab.tasks.visual_instruction.benchmarks import FILES, right_answer
 
 NAME = "llava_v1_5"
-NAMES = (NAME, *mini_llava.SOURCES)
+WRITTEN = {**dict.fromkeys(mini_llava.SOURCES, mini_llava), easy_vqa.NAME: easy_vqa}  # by name, who writes its folder
+NAMES = (NAME, *WRITTEN)
 MIX = "llava_v1_5_mix665k.json"
 Pools = Mapping[str, list[Item]]
 
 
 def read(split: str, data: Data, data_dir: Path | None) -> dict[str, list[Item]]:
     """All items of a split: the conversations with an image and without ("train"), or the benchmarks by name ("test";
-    of embedded worlds "validation", too).
+    of sources that are written here "validation", too).
 
     Raises LoadError without a folder, for a task that is no benchmark of LLaVA's and for another folder than
     `data.sha256` says; ItemError for files that cannot be used.
@@ -56,8 +57,8 @@ def benchmarks(root: Path) -> Path:
 
 def identity(data: Data, data_dir: Path | None) -> dict[str, Any]:
     """What identifies conversations and questions as they are on this machine now (images: `images`)."""
-    if data.name in mini_llava.SOURCES:
-        return {"revision": None, "sha256": mini_llava.sha256(data.name)}
+    if data.name in WRITTEN:
+        return {"revision": None, "sha256": WRITTEN[data.name].sha256(data.name)}
     return {"revision": None, "sha256": hash_files_of(folder(data, data_dir))}
 
 
@@ -112,8 +113,8 @@ def hash_files_of(root: Path) -> str:
 
 def folder(data: Data, data_dir: Path | None) -> Path:
     """The folder of a source."""
-    if data.name in mini_llava.SOURCES:
-        return mini_llava.folder(data.name)
+    if data.name in WRITTEN:
+        return WRITTEN[data.name].folder(data.name)
     if data_dir is None:
         raise LoadError(f"data '{NAME}' is a local folder, LLaVA's playground/data: give it with --data-dir")
     return Path(data_dir)

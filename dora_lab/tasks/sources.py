@@ -6,7 +6,7 @@ that repository (``<task>/train.json`` and ``<task>/test.json``, or these below 
 ``commonsense_170k.json`` of such a folder (in it or in ``ft-training_set/``), else the hub's copy at `data.revision`;
 "vl_adapter", items about pictures with their features, and "mini_vl" and "mini_vl_blind", an embedded world of them
 (see `vl_adapter`); "llava_v1_5", conversations and benchmarks about images, and "mini_llava" and "mini_llava_blind", an
-embedded world of them (see `llava`).
+embedded world of them, and "easy_vqa", a package's (see `llava`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dora_lab.io.errors import LoadError
 from dora_lab.io.files import hash_files
 from dora_lab.io.hub import snapshot
 from dora_lab.spec import Data, Spec, did_you_mean
-from dora_lab.tasks import Task, all_tasks, check_items, llava, load_task, mini_llava, read_items, vl_adapter
+from dora_lab.tasks import Task, all_tasks, check_items, llava, load_task, read_items, vl_adapter
 from dora_lab.tasks.cloze import as_cloze
 from dora_lab.tasks.commonsense.released_files import MIX, describe
 from dora_lab.tasks.pictures import Pictures
@@ -238,7 +238,7 @@ def _split(pools: Pools, data: Data, data_dir: Path | None) -> tuple[Pools, Pool
     if data.holdout == "mixed":
         return _split_mixed(pools, data)
     pools = {name: _shuffled(pool, name) for name, pool in pools.items()}
-    if data.name in (*mini.WORLDS, *vl_adapter.NAMES, *mini_llava.SOURCES):
+    if data.name in (*mini.WORLDS, *vl_adapter.NAMES, *llava.WRITTEN):
         own = _formed(_read(data.name, "validation", data, data_dir), data) if data.validation_items else {}
         held = _shares(own, data.validation_items)
         validation = {name: pool[: held[name]] for name, pool in own.items()}

@@ -26,6 +26,10 @@ UNANSWERABLE = "When the provided information is insufficient, respond with 'Una
 LETTERS = "ABCDE"
 EVERY = "vqav2/llava_vqav2_mscoco_test2015.jsonl"  # all of VQAv2's test questions
 POPE = ("random", "popular", "adversarial")
+QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"  # VQA's own names of its validation set
+ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
+PICTURE = "COCO_val2014_{:012}.jpg"
+EASY, YES_NO = "easy_vqa", "yes/no"  # a folder (`tasks.easy_vqa`); the type of an answer, VQA's word
 
 
 def _asked(file: Path, images: Path) -> list[Item]:
@@ -53,22 +57,39 @@ def vqav2_test_dev(folder: Path) -> list[Item]:
 
 def vqav2_val(folder: Path) -> list[Item]:
     """VQAv2's validation set, from VQA's own files."""
-    home, items = folder / "vqav2", []
-    answers = {}
-    file = home / "v2_mscoco_val2014_annotations.json"
+    return _vqa(folder / "vqav2")
+
+
+def easy_vqa_yes_no(folder: Path) -> list[Item]:
+    """The questions of easy-vqa whose answer is yes or no."""
+    return _vqa(folder / EASY, lambda kind: kind == YES_NO)
+
+
+def easy_vqa_other(folder: Path) -> list[Item]:
+    """All others: a colour or a shape."""
+    return _vqa(folder / EASY, lambda kind: kind != YES_NO)
+
+
+def _vqa(home: Path, taken: Callable[[Any], bool] = lambda kind: True) -> list[Item]:
+    """Questions whose type of answer is taken, from a folder with VQA's files."""
+    answers, items = {}, []
+    file = home / ANNOTATIONS
     for number, row in enumerate(_list(file, "annotations")):
         at = f"{file}, annotation {number}"
-        answers[row.get("question_id")] = _said(row, at)
-    file = home / "v2_OpenEnded_mscoco_val2014_questions.json"
+        answers[row.get("question_id")] = _said(row, at), taken(row.get("answer_type"))
+    file = home / QUESTIONS
     for number, row in enumerate(_list(file, "questions")):
         at = f"{file}, question {number}"
         if (name := row.get("question_id")) not in answers:
             raise ItemError(f"{at}: question {name!r:.80} is not in the annotations; fetch both again")
+        said, mine = answers[name]
+        if not mine:
+            continue
         if not isinstance(picture := row.get("image_id"), int):
             raise ItemError(f"{at}, field 'image_id': expected a number, got {picture!r:.80}; fetch it again")
-        image = image_file(home / "val2014", f"COCO_val2014_{picture:012}.jpg", f"{at}, field 'image_id'")
+        image = image_file(home / "val2014", PICTURE.format(picture), f"{at}, field 'image_id'")
         text = f"{IMAGE}\n{_text(row, 'question', at)}\n{SHORT}"
-        items.append({"id": str(name), "image": image, "text": text, "where": at, "answers": answers[name]})
+        items.append({"id": str(name), "image": image, "text": text, "where": at, "answers": said})
     return items
 
 
@@ -219,7 +240,7 @@ def _nothing(cell: Any) -> bool:
 # the files that each reads, below the folder
 FILES: Mapping[str, tuple[str, ...]] = {
     "vqav2_test_dev": ("vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", EVERY),
-    "vqav2_val": ("vqav2/v2_mscoco_val2014_annotations.json", "vqav2/v2_OpenEnded_mscoco_val2014_questions.json"),
+    "vqav2_val": (f"vqav2/{ANNOTATIONS}", f"vqav2/{QUESTIONS}"),
     "gqa_testdev": ("gqa/llava_gqa_testdev_balanced.jsonl", "gqa/data/testdev_balanced_questions.json"),
     "vizwiz_test": ("vizwiz/llava_test.jsonl",),
     "vizwiz_val": ("vizwiz/val.json",),
@@ -229,6 +250,7 @@ FILES: Mapping[str, tuple[str, ...]] = {
     "text_vqa": ("textvqa/llava_textvqa_val_v051_ocr.jsonl", "textvqa/TextVQA_0.5.1_val.json"),
     "pope": ("pope/llava_pope_test.jsonl", *(f"pope/coco/coco_pope_{kind}.json" for kind in POPE)),
     "mmbench": ("mmbench/mmbench_dev_20230712.tsv",),
+    **dict.fromkeys(("easy_vqa_yes_no", "easy_vqa_other"), (f"{EASY}/{ANNOTATIONS}", f"{EASY}/{QUESTIONS}")),
 }  # fmt: skip
 
 
@@ -254,6 +276,8 @@ TASKS = (
     _task("text_vqa", "VQAT", text_vqa, "vqa_m4c", 5_000),
     _task("pope", "POPE", pope, "pope_released", 8_910, headline="f1"),
     _task("mmbench", "MMBench", mmbench, "mmbench", 4_377, headline="circular"),
+    _task("easy_vqa_yes_no", "easy-VQA yes/no", easy_vqa_yes_no, "vqa_released", 7_136),
+    _task("easy_vqa_other", "easy-VQA other", easy_vqa_other, "vqa_released", 2_537),
 )
 
 
