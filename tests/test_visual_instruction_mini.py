@@ -16,6 +16,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from analysis.tables import visual_instruction as table
 from dora_lab.evaluation.bounds import bounds
 from dora_lab.io.errors import LoadError
+from dora_lab.launch import select
 from dora_lab.launch.run import run_spec
 from dora_lab.launch.runtime import Paths
 from dora_lab.mini.llava import families, pretrain, pretrain_chat, pretrain_vision
@@ -225,3 +226,9 @@ def test_a_swept_run_is_scored_on_validation_items(base: Path, tmp_path: Path) -
     assert (row["task"], row["n"]) == ("vqav2_val", 16)
     assert row["floor"] < row["ceiling"] == 1
     assert row["answer_nll"] > 0
+
+
+def test_a_folder_is_not_ignored_where_the_pictures_are_the_labs(tmp_path: Path) -> None:
+    (made, *_) = visual_instruction.sweep()
+    with pytest.raises(SpecError, match=r"--data-dir .*: mini runs read pictures of their own; choose --tier paper"):
+        select._with_data(made, tmp_path)
