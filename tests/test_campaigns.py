@@ -12,8 +12,10 @@ import pandas as pd
 import pytest
 import torch
 
+from analysis.figures import capacity as capacity_figure
 from analysis.figures import ranks as ranks_figure
 from analysis.figures import samples as samples_figure
+from analysis.figures import stability as stability_figure
 from analysis.tables import capacity as capacity_table
 from analysis.tables import merge as merge_table
 from analysis.tables import stability as table
@@ -70,6 +72,15 @@ def test_the_logistic_curve_is_the_one_that_the_shares_come_from() -> None:
     times = 2.0 ** np.arange(6)
     share = 1 / (1 + np.exp(-2.0 * (np.log2(times) - 2.3)))
     assert table._half_point(times, share) == pytest.approx(2.3, abs=1e-3)
+
+
+def test_failures_are_drawn_in_percent_beside_the_likelihood() -> None:
+    found = stability_figure.over_times(table.measured(runs_above({"lora": 3, "dora": 4})))
+    drawn = found.set_index(["column", "label", "x"])["y"]
+    for label, first in (("LoRA", 3), ("DoRA", 4)):
+        shares = [drawn[stability_figure.FAILED, label, 2.0**k] for k in range(6)]
+        assert shares == [100.0 * (k >= first) for k in range(6)]
+    assert list(found["column"].unique()) == [stability_figure.LOSS, stability_figure.FAILED]
 
 
 def test_a_rank_is_the_mean_of_its_seeds() -> None:
@@ -162,6 +173,18 @@ def test_bits_are_what_an_item_could_say_less_what_is_left_unknown() -> None:
     found = runs.set_index("method")
     assert found["of"].tolist() == [80, 80] and found.loc["ft", "bits"] == pytest.approx(80)
     assert found.loc["lora", "bits"] == pytest.approx(20) and found.loc["lora", "correct"] == pytest.approx(42)
+
+
+def test_what_is_stored_is_drawn_over_ranks_and_per_parameter() -> None:
+    sizes = {("ft", None): 1000, ("lora", 1): 100, ("lora", 2): 200}
+    rows = [{"method": method, "rank": rank, "bits": 50.0 + seed, "of": 80.0, "params.trainable": size}
+            for (method, rank), size in sizes.items() for seed in range(3)]  # fmt: skip
+    drawn = capacity_figure.over_ranks(pd.DataFrame(rows)).set_index(["column", "label", "x"])["y"]
+    assert drawn[capacity_figure.STORED, "LoRA", 2] == pytest.approx(51)
+    assert drawn[capacity_figure.EACH, "LoRA", 2] == pytest.approx(255)
+    for x in capacity.RANKS:
+        assert drawn[capacity_figure.EACH, "FT", x] == pytest.approx(51)
+        assert drawn[capacity_figure.STORED, "all", x] == 80
 
 
 @pytest.mark.parametrize(
