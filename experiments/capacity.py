@@ -23,7 +23,21 @@ ITEMS, EPOCHS = 256, 16.0
 SWEEP_SEED = 100
 STEPS = (1 / 2, 1, 2)  # of the rate that one pass over true labels chose; rank 1 begins at rank 2's
 # results/tables/capacity: as the sweep chose, frozen before any run of `confirmation`
-RATES: dict[tuple[str, int | None], float] = {}
+RATES: dict[tuple[str, int | None], float] = {
+    ("ft", None): 0.0018,
+    ("lora", 1): 0.032,
+    ("lora", 2): 0.017,
+    ("lora", 4): 0.012,
+    ("lora", 8): 0.0082,
+    ("lora", 16): 0.012,
+    ("lora", 32): 0.0051,
+    ("dora", 1): 0.019,
+    ("dora", 2): 0.018,
+    ("dora", 4): 0.014,
+    ("dora", 8): 0.012,
+    ("dora", 16): 0.012,
+    ("dora", 32): 0.005,
+}
 
 
 def specs(tier: str) -> list[Spec]:
