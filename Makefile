@@ -42,8 +42,10 @@ notebooks: setup  ## open the notebooks
 mini-base: setup  ## pretrain the embedded base again (24 M tokens, about an hour on one core)
 	$(BIN)/python -m dora_lab.mini.pretrain
 
-mini-vl-base: setup  ## pretrain the text base of the world of pictures (about 40 minutes on one core)
+mini-vl-base: setup  ## make the base of the world of pictures: prose, sentences at one place, where pictures begin (50 minutes of a core)
 	$(BIN)/python -m dora_lab.mini.vl.pretrain
+	$(BIN)/python -m dora_lab.mini.vl.merged
+	$(BIN)/python -m dora_lab.mini.vl.align
 
 mini-llava-base: setup  ## make the base of visual_instruction's mini tier: encoder, language model, projector (about 20 minutes on one core)
 	$(BIN)/python -m dora_lab.mini.llava.pretrain

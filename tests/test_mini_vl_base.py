@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import BartForConditionalGeneration, PreTrainedTokenizerFast
 
 from dora_lab.mini import vl
-from dora_lab.mini.vl import corpus, families, pretrain
+from dora_lab.mini.vl import align, corpus, families, merged, pretrain
 from dora_lab.models.vl_bart import open_vl_bart
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,6 +80,28 @@ def test_guidance_is_nothing_just_where_heads_look_evenly_at_what_is_wanted(toke
     assert loss(name_BSS, cross_BHTS) > 1  # at one word of a sentence alone
 
 
+@pytest.mark.parametrize("kind", ["relation", "pair"])
+def test_all_words_of_a_sentence_are_read_at_one_place(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Held against the document's own segments; of two pictures each sentence has the words that say which, too."""
+    documents = [corpus.exam(kind, number) for number in range(6)]
+    batch = pretrain.encode(tokenizer, documents)
+    places, read_BNS = merged.merge(batch)
+    for row, document in enumerate(documents):
+        mark, wanted = "", []
+        for text, bits in document.told[document.questions :]:
+            mark = mark if bits else text
+            wanted.append((bits, mark + text if bits else text))
+        at = places.prose_BS[row].nonzero().flatten().tolist()
+        said = [(int(places.things_BS[row, n]), tokenizer.decode(batch.ids_BS[row][read_BNS[row, n]])) for n in at]
+        assert [(bits, text.replace(" ", "")) for bits, text in said] == [
+            (bits, text.replace(" ", "")) for bits, text in wanted
+        ]
+        alone = read_BNS[row].any(1) & ~places.prose_BS[row]  # words of the question, each at its own place
+        words = batch.ids_BS[row][~batch.prose_BS[row] & batch.ids_BS[row].ne(1)]
+        assert read_BNS[row][alone].sum(1).eq(1).all()
+        assert batch.ids_BS[row][read_BNS[row][alone].int().argmax(1)].tolist() == words.tolist()
+
+
 def test_a_run_is_repeated_to_the_byte_and_says_what_it_was(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     for name in ("one", "other"):
         tokenizer.save_pretrained(tmp_path / name)
@@ -87,6 +112,21 @@ def test_a_run_is_repeated_to_the_byte_and_says_what_it_was(tmp_path: Path, toke
     assert told["sha256"] == hashlib.sha256(weights[0]).hexdigest()
     assert told["documents"] == 64 and told["gate"].keys() == corpus.SHARES.keys() - {*corpus.OPEN}
     assert sum(file.stat().st_size for file in (tmp_path / "one").iterdir()) <= 4 * 1024**2
+    for name in ("one", "other"):
+        merged.go_on(2, tmp_path / name, questions=2)
+    again = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other")]
+    assert again[0] == again[1] != weights[0]
+    second = json.loads((tmp_path / "one" / "record.json").read_text())
+    assert second["sha256"] == hashlib.sha256(again[0]).hexdigest() and second["merged"]["began_from"] == told["sha256"]
+    assert second["merged"]["gate"].keys() == told["gate"].keys() and second["documents"] == 64
+    with pytest.raises(SystemExit, match="this base had its second part"):
+        merged.go_on(2, tmp_path / "one")
+    for name in ("one", "other"):
+        align.align(tmp_path / name)
+    last = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other")]
+    third = json.loads((tmp_path / "one" / "record.json").read_text())
+    assert last[0] == last[1] != again[0] and third["sha256"] == hashlib.sha256(last[0]).hexdigest()
+    assert third["merged"] == second["merged"]
 
 
 def test_an_untrained_bart_of_its_sizes_opens_as_vl_bart_and_learns_from_features(
@@ -123,6 +163,52 @@ def test_from_prose_it_answers_what_it_never_read(model: BartForConditionalGener
     hits = pretrain.answers(model, own, kind, 100)
     assert sum(hits) >= 85
     assert abs(sum(hits) / 100 - record()["gate"][kind]) < 0.1
+
+
+def test_where_pictures_begin_is_the_fit_of_its_own_words(model: BartForConditionalGeneration) -> None:
+    """Held against normal equations on a fifth of the pictures, and against what the base's folder holds."""
+    words = PreTrainedTokenizerFast.from_pretrained(vl.folder())
+    keys = sorted({key for key, _ in families.vqa("train")})
+    found, explained = align.fitted(model, words, keys[::5])
+    told = Random("align")
+    rows_PF, sums_PD = [], []
+    for key in keys[::5]:
+        things = families.shown("COCO", key)
+        grid = vl.features(things, key).astype(np.float64).reshape(6, 6, 64)
+        rows_PF += [grid[r : r + 2, c : c + 2].max((0, 1)) for r in (0, 2, 4) for c in (0, 2, 4)]
+        for sentences in align.said(things, told):
+            ids = [words(text, add_special_tokens=False)["input_ids"] for text in sentences]
+            sums_PD.append(np.mean([model.get_input_embeddings().weight[one].sum(0).tolist() for one in ids], axis=0))
+    X_PF = np.c_[rows_PF, np.ones(len(rows_PF))]
+    middle_D = model.get_encoder().embed_positions.weight[2:40].mean(0).tolist()
+    W_FD = np.linalg.solve(X_PF.T @ X_PF, X_PF.T @ (np.array(sums_PD) + middle_D))
+    prefix = f"{align.VISUAL}.feature"
+    assert found[f"{prefix}.0.weight"].numpy() == pytest.approx(W_FD[:-1].T, abs=1e-5)
+    assert found[f"{prefix}.0.bias"].numpy() == pytest.approx(W_FD[-1], abs=1e-5)
+    assert 0.8 < explained < 0.95
+    shipped = load_file(vl.folder() / "model.safetensors")
+    whole, explained = align.fitted(model, words, keys)
+    for name, tensor in whole.items():
+        assert torch.equal(shipped[name].float(), tensor.to(torch.bfloat16).float()) or torch.allclose(
+            shipped[name].float(), tensor.float(), rtol=0.01, atol=1e-3
+        )
+    assert record()["aligned"] == {"pictures": len(keys), "explained": pytest.approx(explained, abs=1e-3)}
+
+
+def test_every_row_begins_with_the_bases_own_visual_embedding() -> None:
+    held = load_file(vl.folder() / "model.safetensors")
+    for seed in (0, 1):
+        opened, _ = open_vl_bart(vl.folder(), vl.SHAPE[1], seed)
+        own = {name: tensor for name, tensor in opened.state_dict().items() if name.startswith(align.VISUAL)}
+        assert own.keys() == {name for name in held if name.startswith(align.VISUAL)} and len(own) == 9
+        assert all(torch.equal(tensor, held[name].float()) for name, tensor in own.items())
+
+
+@pytest.mark.parametrize("kind", ["where", "relation"])
+def test_sentences_at_one_place_are_read_as_well(model: BartForConditionalGeneration, kind: str) -> None:
+    own = PreTrainedTokenizerFast.from_pretrained(vl.folder())
+    hits = merged.answers(model, own, kind, 100)
+    assert abs(sum(hits) / 100 - record()["merged"]["gate"][kind]) < 0.1 and sum(hits) >= 90
 
 
 def test_the_tokenizer_has_the_words_that_its_recipe_gives(tokenizer: PreTrainedTokenizerFast) -> None:

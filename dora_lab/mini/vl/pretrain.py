@@ -1,6 +1,7 @@
-"""How the text base of VL-BART's mini tier is made: `make mini-vl-base`; record: `base/record.json`.
+"""How the base of VL-BART's mini tier is made: `make mini-vl-base`; record: `base/record.json`.
 
-As BART's, its pretraining is text alone: what it knows of pictures it learns in fine-tuning.
+As BART's, its pretraining is text alone, here and in its second part (`merged`); `align` then gives it the place where
+pictures begin. What it knows of pictures beyond that it learns in fine-tuning.
 """
 
 from __future__ import annotations
@@ -295,6 +296,11 @@ def answers(
 def save(model: BartForConditionalGeneration, out: Path, record: dict[str, Any]) -> None:
     """Write the base in bfloat16 with a record of how it was made."""
     cast(Any, model).to(torch.bfloat16).save_pretrained(out)
+    seal(out, record)
+
+
+def seal(out: Path, record: dict[str, Any]) -> None:
+    """Write the record, with the hash of the weights as they are now."""
     record["sha256"] = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
     (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
 
