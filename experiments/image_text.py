@@ -8,8 +8,9 @@ mini: the embedded world of pictures (source `mini_vl`: scenes as files of featu
 its base, which like BART has read text alone; the rows below at rank 16, float32, no decay. Unlike the paper's, the
 visual embedding does not begin at random but where the base has it (`dora_lab.mini.vl.align`: a least-squares map from
 a place to the words for what is there), because within minutes that map is not found; in every row it is trained at
-one and the same rate, and a sweep chooses that of all else. What is claimed: registered/image_text.md. Scored on test items and, under names of their own, on items about combinations of colour and
-shape that no other split shows; an untrained model and a blind one (all features zero) stand beside.
+one and the same rate, and a sweep chooses that of all else. What is claimed: registered/image_text.md. Scored on test
+items and, under names of their own, on items about combinations of colour and shape that no other split shows; an
+untrained model and a blind one (all features zero) stand beside.
 
 paper: facebook/bart-base with frozen CLIP RN101 features of the pictures; VQA v2 (Karpathy's split), GQA (testdev),
 NLVR2 and captions of COCO (Karpathy's), all scored locally. DATASETS is the tree that VL-Adapter released, or the
