@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -104,6 +104,21 @@ class Layout:
         ignored = self.model._keys_to_ignore_on_load_unexpected or ()
         return ".".join(key.split(".")[-2:]) in tails or any(re.search(pattern, key) for pattern in ignored)
 
+    def unfilled(self, keys: Iterable[str]) -> list[str]:
+        """Parameters that none of a file's tensors is, under any of their names where weights are tied."""
+        filled = {self._ids.get(self.parameter(key)[0] or "") for key in keys}
+        return [name for name, number in self._ids.items() if number not in filled]
+
+    def unlike(self, shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, Sequence[int], tuple[int, ...]]]:
+        """(name, shape in the file, in the model) of tensors that are a parameter whole and of another shape."""
+        found: dict[str, list[str]] = {}
+        for key in shapes:
+            name, turned = self.parameter(key)
+            if name is not None and not turned:
+                found.setdefault(name, []).append(key)
+        whole = [(keys[0], shapes[keys[0]], self.shape(name)) for name, keys in found.items() if len(keys) == 1]
+        return [(key, held, wanted) for key, held, wanted in whole if tuple(held) != wanted]
+
     def shape(self, parameter: str) -> tuple[int, ...]:
         """Shape of a parameter in the model, which a file may hold in parts."""
         return tuple(self._state[parameter].shape)
@@ -119,7 +134,7 @@ def layout_of(folder: Path, tensors: int) -> Layout | str:
         return f"{folder} has no config.json, which says what its layers are; put the model's there"
     config = read_object(folder, "config.json")
     try:
-        with _quiet():
+        with quiet():
             return Layout(_built(folder, config, tensors))
     except CheckpointError:
         raise
@@ -169,8 +184,8 @@ def at_most(tensors: int, folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing is loaded, so what transformers says of weights and settings concerns nobody."""
+def quiet() -> Iterator[None]:
+    """What transformers says of weights and settings concerns nobody: what is wrong with them is an error here."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
