@@ -109,15 +109,19 @@ class Layout:
         filled = {self._ids.get(self.parameter(key)[0] or "") for key in keys}
         return [name for name, number in self._ids.items() if number not in filled]
 
-    def unlike(self, shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, Sequence[int], tuple[int, ...]]]:
-        """(name, shape in the file, in the model) of tensors that are a parameter whole and of another shape."""
+    def whole(self, keys: Iterable[str]) -> dict[str, str]:
+        """Name of a parameter -> the tensor of a file that is all of it, the way the model stores it."""
         found: dict[str, list[str]] = {}
-        for key in shapes:
+        for key in keys:
             name, turned = self.parameter(key)
             if name is not None and not turned:
                 found.setdefault(name, []).append(key)
-        whole = [(keys[0], shapes[keys[0]], self.shape(name)) for name, keys in found.items() if len(keys) == 1]
-        return [(key, held, wanted) for key, held, wanted in whole if tuple(held) != wanted]
+        return {name: parts[0] for name, parts in found.items() if len(parts) == 1}
+
+    def unlike(self, shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, Sequence[int], tuple[int, ...]]]:
+        """(name, shape in the file, in the model) of tensors that are a parameter whole and of another shape."""
+        shaped = [(key, shapes[key], self.shape(name)) for name, key in self.whole(shapes).items()]
+        return [(key, held, wanted) for key, held, wanted in shaped if tuple(held) != wanted]
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         """Shape of a parameter in the model, which a file may hold in parts."""
