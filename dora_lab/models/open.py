@@ -120,7 +120,7 @@ def _refuse_unfit(
     name = type(model).__name__
     if missing:
         raise CheckpointError(
-            f"{folder}: the weights do not fill the model: {len(missing)} parameters of a {name}, the first is "
+            f"{folder}: the weights do not fill the model: {len(missing)} of a {name}'s parameters, the first is "
             f"'{min(missing)}', are not in the file; fetch the model again, or correct config.json"
         )
     if unlike:
@@ -131,7 +131,7 @@ def _refuse_unfit(
         )
     if left:
         raise CheckpointError(
-            f"{folder}: {len(left)} tensors of the file, the first is '{min(left)}', have no place in a {name}; "
+            f"{folder}: {len(left)} of the file's tensors, the first is '{min(left)}', have no place in a {name}; "
             "correct config.json (architectures, number of layers), or fetch the model again"
         )
 
