@@ -223,7 +223,7 @@ def test_a_saved_one_opens_as_itself(folder: Path, tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     for lost in ("model.encoder.visual_embedding.box.0.bias", "model.decoder.layers.0.fc1.bias"):
         save_file({k: t for k, t in tensors.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
-        with pytest.raises(CheckpointError, match=f"do not fill the model .*{lost}"):
+        with pytest.raises(CheckpointError, match=f"do not fill the model: .*{lost}"):
             open_vl_bart(tmp_path, WIDTH, seed=0)
 
 

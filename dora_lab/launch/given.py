@@ -80,33 +80,26 @@ def refuse_unfit(specs: Sequence[Spec], paths: Paths) -> None:
     """
     from dora_lab.evaluation.evaluate import prepare
     from dora_lab.forms.decoder import encode
+    from dora_lab.io.files import header
     from dora_lab.methods.inject import inject
+    from dora_lab.models.layout import Layout
     from dora_lab.probing.watched import watched
     from dora_lab.tasks.limits import limits
 
     folder = model_folder(specs[0].model, paths.model_dir)
     for spec in {spec.method.name: spec for spec in specs}.values():
         model, tokenizer = outline_and_tokenizer(folder)
+        stored = Layout(model).whole(key for file in sorted(folder.glob("*.safetensors")) for key in header(file))
         inject(model, spec.method, spec.seed)
-        if spec.probe is not None:
-            stored = _names(folder)
-            prefix = f"{model.base_model_prefix}."
-            for layer in watched(model, None):
-                if layer.base is None and not {layer.name, layer.name.removeprefix(prefix)} & stored:
-                    raise LoadError(
-                        f"{folder}: '{layer.name}.weight' is stored under another name, so its change under "
-                        f"{spec.method.name} cannot be measured; leave {spec.method.name} out"
-                    )
+        for layer in watched(model, None) if spec.probe is not None else ():
+            if layer.base is None and f"{layer.name}.weight" not in stored:
+                raise LoadError(
+                    f"{folder}: '{layer.name}.weight' is stored in parts or turned, so its change under "
+                    f"{spec.method.name} cannot be measured; leave {spec.method.name} out"
+                )
     for spec in {spec.evaluation.split: spec for spec in specs}.values():
         model, tokenizer = outline_and_tokenizer(folder)
         items = sources.items(spec, paths.data_dir)
         prepare(spec, model, tokenizer, items.split(spec.evaluation.split))
         for pool in (items.train, items.validation):
             encode(pool, spec.data, tokenizer, limits(model))
-
-
-def _names(folder: Path) -> set[str]:
-    """The modules that the weights of a folder are of."""
-    from dora_lab.io.files import header
-
-    return {name.removesuffix(".weight") for file in folder.glob("*.safetensors") for name in header(file)}

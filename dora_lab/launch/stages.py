@@ -24,6 +24,7 @@ from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.methods.inject import inject, merge
 from dora_lab.methods.saved import saved
 from dora_lab.models.base import adapter_folder, model_and_tokenizer, model_folder, token_policy, words_of
+from dora_lab.models.layout import Layout
 from dora_lab.models.rescale import factor
 from dora_lab.probing.callback import LLAMA_KINDS, DecompositionCallback
 from dora_lab.runs import provenance
@@ -175,7 +176,7 @@ def _probes(spec: Spec, paths: Paths, run: RunDir, model: PreTrainedModel) -> It
             for file in [stack.enter_context(safe_open(path, "pt"))]
             for name in file.keys()  # noqa: SIM118  (a safetensors file is not a mapping)
         }
-        initial = partial(_initial, files, spec, f"{model.base_model_prefix}.")
+        initial = partial(_initial, files, Layout(model).whole(files), spec)
         # of a Llama all seven matrices, as published, also those that a method leaves alone; else what is trained
         leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         llama = spec.model.family == "decoder" and leaves.issuperset(LLAMA_KINDS)
@@ -190,10 +191,9 @@ def _rounded(row: dict[str, Any]) -> dict[str, Any]:
     return {name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in row.items()}
 
 
-def _initial(files: dict[str, safe_open], spec: Spec, prefix: str, name: str) -> Any:
+def _initial(files: dict[str, safe_open], stored: dict[str, str], spec: Spec, name: str) -> Any:
     """W0 as the run loaded it: in `model.dtype`, and rescaled where the run's base is."""
-    name = name if name in files else name.removeprefix(prefix)  # a model saved without its head
-    if name not in files:
+    if name not in stored:
         raise LoadError(f"'{name}' is not in the base model's files, so its change cannot be measured")
-    W0 = files[name].get_tensor(name).to(getattr(torch, spec.model.dtype))
+    W0 = files[stored[name]].get_tensor(stored[name]).to(getattr(torch, spec.model.dtype))
     return W0 * scale if (scale := factor(spec.model.rescale, name)) != 1 else W0

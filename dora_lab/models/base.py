@@ -71,6 +71,7 @@ def model_and_tokenizer(
             return _vl_bart(spec, folder)
         if spec.model.family == "llava":
             return _llava(spec, folder)
+        refuse_unsafe(folder)
         tokenizer = open_tokenizer(folder)
         _prepare_tokenizer(tokenizer, spec.model.pad, folder)
         model = open_model(folder, spec.model.dtype)  # transformers' own default is the file's type
@@ -90,9 +91,10 @@ def outline_and_tokenizer(folder: Path) -> tuple[PreTrainedModel, PreTrainedToke
     """
     hash_model(folder)
     try:
+        tensors = refuse_unsafe(folder)
         tokenizer = open_tokenizer(folder)
         _prepare_tokenizer(tokenizer, "own", folder)
-        model = unfilled(folder, refuse_unsafe(folder))
+        model = unfilled(folder, tensors)
     except CheckpointError as error:
         raise LoadError(str(error)) from None
     _refuse_foreign(tokenizer, model, folder)

@@ -78,7 +78,7 @@ def fetch(what: str, out: Path | None = None, say: Say = lambda text: None) -> P
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", place) and not path.exists():
         return snapshot(place, commit, "model", FILES, f"dora-lab fetch {place}@COMMIT", "give a GGUF file")
     raise LoadError(
-        f"{what}: no such file, and neither a name nor a hub id with its commit (org/name@COMMIT); "
+        f"{what}: no GGUF file that is there, and neither a name nor a hub id with its commit (org/name@COMMIT); "
         f"{did_you_mean(what, PACKAGES)}"
     )
 

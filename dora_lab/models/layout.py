@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -104,6 +104,25 @@ class Layout:
         ignored = self.model._keys_to_ignore_on_load_unexpected or ()
         return ".".join(key.split(".")[-2:]) in tails or any(re.search(pattern, key) for pattern in ignored)
 
+    def unfilled(self, keys: Iterable[str]) -> list[str]:
+        """Parameters that none of a file's tensors is, under any of their names where weights are tied."""
+        filled = {self._ids.get(self.parameter(key)[0] or "") for key in keys}
+        return [name for name, number in self._ids.items() if number not in filled]
+
+    def whole(self, keys: Iterable[str]) -> dict[str, str]:
+        """Name of a parameter -> the tensor of a file that is all of it, the way the model stores it."""
+        found: dict[str, list[str]] = {}
+        for key in keys:
+            name, turned = self.parameter(key)
+            if name is not None and not turned:
+                found.setdefault(name, []).append(key)
+        return {name: parts[0] for name, parts in found.items() if len(parts) == 1}
+
+    def unlike(self, shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, Sequence[int], tuple[int, ...]]]:
+        """(name, shape in the file, in the model) of tensors that are a parameter whole and of another shape."""
+        shaped = [(key, shapes[key], self.shape(name)) for name, key in self.whole(shapes).items()]
+        return [(key, held, wanted) for key, held, wanted in shaped if tuple(held) != wanted]
+
     def shape(self, parameter: str) -> tuple[int, ...]:
         """Shape of a parameter in the model, which a file may hold in parts."""
         return tuple(self._state[parameter].shape)
@@ -119,7 +138,7 @@ def layout_of(folder: Path, tensors: int) -> Layout | str:
         return f"{folder} has no config.json, which says what its layers are; put the model's there"
     config = read_object(folder, "config.json")
     try:
-        with _quiet():
+        with quiet():
             return Layout(_built(folder, config, tensors))
     except CheckpointError:
         raise
@@ -169,8 +188,8 @@ def at_most(tensors: int, folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing is loaded, so what transformers says of weights and settings concerns nobody."""
+def quiet() -> Iterator[None]:
+    """What transformers says of weights and settings concerns nobody: what is wrong with them is an error here."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

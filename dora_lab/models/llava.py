@@ -48,7 +48,7 @@ def open_llava(folder: Path, dtype: str = "float32") -> tuple[LlavaForConditiona
     if config.model_type != "llava":
         raise CheckpointError(f"{folder}: give a LLaVA (a {config.model_type} is in it)")
     processor = make_processor(folder, config)
-    model, _ = fill(folder, LlavaForConditionalGeneration, dtype, tensors)
+    model = fill(folder, LlavaForConditionalGeneration, dtype, tensors)
     return cast("LlavaForConditionalGeneration", model), processor
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
 
 MANIFEST = "dora_lab.json"  # in folders that the lab wrote: {"files": {name: sha256}}
 INDEX = "model.safetensors.index.json"
+# sizes that no model is without, and that transformers, which builds what it is told, takes below 1 as well
+SIZES = (
+    "vocab_size", "hidden_size", "d_model", "n_embd", "intermediate_size", "num_hidden_layers", "n_layer",
+    "encoder_layers", "decoder_layers", "num_attention_heads", "n_head", "num_key_value_heads",
+    "max_position_embeddings", "n_positions",
+)  # fmt: skip
 
 
 def open_model(folder: Path, dtype: str) -> PreTrainedModel:
@@ -23,34 +30,48 @@ def open_model(folder: Path, dtype: str) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
-    return fill(folder, AutoModelForCausalLM, dtype, refuse_unsafe(folder))[0]
+    return fill(folder, AutoModelForCausalLM, dtype, refuse_unsafe(folder))
 
 
 def unfilled(folder: Path, tensors: int) -> PreTrainedModel:
     """The causal language model of a folder with so many tensors as its class builds it, on the meta device.
 
-    Raises CheckpointError for a configuration that no such model can have.
+    Raises CheckpointError for a configuration that no such model can have, for quantised weights, and where names of
+    tensors and of the model's parameters are not the same.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from dora_lab.models.layout import at_most
+    from dora_lab.models.layout import Layout, at_most
 
     settings = _call(folder, AutoConfig.from_pretrained)
+    if (quantised := getattr(settings, "quantization_config", None)) is not None:
+        how = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise CheckpointError(
+            f"{folder}: its weights are quantised ({getattr(how, 'value', how)}), and what is trained here is not; "
+            "give the model that it was made from, or dequantise it: model.dequantize().save_pretrained(OUT)"
+        )
     with torch.device("meta"), at_most(tensors, folder):
         try:
-            return AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
-        except (ValueError, TypeError) as error:
+            model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+        except CheckpointError:
+            raise
+        except Exception as error:  # of any kind, as each class has its own
             raise CheckpointError(
-                f"{folder}: config.json describes no causal language model ({str(error).splitlines()[0]:.300})"
+                f"{folder}: config.json describes no causal language model ({_said(error)})"
             ) from None
+    layout = Layout(model)
+    files = sorted(Path(folder).glob("*.safetensors"))
+    held = {key: shape for file in files for key, (_, shape) in header(file).items()}
+    left = [key for key in held if not layout.has(key)]
+    _refuse_unfit(folder, model, layout.unfilled(held), left, layout.unlike(held))
+    return model
 
 
 def open_as_saved(folder: Path) -> PreTrainedModel:
     """The model of a folder, of the class that its config.json names in `architectures`, in the file's type.
 
-    Raises CheckpointError as `open_model` does, and for a class that is not transformers' own or that leaves a part of
-    the weights out: what is written again has to be whole.
+    Raises CheckpointError as `open_model` does, and for a class that is not transformers' own.
     """
     import transformers
 
@@ -64,39 +85,55 @@ def open_as_saved(folder: Path) -> PreTrainedModel:
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise CheckpointError(f"{folder}: architectures = {names!r} in config.json is no model that transformers knows")
-    model, report = fill(folder, kind, "auto", tensors)
-    if left := sorted(report.get("unexpected_keys") or ()):
-        raise CheckpointError(
-            f"{folder}: {len(left)} tensors of the file, the first is '{left[0]}', have no place in a {name}; correct "
-            "'architectures' in config.json"
-        )
-    return model
+    return fill(folder, kind, "auto", tensors)
 
 
-def fill(
-    folder: Path, kind: Any, dtype: str, tensors: int, *, drawn: str | None = None, **how: Any
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """(model, transformers' report of the loading) of a folder with so many tensors as a class.
+def fill(folder: Path, kind: Any, dtype: str, tensors: int, *, drawn: str | None = None, **how: Any) -> PreTrainedModel:
+    """The model of a folder with so many tensors as a class; no tensor may be left over: half a model trains, too.
 
     drawn: the beginning of the names that the folder may leave out, and then all of them: transformers draws these.
     """
     import torch
 
-    from dora_lab.models.layout import at_most
+    from dora_lab.models.layout import at_most, quiet
 
     wide = getattr(torch, dtype) if dtype != "auto" else "auto"
-    how |= {"dtype": wide, "use_safetensors": True, "output_loading_info": True}
-    with at_most(tensors, folder):
+    # with another shape transformers' own error says neither which nor how; what it prints is said below
+    how |= {"dtype": wide, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with at_most(tensors, folder), quiet():
         model, report = _call(folder, kind.from_pretrained, **how)
     missing = {*report["missing_keys"]}
     if drawn is not None and missing == {name for name, _ in model.named_parameters() if name.startswith(drawn)}:
-        report["missing_keys"] = missing = set()
-    if wrong := {key: report[key] for key in ("missing_keys", "mismatched_keys") if report.get(key)}:
-        raise CheckpointError(f"{folder}: the weights do not fill the model ({wrong}); fetch the model again")
+        missing = set()
+    _refuse_unfit(folder, model, missing, report.get("unexpected_keys") or (), report.get("mismatched_keys") or ())
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):  # quantised numbers are whole
             raise CheckpointError(f"{folder}: '{name}' holds numbers that are not finite; fetch the model again")
-    return model, report
+    return model
+
+
+def _refuse_unfit(
+    folder: Path, model: Any, missing: Collection[str], left: Collection[str], unlike: Collection[tuple[Any, ...]]
+) -> None:
+    """Raises CheckpointError for parameters that no tensor fills, for tensors that fill none, and for those of another
+    shape: (name, shape in the file, in the model)."""
+    name = type(model).__name__
+    if missing:
+        raise CheckpointError(
+            f"{folder}: the weights do not fill the model: {len(missing)} of a {name}'s parameters, the first is "
+            f"'{min(missing)}', are not in the file; fetch the model again, or correct config.json"
+        )
+    if unlike:
+        key, stored, wanted = min(unlike)
+        raise CheckpointError(
+            f"{folder}: the weights do not fill the model: '{key}' is {tuple(stored)} in the file and {tuple(wanted)} "
+            f"in a {name} of config.json; fetch the model again, or correct config.json"
+        )
+    if left:
+        raise CheckpointError(
+            f"{folder}: {len(left)} of the file's tensors, the first is '{min(left)}', have no place in a {name}; "
+            "correct config.json (architectures, number of layers), or fetch the model again"
+        )
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -117,6 +154,7 @@ def refuse_unsafe(folder: Path) -> int:
     if (folder / MANIFEST).is_file():
         verify(folder / MANIFEST)
     config = read_object(folder, "config.json")
+    _refuse_sizes(config, folder / "config.json")
     if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
         raise CheckpointError(
             f"{folder}: config.json asks for code of its own (auto_map: {sorted(config['auto_map'])}); the lab runs no "
@@ -134,13 +172,29 @@ def refuse_unsafe(folder: Path) -> int:
     return tensors
 
 
+def _refuse_sizes(config: dict[str, Any], file: Path, within: str = "") -> None:
+    """Raises CheckpointError for a size that is no number above 0; a model's parts have objects of their own."""
+    for name, value in config.items():
+        if name in SIZES and value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise CheckpointError(
+                f"{file}: {within}{name} = {value!r:.40} is no size (1, 2, ...); correct it, or fetch the model again"
+            )
+        if name.endswith("_config") and isinstance(value, dict):
+            _refuse_sizes(value, file, f"{within}{name}.")
+
+
+def _said(error: Exception) -> str:
+    """What an error says, on one line; the reason often stands in the second."""
+    return " ".join(str(error).split())[:400]
+
+
 def _call(folder: Path, opened: Any, **how: Any) -> Any:
     try:
         return opened(folder, local_files_only=True, trust_remote_code=False, **how)
     except CheckpointError:
         raise
     except Exception as error:  # of any kind: transformers, tokenizers and safetensors each have their own
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        if "trust_remote_code" in str(error):
-            first = "it asks for code of its own, and the lab runs no code from a model's folder"
-        raise CheckpointError(f"{folder}: cannot be opened ({type(error).__name__}: {first:.300})") from None
+        said = _said(error)
+        if "trust_remote_code" in said:
+            said = "it asks for code of its own, and the lab runs no code from a model's folder"
+        raise CheckpointError(f"{folder}: cannot be opened ({type(error).__name__}: {said})") from None

@@ -133,7 +133,7 @@ def open_vl_bart(
     tokenizer.add_special_tokens({"additional_special_tokens": TOKENS})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, _ = fill(folder, VLBart, dtype, tensors, drawn="model.encoder.visual_embedding.", config=config)
+        model = fill(folder, VLBart, dtype, tensors, drawn="model.encoder.visual_embedding.", config=config)
         if len(tokenizer) > cast(nn.Embedding, model.get_input_embeddings()).num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # as transformers 4.2.1 did
     return cast(VLBart, model), tokenizer

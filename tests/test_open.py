@@ -1,0 +1,135 @@
+"""What a model's folder is refused for before and while it is opened: every door, every family."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, save_family
+from safetensors.torch import load_file, save_file
+
+from dora_lab.io.errors import CheckpointError, LoadError
+from dora_lab.models import open as opening
+from dora_lab.models.base import EMBEDDED, outline_and_tokenizer
+from dora_lab.models.layout import Layout
+from dora_lab.models.llava import open_llava
+from dora_lab.models.open import open_as_saved, open_model
+from dora_lab.models.vl_bart import open_vl_bart
+from dora_lab.probing.watched import watched
+
+# with weights, as they are saved, and without: what `run own` looks at before it says what it will do
+DOORS: dict[str, Callable[[Path], Any]] = {
+    "open_model": lambda folder: open_model(folder, "float32"),
+    "open_as_saved": open_as_saved,
+    "outline": lambda folder: outline_and_tokenizer(folder)[0],
+}
+LAYERS = {"bloom": "n_layer", "gpt2": "n_layer"}  # elsewhere num_hidden_layers
+
+
+def configured(folder: Path, **changes: Any) -> Path:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def with_layers(name: str, folder: Path, number: int) -> Path:
+    """A folder of two layers whose config.json says another number, of which every list is cut or lengthened."""
+    config = json.loads((folder / "config.json").read_text())
+    lists = {key: (value * 3)[:number] for key, value in config.items() if key in ("layer_types", "mlp_layer_types")}
+    return configured(folder, **{LAYERS.get(name, "num_hidden_layers"): number}, **lists)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_and_its_configuration_have_the_same_layers(name: str, tmp_path: Path) -> None:
+    """A model of one of its two layers trains, too, and every number of it is wrong."""
+    folder = save_family(name, tmp_path / name)
+    assert all(DOORS[door](folder) is not None for door in DOORS)
+    with_layers(name, folder, 1)
+    for door in DOORS:
+        with pytest.raises((CheckpointError, LoadError), match=r"\.1\..* have no place in .*correct config\.json"):
+            DOORS[door](folder)
+    with_layers(name, folder, 3)
+    for door in DOORS:
+        with pytest.raises((CheckpointError, LoadError), match=r"do not fill the model: .*'.*\.2\..*' *, are not in"):
+            DOORS[door](folder)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_another_shape_names_the_tensor_and_both_shapes(door: str, tmp_path: Path) -> None:
+    folder = configured(save_family("qwen2", tmp_path / "model"), intermediate_size=48)
+    with pytest.raises((CheckpointError, LoadError), match=r"mlp\.down_proj\.weight' is \(32, 64\) .* \(32, 48\)"):
+        DOORS[door](folder)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_what_transformers_ignores_on_purpose_is_ignored(door: str, tmp_path: Path) -> None:
+    """Old files of GPT-2 hold masks, of others positions, and tied heads are saved twice."""
+    folder = save_family("gpt2", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 128, 128)
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    DOORS[door](folder)
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("max_position_embeddings", -5), ("hidden_size", 0), ("vocab_size", "many"), ("num_key_value_heads", True)],
+)
+def test_a_size_that_is_none_is_named(door: str, field: str, value: Any, tmp_path: Path) -> None:
+    folder = configured(save_family("qwen2", tmp_path / "model"), **{field: value})
+    with pytest.raises(
+        (CheckpointError, LoadError), match=rf"config\.json: {field} = {value!r} is no size .*correct it"
+    ):
+        DOORS[door](folder)
+
+
+def test_a_size_of_a_part_is_named_with_the_part(tmp_path: Path) -> None:
+    folder = configured(save_family("qwen2", tmp_path / "model"), vision_config={"hidden_size": 0})
+    with pytest.raises(CheckpointError, match=r"config\.json: vision_config\.hidden_size = 0"):
+        open_model(folder, "float32")
+
+
+def test_quantised_weights_are_refused_before_the_plan(tmp_path: Path) -> None:
+    how = {"quant_method": "gptq", "bits": 4}
+    folder = configured(save_family("qwen2", tmp_path / "model"), quantization_config=how)
+    with pytest.raises(LoadError, match=r"its weights are quantised \(gptq\).* dequantise it"):
+        outline_and_tokenizer(folder)
+
+
+def test_the_reason_is_said_where_it_stands_in_the_second_line(tmp_path: Path) -> None:
+    folder = save_family("qwen2", tmp_path / "model")
+
+    def two_lines(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Error(s) in loading state_dict:\n\tsize mismatch for lm_head")
+
+    with pytest.raises(
+        CheckpointError, match=r"RuntimeError: Error\(s\) in loading state_dict: size mismatch for lm_head"
+    ):
+        opening._call(folder, two_lines)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "mini_llava", "mini_vl"])
+def test_initial_weights_are_found_by_the_models_names(name: str, tmp_path: Path) -> None:
+    """What full fine-tuning's change is measured from is what was loaded, under whatever name the file has it."""
+    if name in FAMILIES:
+        folder = save_family(name, tmp_path / name)
+        model: Any = open_model(folder, "float32")
+    else:
+        folder = EMBEDDED[name]()
+        model = open_llava(folder)[0] if name == "mini_llava" else open_vl_bart(folder, 64, 0)[0]
+    tensors = load_file(folder / "model.safetensors")
+    stored = Layout(model).whole(tensors)
+    layers = watched(model.requires_grad_(True), None)
+    live = dict(model.named_parameters())
+    drawn = {layer.name for layer in layers if "visual_embedding" in layer.name}  # not in a text base's files
+    assert len(layers) > 4 and bool(drawn) == (name == "mini_vl")
+    for layer in layers:
+        if layer.name not in drawn:
+            found = tensors[stored[f"{layer.name}.weight"]]
+            assert torch.equal(found.float(), live[f"{layer.name}.weight"].float()), layer.name
