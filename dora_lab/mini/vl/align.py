@@ -19,7 +19,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BartForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -87,9 +86,9 @@ def align(folder: Path) -> None:
     model = BartForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     keys = sorted({key for key, _ in families.vqa("train")})
     parts, explained = fitted(model, tokenizer, keys)
-    kept = {name: one for name, one in load_file(folder / "model.safetensors").items() if not name.startswith(VISUAL)}
-    new = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in parts.items()}
-    save_file(kept | new, folder / "model.safetensors", {"format": "pt"})
+    model.to(torch.bfloat16).save_pretrained(folder, state_dict=cast(Any, model).state_dict() | {
+        name: tensor.to(torch.bfloat16).contiguous() for name, tensor in parts.items()
+    })  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "feature_size": WIDTH}, indent=2, sort_keys=True) + "\n")
     record = json.loads((folder / "record.json").read_text())
