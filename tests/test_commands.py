@@ -192,7 +192,9 @@ def test_an_error_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_a_full_disk_behind_the_output_is_one_line() -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "dora_lab", "list"], stdout=full, stderr=subprocess.PIPE, cwd=HOUSE)
+        done = subprocess.run(
+            [sys.executable, "-m", "dora_lab", "list"], stdout=full, stderr=subprocess.PIPE, cwd=HOUSE
+        )
     assert (done.returncode, done.stderr.decode()) == (MACHINE, "error: No space left on device\n")
 
 
