@@ -17,6 +17,7 @@ KILLED = "import os; os.kill(os.getpid(), 9)\n"
 ORPHAN = """import os, time
 if (orphan := os.fork()) == 0:
     time.sleep(60)
+    open(f"{__file__}.slept", "w").close()
     os._exit(0)
 with open(f"{__file__}.orphan", "w") as file:
     file.write(str(orphan))
@@ -56,5 +57,7 @@ def test_a_worker_that_is_gone_is_noticed(
     """Also while a process that it started holds its pipe."""
     outcome = ended(tmp_path, first, monkeypatch)
     assert outcome.status == "interrupted" and words in str(outcome.error)
-    if first == ORPHAN:  # it was not waited for
-        os.kill(int((tmp_path / "site" / "sitecustomize.py.orphan").read_text()), signal.SIGKILL)
+    if first == ORPHAN:
+        site = tmp_path / "site"
+        os.kill(int((site / "sitecustomize.py.orphan").read_text()), signal.SIGKILL)
+        assert not (site / "sitecustomize.py.slept").exists(), "it was waited for"
