@@ -180,19 +180,19 @@ JUDGES: dict[str, Judge] = {
 }
 # what asks for files that are not in the folder, or for a machine of its own: where its fault is a test
 HELD = {
-    "integrity/case_1": "needs a mount: tests/test_disk.py, fault 5",
-    "integrity/case_2": "patches a function that is gone: fault 'memory'",
+    "integrity/case_1": "needs a mount: tests/test_disk.py; tests/test_faults.py, fault 5",
+    "integrity/case_2": "patches a function that is gone: tests/test_faults.py, fault 'memory'",
     "integrity/case_4": "needs base_results: tests/test_compare.py",
     "integrity/case_5": "tests/test_survey.py (a run of three steps)",
     "integrity/case_6": "needs hostile2.py: tests/test_layout.py",
     "integrity/case_8": "needs base_results: tests/test_packs.py, tests/test_kept.py",
     "integrity/case_9": "needs other host names: tests/test_lock.py",
     "integrity/case_10": "needs finished runs: tests/test_kept.py",
-    "integrity/case_12": "needs hostile2.py: tests/test_adapters_saved.py",
-    "integrity/case_13": "needs hostile2.py: tests/test_survey.py, tests/test_disk.py",
+    "integrity/case_12": "needs hostile2.py: tests/test_reading.py",
+    "integrity/case_13": "needs hostile2.py: tests/test_reading.py, tests/test_survey.py, tests/test_disk.py",
     "integrity/case_16": "needs base_results: tests/test_disk.py",
     "layers/hit": "arithmetic on headers: see layers/header",
-    "layers/f": "needs matrix3.py: tests/test_adapters_places.py",
+    "layers/f": "needs matrix3.py: tests/test_saved.py, tests/test_adapters_places.py",
     "layers/j": "needs matrix3.py: tests/test_adapters_saved.py",
     "layers/n": "needs matrix3.py: tests/test_layout.py",
     "layers/p": "needs matrix3.py: tests/test_adapters.py",
@@ -200,11 +200,11 @@ HELD = {
     "runs/case_1_tokens": "prints lm-eval's text interface, which no protocol uses: tests/test_evaluate.py",
     "runs/case_5_hang": "tests/test_workers.py",
     "runs/case_6_cwd": "tests/test_workers.py",
-    "runs/case_7_pad": "makes a folder alone: tests/test_load.py",
-    "runs/case_14_oserror": "needs a finished run: tests/test_disk.py, integrity/case_14",
+    "runs/case_7_pad": "makes a folder alone: tests/test_train.py",
+    "runs/case_14_oserror": "needs a finished run: tests/test_commands.py, integrity/case_14",
     "runs/case_15_provenance": "needs another user: tests/test_survey.py",
     "runs/case_16_submit": "needs a finished pretraining: tests/test_cluster.py",
-    "layers/time": "needs matrix3.py: experiments/speed.py",
+    "layers/time": "needs matrix3.py: tests/test_adapters_passes.py, experiments/speed.py",
 }
 
 

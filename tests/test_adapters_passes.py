@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dora_lab import inject
 from dora_lab.methods.inject import adapted
@@ -107,3 +108,19 @@ def test_gradients_of_gradients(fields: Any) -> None:
     theirs = torch.autograd.grad(penalty(lambda x, which: plain(x, rests[which])), parts)
     for one, other in zip(mine, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+def test_published_dropout_takes_the_dense_products_of_lora() -> None:
+    """What the authors' dropout asks of the base's weight besides is as sparse as the dropout (torch's own count)."""
+
+    def flops(name: str, dropout: float) -> int:
+        torch.manual_seed(0)
+        found = nn.Sequential(nn.Linear(576, 576))
+        inject(found, Method(name=name, rank=16, alpha=32.0, dropout=dropout, target_modules=("0",)), seed=0)
+        x = torch.randn(128, 576, requires_grad=True)
+        found(x).sum().backward()  # the norm is computed once for each step
+        with FlopCounterMode(display=False) as counted:
+            found(x).sum().backward()
+        return counted.get_total_flops()
+
+    assert flops("dora", 0.05) <= 1.05 * flops("lora", 0.05) < 0.7 * flops("dora", 0.4)

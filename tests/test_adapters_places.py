@@ -184,6 +184,11 @@ def tiny(kind: str) -> Any:
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24}
         config = transformers.DebertaV2Config(vocab_size=40, relative_attention=True, position_buckets=4, **sizes)
         return transformers.DebertaV2Model(config)
+    if kind == "detr":
+        stages = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "out_features": ["stage2"]}
+        layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "d_model": 16}
+        eye = transformers.ResNetConfig(**stages, layer_type="basic")
+        return transformers.DetrModel(transformers.DetrConfig(backbone_config=eye, **layers))
     return transformers.WhisperForConditionalGeneration(
         transformers.WhisperConfig(
             vocab_size=40, num_mel_bins=6, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
@@ -193,7 +198,10 @@ def tiny(kind: str) -> Any:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "target"), [("mamba", "dt_proj"), ("deberta", "rel_embeddings")])
+READ = [("mamba", "dt_proj"), ("deberta", "rel_embeddings"), ("detr", "query_position_embeddings")]
+
+
+@pytest.mark.parametrize(("kind", "target"), READ)
 def test_a_layer_that_is_read_and_never_called_is_refused(kind: str, target: str) -> None:
     model = tiny(kind)
     with pytest.raises(ValueError, match=f"{target}: is never called: .* reads its weight"):

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from tiny import make_spec, save_data, save_model
+from typer.testing import CliRunner
 
+from dora_lab.__main__ import app
 from dora_lab.launch import slurm
 from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.runs.record import read_record, run_path
@@ -31,7 +33,9 @@ def _jobs_use_this_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HOUSE), os.environ.get("PYTHONPATH", "")]))
 
 
-def test_a_job_that_is_preempted_is_saved_queued_again_and_goes_on(paths: Paths) -> None:
+def test_a_job_that_is_preempted_is_saved_queued_again_and_goes_on(
+    paths: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = make_spec(**QUICK, optim__epochs=16.0)
     folder = run_path(paths.results, spec)
     executor = submitit.AutoExecutor(paths.results / "preempted", cluster="local")
@@ -60,6 +64,11 @@ def test_a_job_that_is_preempted_is_saved_queued_again_and_goes_on(paths: Paths)
     assert read_record(run_path(paths.results, bad))["status"] == "failed"
     assert read_record(run_path(paths.results, bad))["threads"] == 2
     assert list((paths.results / "cluster").glob("*_result.pkl")), "the logs are not where they are said to be"
+    monkeypatch.setattr(slurm, "submit", lambda *_, **__: [(bad, failed), (spec, job)])
+    done = CliRunner().invoke(app, ["submit", "pilot", "--tier", "mini", "--only", "seed=200", "--local"])
+    first, second, *_ = done.output.splitlines()
+    assert done.exit_code == 1 and "  failed: NonFiniteError: loss is nan at step" in first, done.output
+    assert second.endswith(f"job {job.job_id}  complete")
 
 
 def test_without_slurm_it_is_said(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:

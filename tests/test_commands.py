@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from dora_lab.__main__ import app
 from dora_lab.commands import results as room
 from dora_lab.commands.app import find_run
-from dora_lab.commands.ending import ASKED, MACHINE, OURS, told
+from dora_lab.commands.ending import ASKED, MACHINE, OURS, run_to_end, told
 from dora_lab.house import HOUSE
 from dora_lab.launch.experiments import experiment_names, load_experiment
 from dora_lab.runs.streams import read_stream
@@ -179,6 +179,23 @@ def test_a_fault_of_ours_keeps_its_traceback_and_others_have_none(tmp_path: Path
     run = write_run(tmp_path, make_spec("lora", 8, 0))
     done = dora_lab("card", run, "--out", tmp_path / "file" / "card.md")
     assert done.returncode == MACHINE and done.stderr.count("\n") == 1 and "Not a directory" in done.stderr
+
+
+def test_an_error_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong() -> None:
+        raise ValueError("no module '\x1b]0;title\x07q_proj'")
+
+    with pytest.raises(SystemExit):
+        run_to_end(wrong)
+    assert capsys.readouterr().err == "error: no module '\\x1b]0;title\\x07q_proj'\n"
+
+
+def test_a_full_disk_behind_the_output_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dora_lab", "list"], stdout=full, stderr=subprocess.PIPE, cwd=HOUSE
+        )
+    assert (done.returncode, done.stderr.decode()) == (MACHINE, "error: No space left on device\n")
 
 
 def test_every_command_shows_two_examples_that_it_takes() -> None:

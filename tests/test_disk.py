@@ -68,6 +68,9 @@ def test_other_errors_of_a_writer_stay_what_they_are(tmp_path: Path) -> None:
 ROWS = [{"tuned": "t", "module": f"m{i}", "delta_m": 0.1, "delta_d": 0.2, "kind": "q", "layer": i} for i in range(400)]
 
 
+SOURCE = report.Provenance(("x",), ("mini",), ("abc",), (), False, {})
+
+
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "png"])
 def test_rows_of_the_probe_replace_a_file_whole_or_not_at_all(ending: str, tmp_path: Path) -> None:
     file = tmp_path / f"rows.{ending}"
@@ -75,6 +78,28 @@ def test_rows_of_the_probe_replace_a_file_whole_or_not_at_all(ending: str, tmp_p
     with full(), pytest.raises(OSError, match="too large"):
         (probe_rows.plot if ending == "png" else probe_rows.save)(ROWS, file)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["as it was"]
+
+
+def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
+    cells = pd.DataFrame(rows)
+    report.save_table(folder, "x", "x", [report.Block(title="x", cells=cells)], cells, SOURCE)
+
+
+def write_picture(folder: Path, rows: list[dict[str, Any]]) -> None:
+    figure, axes = report.new_figure(1, 1, 4, 3)
+    axes[0, 0].plot([row["delta_d"] for row in rows], [row["delta_m"] for row in rows])
+    report.save_figure(figure, folder, "x", SOURCE, pd.DataFrame(rows))
+
+
+@pytest.mark.parametrize("write", [write_table, write_picture])
+def test_a_report_replaces_its_files_whole_or_not_at_all(write: Callable[..., None], tmp_path: Path) -> None:
+    """What `report` writes: tables, figures and the numbers beside them."""
+    write(tmp_path, ROWS[:3])
+    old = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert len(old) == 3
+    with full(), pytest.raises(OSError, match="too large"):
+        write(tmp_path, ROWS)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == old
 
 
 def test_a_card_replaces_its_file_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -87,9 +112,8 @@ def test_a_card_replaces_its_file_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_no_csv_holds_a_formula(tmp_path: Path) -> None:
     evil = ["=1+1", "+1+cmd", "-cmd", "@x", "plain", "\t=1"]
-    source = report.Provenance(("x",), ("mini",), ("abc",), (), False, {})
     table = pd.DataFrame({"word": evil, "value": [-1.0] * 6})
-    report.save_table(tmp_path, "x", "x", [report.Block(title="x", cells=table)], table, source)
+    report.save_table(tmp_path, "x", "x", [report.Block(title="x", cells=table)], table, SOURCE)
     probe_rows.save([{"module": text, "delta_m": -1.0} for text in evil], tmp_path / "rows.csv")
     for name in ("x.csv", "rows.csv"):
         with (tmp_path / name).open(newline="") as lines:

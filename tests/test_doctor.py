@@ -79,6 +79,17 @@ def backed_up(path: Path) -> None:
     shutil.copytree(path, path.with_name(f"{path.name}.bak"))
 
 
+def relabelled(path: Path) -> None:
+    """The losses of a run under another seed's name."""
+    other = write_run(path.parents[2], make_spec("lora", 8, 1))
+    shutil.copy(path / "metrics.jsonl", other)
+
+
+def measured_twice(path: Path) -> None:
+    (path.parents[2] / "bench").mkdir()
+    (path.parents[2] / "bench" / "speed.jsonl").write_text('{"seconds": 1.5}\n{"seconds": 2}\n{"seconds": 1.5}\n')
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no record": (lambda p: (p / "record.json").unlink(), "does not exist"),
     "record cut": (lambda p: (p / "record.json").write_text("{"), "is not JSON"),
@@ -114,6 +125,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: [(p.parents[2] / "bench").mkdir(), (p.parents[2] / "bench" / "speed.jsonl").write_text("{\n")],
         "speed.jsonl: line 1",
     ),
+    "a measurement twice": (measured_twice, "1 measurements are there twice, the first on line 1"),
+    "another seed's losses": (relabelled, ", which has another seed, to the last digit"),
 }
 
 

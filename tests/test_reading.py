@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
+from dora_lab.__main__ import app
 from dora_lab.formats.live import load_adapter
 from dora_lab.formats.read import read_adapter, read_tensors
 from dora_lab.formats.shards import Shards
@@ -104,3 +106,15 @@ def test_an_index_of_more_shards_than_files_is_refused_at_once(tmp_path: Path) -
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     with pytest.raises(CheckpointError, match=r"names 100000 shards, the folder has 2 files"):
         Shards(tmp_path)
+
+
+def test_a_name_in_a_file_steers_no_terminal(tmp_path: Path) -> None:
+    """A tensor whose name would set the title of the window."""
+    llama().save_pretrained(tmp_path / "base")
+    folder = peft_folder(tmp_path / "a")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    named = {key.replace("q_proj", "\x1b]0;title\x07q_proj"): tensor for key, tensor in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    done = CliRunner().invoke(app, ["probe", str(tmp_path / "base"), str(folder)])
+    assert done.exit_code == 2 and "self_attn.\\x1b]0;title\\x07q_proj" in done.output, done.output
+    assert not set("\x1b\x07") & set(done.output)

@@ -82,6 +82,19 @@ def test_words_that_peft_keeps_tied_are_the_same_in_both(tmp_path: Path) -> None
     torch.testing.assert_close(logits(load_adapter(llama(), tmp_path / "a")), expected)
 
 
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("dora", [True, False])
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_adapted_words_come_with_their_frozen_weight(target: str, dora: bool, tie: bool, tmp_path: Path) -> None:
+    """PEFT writes that beside the factors, by itself."""
+    config = peft.LoraConfig(r=3, target_modules=[target], use_dora=dora)
+    shaken(peft.get_peft_model(llama(tie), config), 0.3).save_pretrained(tmp_path / "a")
+    assert any("base_layer.weight" in key for key in load_file(tmp_path / "a" / "adapter_model.safetensors"))
+    expected = logits(peft.PeftModel.from_pretrained(llama(tie), tmp_path / "a").eval())
+    assert not torch.allclose(logits(llama(tie)), expected, atol=0.1)
+    torch.testing.assert_close(logits(load_adapter(llama(tie), tmp_path / "a")), expected)
+
+
 def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     theirs(tmp_path / "a", ["lm_head"])
     torch.manual_seed(0)

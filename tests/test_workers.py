@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,15 @@ from dora_lab.launch.runtime import Paths
 from dora_lab.spec import from_dict, to_dict
 
 KILLED = "import os; os.kill(os.getpid(), 9)\n"
-ORPHAN = "import os, time\nif os.fork() == 0:\n    time.sleep(20)\n    os._exit(0)\nos._exit(3)\n"
+ORPHAN = """import os, time
+if (orphan := os.fork()) == 0:
+    time.sleep(60)
+    open(f"{__file__}.slept", "w").close()
+    os._exit(0)
+with open(f"{__file__}.orphan", "w") as file:
+    file.write(str(orphan))
+os._exit(3)
+"""
 
 
 def ended(tmp_path: Path, first: str | None, monkeypatch: pytest.MonkeyPatch) -> Outcome:
@@ -44,6 +54,10 @@ def test_a_file_of_the_working_directory_is_no_module(tmp_path: Path, monkeypatc
 def test_a_worker_that_is_gone_is_noticed(
     first: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a process that it started holds its pipe."""
+    """Also while a process that it started holds its pipe."""
     outcome = ended(tmp_path, first, monkeypatch)
     assert outcome.status == "interrupted" and words in str(outcome.error)
+    if first == ORPHAN:
+        site = tmp_path / "site"
+        os.kill(int((site / "sitecustomize.py.orphan").read_text()), signal.SIGKILL)
+        assert not (site / "sitecustomize.py.slept").exists(), "it was waited for"

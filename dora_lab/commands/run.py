@@ -139,12 +139,13 @@ def submit(
     )  # fmt: skip
     runtime = Runtime(device=device, threads=threads)
     jobs = cluster.submit(specs, Paths(results, data_dir, model_dir), resources, runtime, local=local)
+    failed = {job.job_id: why for _, job in jobs if local and (why := cluster.failure(job))}
     for spec, job in jobs:
-        say(f"{spec_id(spec)}  {describe(spec):34} job {job.job_id}{f'  {job.state}' if local else ''}")
+        ended = (f"  failed: {failed[job.job_id]}" if job.job_id in failed else "  complete") if local else ""
+        say(f"{spec_id(spec)}  {describe(spec):34} job {job.job_id}{ended}")
     say(f"{len(jobs)} jobs, {len(specs) - len(jobs)} runs complete before; logs in {results / 'cluster'}")
-    failed = [error for _, job in jobs if local and (error := job.exception()) is not None]
     if failed:
-        raise SpecError(f"{len(failed)} jobs failed; the first: {str(failed[0]).strip().splitlines()[-1]}")
+        raise typer.Exit(1)
 
 
 def tell(outcomes: Sequence[Outcome], results: Path) -> None:

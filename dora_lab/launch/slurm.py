@@ -126,6 +126,15 @@ def submit(
     return [(job.spec, submitted) for job, submitted in zip(todo, jobs, strict=True)]
 
 
+def failure(job: submitit.Job[str]) -> str | None:
+    """What a job that has ended failed of, on one line; None if it ended well."""
+    if (error := job.exception()) is None:
+        return None
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    rules = [at for at, line in enumerate(lines) if set(line) == {"-"}]  # around the trace; none of a job that was lost
+    return lines[rules[-1] - 1 if rules else 0].removeprefix("RuntimeError: ")
+
+
 def _parameters(resources: Resources, spec: Spec) -> dict[str, Any]:
     found = {
         "name": f"dora_lab-{spec.experiment}",
