@@ -73,6 +73,7 @@ def test_what_transformers_ignores_on_purpose_is_ignored(door: str, tmp_path: Pa
     folder = save_family("gpt2", tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 128, 128)
+    tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     DOORS[door](folder)

@@ -147,6 +147,7 @@ def _refuse_unfit(
             f"{folder}: the weights do not fill the model: '{key}' is {tuple(stored)} in the file and {tuple(wanted)} "
             f"in a {name} of config.json; fetch the model again, or correct config.json"
         )
+    left = [key for key in left if not key.endswith(".masked_bias")]  # a constant in old files of GPT-2 and GPT-Neo
     if left:
         raise CheckpointError(
             f"{folder}: {len(left)} of the file's tensors, the first is '{min(left)}', have no place in a {name}; "
