@@ -11,8 +11,10 @@ import pytest
 import torch
 from families import FAMILIES, save_family
 from safetensors.torch import load_file, save_file
+from tiny import save_data
 
 from dora_lab.io.errors import CheckpointError, LoadError
+from dora_lab.launch.given import look
 from dora_lab.models import open as opening
 from dora_lab.models.base import EMBEDDED, outline_and_tokenizer
 from dora_lab.models.layout import Layout
@@ -71,6 +73,7 @@ def test_what_transformers_ignores_on_purpose_is_ignored(door: str, tmp_path: Pa
     folder = save_family("gpt2", tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 128, 128)
+    tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     DOORS[door](folder)
@@ -100,6 +103,20 @@ def test_quantised_weights_are_refused_before_the_plan(tmp_path: Path) -> None:
     folder = configured(save_family("qwen2", tmp_path / "model"), quantization_config=how)
     with pytest.raises(LoadError, match=r"its weights are quantised \(gptq\).* dequantise it"):
         outline_and_tokenizer(folder)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused_before_the_plan(number: float, tmp_path: Path) -> None:
+    """But not of a mask: an old file's may be infinite."""
+    folder, data = save_family("gpt2", tmp_path / "model"), save_data(tmp_path / "data")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-float("inf"))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    look(folder, data, "cloze")
+    tensors["transformer.h.1.mlp.c_fc.weight"][3, 4] = number
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LoadError, match=r"model\.safetensors: 'transformer\.h\.1\.mlp\.c_fc\.weight' .* not finite"):
+        look(folder, data, "cloze")
 
 
 def test_the_reason_is_said_where_it_stands_in_the_second_line(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ import torch
 from tiny import make_spec, save_data, save_model
 from transformers import AutoModelForCausalLM
 
-from dora_lab.io.errors import LoadError
+from dora_lab.io.errors import CheckpointError, LoadError
 from dora_lab.launch.run import run_spec
 from dora_lab.launch.runtime import Paths
 from dora_lab.models.base import model_and_tokenizer
 from dora_lab.models.rescale import factor, rescale
+from dora_lab.probing.saved_models import probe
 from dora_lab.runs.record import run_path
 from dora_lab.runs.streams import read_stream
 from dora_lab.spec import SpecError, validate
@@ -49,6 +50,9 @@ def test_the_probe_begins_at_the_rescaled_weights(tmp_path: Path) -> None:
         run_spec(spec, paths)
         rows = read_stream(run_path(paths.results, spec), "probe")
         assert rows and all(row["delta_d"] < 0.05 and row["delta_m_share"] < 0.2 for row in rows), "no factor is seen"
+    for tuned in (run := run_path(paths.results, spec), run / "adapter"):  # of the last, LoRA's
+        with pytest.raises(CheckpointError, match=r"rescaled its base \(model\.rescale\).*own probe rows"):
+            list(probe(paths.model_dir, [tuned]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("entries", ["q_proj=2", "k_proj=1/2", "q_proj=1/0", "q_proj=1/x", "q_proj=1/2,q_proj=1/2"])

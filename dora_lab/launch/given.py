@@ -1,6 +1,6 @@
 """What somebody gives, a model's folder and a folder of data, as far as it decides how the one is trained on the other.
 
-Nothing of the model's weights is read. Torch is imported when it is looked at.
+The model's weights are read once, one by one, to see that they are finite. Torch is imported when it is looked at.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_lab.io.errors import LoadError
+from dora_lab.io.errors import CheckpointError, LoadError
 from dora_lab.launch.runtime import Paths
 from dora_lab.models.base import hash_model, model_folder, outline_and_tokenizer
+from dora_lab.models.open import refuse_not_finite
 from dora_lab.spec import Data, Evaluation, Method, Model, Optim, Spec, did_you_mean
 from dora_lab.tasks import sources
 
@@ -38,7 +39,7 @@ class Given:
 def look(model_dir: Path, data_dir: Path, template: str, only: Sequence[str] = ()) -> Given:
     """What the folders hold; `template`: that the items will be put in; `only`: these tasks alone, if any is named.
 
-    Raises LoadError or ItemError, before any weight is read, for what cannot be used.
+    Raises LoadError or ItemError for what cannot be used; weights are read last, one by one, and must be finite.
     """
     from dora_lab.forms.decoder import encode
     from dora_lab.models.blocks import blocks_of
@@ -55,6 +56,10 @@ def look(model_dir: Path, data_dir: Path, template: str, only: Sequence[str] = (
     whole = Data(name="llm_adapters", tasks=tuple(tasks), sha256=sha256, template=template, cutoff=1 << 30)  # type: ignore[arg-type]
     train = sources.items(_asking(name, whole), data_dir).train
     longest = max(len(example.ids) for example in encode(train, whole, tokenizer).examples)
+    try:
+        refuse_not_finite(model_folder(name, model_dir), model)
+    except CheckpointError as error:
+        raise LoadError(str(error)) from None
     return Given(
         model=name, kind=type(model).__name__, parameters=sum(weight.numel() for weight in model.parameters()),
         blocks=blocks.count, targets=blocks.leaves, left_out=blocks.left_out, scope=blocks.scope,

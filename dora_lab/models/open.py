@@ -112,6 +112,24 @@ def fill(folder: Path, kind: Any, dtype: str, tensors: int, *, drawn: str | None
     return model
 
 
+def refuse_not_finite(folder: Path, model: PreTrainedModel) -> None:
+    """Read a folder's weights one by one, not kept; raises CheckpointError for one of `model`'s that is not finite.
+
+    Masks that old files hold beside the parameters may be infinite.
+    """
+    import torch
+    from safetensors import safe_open
+
+    from dora_lab.models.layout import Layout
+
+    layout = Layout(model)
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118  (a safetensors file is not a mapping)
+                if layout.parameter(key)[0] is not None and not bool(torch.isfinite(file.get_tensor(key)).all()):
+                    raise CheckpointError(f"{path}: '{key}' holds numbers that are not finite; fetch the model again")
+
+
 def _refuse_unfit(
     folder: Path, model: Any, missing: Collection[str], left: Collection[str], unlike: Collection[tuple[Any, ...]]
 ) -> None:
@@ -129,6 +147,7 @@ def _refuse_unfit(
             f"{folder}: the weights do not fill the model: '{key}' is {tuple(stored)} in the file and {tuple(wanted)} "
             f"in a {name} of config.json; fetch the model again, or correct config.json"
         )
+    left = [key for key in left if not key.endswith(".masked_bias")]  # a constant in old files of GPT-2 and GPT-Neo
     if left:
         raise CheckpointError(
             f"{folder}: {len(left)} of the file's tensors, the first is '{min(left)}', have no place in a {name}; "

@@ -28,6 +28,7 @@ from dora_lab.models.layout import Layout, layout_of
 from dora_lab.probing.matrices import Base, Matrix, alike
 from dora_lab.runs import packs
 from dora_lab.runs.errors import StoreError
+from dora_lab.runs.record import read_record
 from dora_lab.runs.survey import verified
 from dora_lab.spec import did_you_mean
 
@@ -335,6 +336,19 @@ def _refuse_other_base(base: Base, where: Path, manifest: dict[str, Any] | None,
     for matrix in found:
         wanted = made_for.get(matrix.module)
         if wanted is not None and digest(base.shape(matrix.name), base.raw(matrix.name)) != wanted:
+            if _rescaled(where):
+                raise CheckpointError(
+                    f"{where}: the run rescaled its base (model.rescale), so '{matrix.module}' is none of "
+                    f"{base.folder}'s; its change is in the run's own probe rows ({where.parent}/probe.jsonl)"
+                )
             raise CheckpointError(
                 f"{where}: '{matrix.module}' was made for another base than {base.folder}; give the one it was"
             )
+
+
+def _rescaled(adapter: Path) -> bool:
+    """Whether an adapter is of a run whose base was rescaled before training."""
+    try:
+        return bool(read_record(adapter.parent)["spec"]["model"].get("rescale"))
+    except StoreError:  # it is no run's
+        return False
