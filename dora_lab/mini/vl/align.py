@@ -86,9 +86,9 @@ def align(folder: Path) -> None:
     model = BartForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     keys = sorted({key for key, _ in families.vqa("train")})
     parts, explained = fitted(model, tokenizer, keys)
-    model.to(torch.bfloat16).save_pretrained(folder, state_dict=cast(Any, model).state_dict() | {
-        name: tensor.to(torch.bfloat16).contiguous() for name, tensor in parts.items()
-    })  # fmt: skip
+    halved: Any = cast(Any, model).to(torch.bfloat16)
+    new = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in parts.items()}
+    halved.save_pretrained(folder, state_dict=halved.state_dict() | new)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "feature_size": WIDTH}, indent=2, sort_keys=True) + "\n")
     record = json.loads((folder / "record.json").read_text())
