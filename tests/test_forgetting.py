@@ -84,11 +84,23 @@ def test_a_panel_for_each_rank_with_full_fine_tuning_in_it() -> None:
 
 
 def test_a_rate_at_which_a_seed_failed_has_dots_and_no_mean() -> None:
-    rows = [{"method": "lora", "rank": 8, "optim.learning_rate": rate, "seed": seed, "loss": rate * 10 + seed}
+    rows = [{"method": "lora", "rank": 8, "optim.learning_rate": rate, "seed": seed, "loss": rate * 10 + seed,
+             "method.alpha": None, "nll": "choice"}
             for rate, seeds in ((0.01, 3), (0.02, 2)) for seed in range(seeds)]  # fmt: skip
     found = curves(pd.DataFrame(rows)).set_index("x")
+    assert set(found["row"]) == {"choice NLL, nats, mean over tasks"}
     assert found.loc[0.01, "y"] == pytest.approx(1.1) and found.loc[0.01, "dots"] == pytest.approx([0.1, 1.1, 2.1])
     assert np.isnan(found.loc[0.02, "y"]) and len(found.loc[0.02, "dots"]) == 2
+
+
+def test_two_scales_of_a_rank_are_two_lines() -> None:
+    rows = [{"method": "lora", "rank": 16, "optim.learning_rate": rate, "seed": 0, "loss": alpha, "method.alpha": alpha,
+             "nll": "answer"} for rate in (0.01, 0.02) for alpha in (4.0, 16.0)]  # fmt: skip
+    found = curves(pd.DataFrame(rows))
+    assert {label: set(part["y"]) for label, part in found.groupby("label")} == {
+        "LoRA r=16, α 4": {4.0}, "LoRA r=16, α 16": {16.0}
+    }  # fmt: skip
+    assert set(found["row"]) == {"answer NLL, nats, mean over tasks"}
 
 
 def test_runs_of_other_items_or_another_experiment_are_rows_of_their_own() -> None:

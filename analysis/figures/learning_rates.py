@@ -1,4 +1,4 @@
-"""Learning-rate response: the choice NLL of every rate that a sweep tried, seeds as dots.
+"""Learning-rate response: the NLL of every rate that a sweep tried, seeds as dots.
 
 Methods are compared at the rate that each one's own curve chooses (tables/rates); here is what another rate would have
 cost.
@@ -11,11 +11,10 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import frame, script
-from analysis.tables.rates import swept
+from analysis.tables.rates import cell_label, swept
 from dora_lab import report
 
 NOTE = "Validation items. Dots: seeds; line: their mean, where every seed came to an end."
-Y = "choice NLL, nats, mean over tasks"
 
 
 def build(results: Path) -> list[Path]:
@@ -31,25 +30,26 @@ def build(results: Path) -> list[Path]:
         rows = curves(part)
         ticks = {name: _ticks(of["x"]) for name, of in rows.groupby("column", sort=False)}
         losses_of_seeds = [value for values in rows["dots"] for value in values]
-        limits = (0.95 * min(losses_of_seeds), 1.05 * max(losses_of_seeds))
+        low, high = min(losses_of_seeds), max(losses_of_seeds)
+        limits = (low - 0.05 * (high - low), high + 0.05 * (high - low))
         figure, numbers = report.lines(rows, "learning rate", NOTE, ticks=ticks, limits=limits, doublings=True)
         paths += report.save_figure(figure, results / "figures", f"learning_rates_{tier}_{data}", source, numbers)
     return paths
 
 
 def curves(losses: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `report.lines`: a column of panels for each method, a label for each rank; y: mean over seeds."""
+    """The rows of `report.lines`: a column of panels a method, a label a rank (and scale); y: mean over seeds."""
     rows = []
-    order = list(report.METHODS).index
+    order, row = list(report.METHODS).index, f"{losses['nll'].iloc[0]} NLL, nats, mean over tasks"
     for method in sorted(losses["method"].unique(), key=order):
         mine = losses[losses["method"] == method]
-        for rank, cell in mine.sort_values("rank").groupby("rank", dropna=False):
+        for (rank, alpha), cell in mine.groupby(["rank", "method.alpha"], dropna=False):
             seeds = cell["seed"].nunique()
             for rate, tried in cell.groupby("optim.learning_rate"):
                 values = tried.sort_values("seed")["loss"].tolist()
                 y = tried["loss"].mean() if len(values) == seeds else None
-                name = report.cell_name(method, rank)
-                rows.append((Y, report.METHODS[method].label, name, rate, y, None, None, values))
+                name = cell_label(method, rank, alpha)
+                rows.append((row, report.METHODS[method].label, name, rate, y, None, None, values))
     names = ["row", "column", "label", "x", "y", "low", "high", "dots"]
     return pd.DataFrame(rows, columns=pd.Index(names)).astype({"y": float, "low": float, "high": float})
 

@@ -32,12 +32,9 @@ def build(results: Path) -> list[Path]:
     losses["loss"] = np.log(losses["loss"])
     blocks, data = [], []
     for (experiment, tier, name), part in losses.groupby(["experiment", "tier", "data"]):
-        alphas = part.groupby(["method", "rank"])["method.alpha"].transform("nunique")  # else the rank says it
-        part = part.assign(**{"method.alpha": part["method.alpha"].where(alphas > 1)})
         cells = [_cell(key, of_cell) for key, of_cell in part.groupby([*GRID[3:]], dropna=False, sort=False)]
         data += [{"experiment": experiment, "tier": tier, "data": name} | row for row in cells]
-        chosen = evals.loc[evals["spec_id"].isin(part["spec_id"]), "choice_nll"].notna().any()
-        note = NOTE.format("choice" if chosen else "answer")
+        note = NOTE.format(part["nll"].iloc[0])
         optimizers = set(evals.loc[evals["spec_id"].isin(part["spec_id"]), "optim.optimizer"]) - {"adamw"}
         title = ", ".join([f"{experiment}, tier {tier}, data {name}", *(other.upper() for other in optimizers)])
         blocks.append(Block(title=title, cells=_shown(cells), notes=(note,)))
@@ -47,14 +44,18 @@ def build(results: Path) -> list[Path]:
 
 
 def swept(evals: pd.DataFrame) -> pd.DataFrame:
-    """The runs of sweeps: columns of `GRID`, optim.learning_rate, seed, spec_id, loss (NLL, mean over tasks)."""
+    """The runs of sweeps: columns of `GRID` (alpha only where a rank has several), optim.learning_rate, seed, spec_id,
+    loss (NLL, mean over tasks) and nll, whose it is: "choice" or "answer"."""
     # what is chosen among options has both; what is written, the answer's alone
     loss = evals["choice_nll"].where(evals["choice_nll"].notna(), evals["answer_nll"])
     known = evals.assign(loss=loss)[(evals["split"] == "validation") & loss.notna()] if len(evals) else evals
     known = known[known["experiment"] != "own"]  # of many models and folders: table `own`
     if not len(known):
         return known
-    by = [*GRID, "optim.learning_rate", "seed", "spec_id"]
+    known["nll"] = known["choice_nll"].notna().map({True: "choice", False: "answer"})
+    alphas = known.groupby([*GRID[:5]], dropna=False)["method.alpha"].transform("nunique")
+    known["method.alpha"] = known["method.alpha"].where(alphas > 1)
+    by = [*GRID, "nll", "optim.learning_rate", "seed", "spec_id"]
     runs = known.groupby(by, dropna=False)["loss"].mean().reset_index()
     return runs[runs.groupby([*GRID, "seed"], dropna=False)["loss"].transform("size") > 1]  # a sweep, no pilot
 
@@ -72,14 +73,18 @@ def _cell(key: tuple[Any, ...], rows: pd.DataFrame) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def cell_label(method: str, rank: int | None, alpha: float | None) -> str:
+    """A cell as it is called where ranks of several scales are among others."""
+    return cell_name(method, rank) + ("" if alpha is None or pd.isna(alpha) else f", α {alpha:g}")
+
+
 def _shown(cells: list[dict[str, Any]]) -> pd.DataFrame:
     rates = sorted({name for row in cells for name in row if name[0].isdigit()}, key=float)
     sizes = len({row["items"] for row in cells}) > 1
     return pd.DataFrame(
         [
             {
-                "Cell": cell_name(row["method"], row["rank"])
-                + (f", α {row['alpha']:g}" if "alpha" in row else "")
+                "Cell": cell_label(row["method"], row["rank"], row.get("alpha"))
                 + (f", {row['items']:,} items" if sizes else ""),
                 "Seeds": str(row["seeds"]),
                 "Rate": "–" if row["rate"] is None else f"{row['rate']:g}" + (" (end of the grid)" * row["at_end"]),
