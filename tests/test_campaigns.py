@@ -145,7 +145,8 @@ def test_a_latency_is_judged_by_the_margin() -> None:
     near, far, loose = (1 + shift + rng.normal(0, sd, 200) for shift, sd in ((0.001, 0.01), (0.3, 0.01), (0.0, 0.5)))
     assert merge_table.latency(row(list(near)))["verdict"] == "equivalent"
     slower = merge_table.latency(row(list(far)))
-    assert slower["verdict"] == "slower" and slower["percent"] == pytest.approx(100 * np.log(1.3), abs=1)
+    assert slower["verdict"] == "slower" and slower["percent"] == pytest.approx(30, abs=0.3)
+    assert slower["low"] < slower["percent"] < slower["high"] < 31
     assert merge_table.latency(row(list(np.abs(loose) + 0.01)))["verdict"] == "undecided"
 
 

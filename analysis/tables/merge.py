@@ -49,7 +49,7 @@ def build(results: Path) -> list[Path]:
 
 
 def latency(row: dict[str, Any]) -> dict[str, Any]:
-    """Percent more than the base, its interval and verdict, of a row of ratios."""
+    """Percent more than the base, its interval and verdict, of a row of ratios: of the mean of their logarithms."""
     logs = [100 * float(np.log(np.median(block))) for block in np.array_split(row["ratios"], BLOCKS)]
     found = of_values(logs)
     (low, high), (inner_low, inner_high) = found.interval() or (np.nan, np.nan), found.interval(0.9) or (np.nan, np.nan)
@@ -57,7 +57,8 @@ def latency(row: dict[str, Any]) -> dict[str, Any]:
     if inner_low > -MARGIN and inner_high < MARGIN:
         verdict = "equivalent"
     kept = {name: value for name, value in row.items() if name != "ratios"}
-    return kept | {"percent": found.value, "low": low, "high": high, "rounds": len(row["ratios"]), "verdict": verdict}
+    percent, low, high = (100 * float(np.expm1(log / 100)) for log in (found.value, low, high))
+    return kept | {"percent": percent, "low": low, "high": high} | {"rounds": len(row["ratios"]), "verdict": verdict}
 
 
 def _latency(row: dict[str, Any]) -> dict[str, Any]:
