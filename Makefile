@@ -20,7 +20,7 @@ setup: .venv/installed  ## create .venv and install from constraints.txt (does n
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,notebooks]'
 	@touch $@
 
-reproduce-%: setup  ## e.g. reproduce-commonsense: run that experiment (mini tier), print its table, compare with ours; QUICK=1: one seed
+reproduce-%: setup  ## e.g. reproduce-commonsense: run that experiment (mini tier), print its table, compare with ours; all: every one; QUICK=1: one seed
 	@$(RUN) reproduce $* --results $(RESULTS)
 
 test: setup  ## run the test suite

@@ -23,10 +23,11 @@ from dora_lab.__main__ import app
 from dora_lab.commands import results as room
 from dora_lab.commands.app import find_run
 from dora_lab.commands.ending import ASKED, MACHINE, OURS, run_to_end, told
-from dora_lab.house import HOUSE
+from dora_lab.house import HOUSE, RESULTS
 from dora_lab.launch.experiments import experiment_names, load_experiment
+from dora_lab.runs.record import read_record, run_path
 from dora_lab.runs.streams import read_stream
-from dora_lab.spec import SpecError, spec_id
+from dora_lab.spec import SpecError, derive, spec_id
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +236,7 @@ def test_reproduce_quick(arguments: list[str], quick: str, tmp_path: Path, monke
         app, ["reproduce", "commonsense-sweep", "--results", str(tmp_path), *arguments], env={"QUICK": quick}
     )
     assert done.exit_code == 0, (done.output, done.exception)
+    assert done.output.startswith(f"{len(asked)} runs: some ") and "minutes of one core" in done.output
     assert compared == [{spec_id(spec) for spec in asked}]
     whole = load_experiment("commonsense_sweep").specs("mini")
     settings = {spec.optim.learning_rate if spec.optim else None: 0 for spec in whole}
@@ -242,6 +244,32 @@ def test_reproduce_quick(arguments: list[str], quick: str, tmp_path: Path, monke
     assert len({spec.seed for spec in asked}) == 1 or not (arguments or quick)
     if not (arguments or quick):
         assert len(asked) == len(whole)
+
+
+def test_reproduce_all_says_first_how_long_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(room, "run_many", lambda specs, *more, **options: asked.extend(specs) or [])
+    monkeypatch.setattr(room, "rebuild", lambda results: True)
+    monkeypatch.setattr(room, "told_apart", lambda *more, only: None)
+    done = CliRunner().invoke(app, ["reproduce", "all", "--results", str(tmp_path)])
+    assert done.exit_code == 0, (done.output, done.exception)
+    every = {name: load_experiment(name) for name in experiment_names()}
+    assert {spec.experiment for spec in asked} >= {name for name, module in every.items() if "mini" in module.TIERS} - {
+        "visual_instruction", "image_text_decay"
+    }  # fmt: skip
+    assert re.match(rf"{len(asked)} runs \(capacity 104, .*\): some \d+ hours of one core", done.output)
+
+
+def test_how_long_runs_take_is_what_the_committed_ones_took(tmp_path: Path) -> None:
+    """Two runs of commonsense by hand, a third that nobody has made as long as their mean."""
+    module = load_experiment("commonsense")
+    made = [spec for spec in module.reproduced() if spec.optim is not None][:2]
+    third = derive(made[0], {"seed": 77})
+    took = [sum(read_record(run_path(RESULTS, spec))["seconds"].values()) for spec in made]
+    said = room.announced({"commonsense": [*made, third]})
+    assert said == f"3 runs: some {1.5 * sum(took) / 60:.0f} minutes of one core, as the committed ones took"
+    none = room.announced({"commonsense": made}, tmp_path)
+    assert none.endswith("how long 2 of them last is not known")
 
 
 @pytest.mark.parametrize("option", ["--tokens=-5", "--jobs=0", "--threads=0"])

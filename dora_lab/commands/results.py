@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,6 @@ import typer
 from dora_lab.commands.app import (
     LOCAL,
     RESULTS,
-    ExperimentArgument,
     ReadOption,
     ResultsOption,
     app,
@@ -24,14 +23,15 @@ from dora_lab.commands.app import (
 from dora_lab.commands.judge import told_apart
 from dora_lab.commands.run import tell
 from dora_lab.house import ANALYSIS, HOUSE, INSTALLED
-from dora_lab.launch.experiments import house_first, load_experiment
+from dora_lab.launch.experiments import experiment_name, experiment_names, house_first, load_experiment
 from dora_lab.launch.pool import run_many
 from dora_lab.launch.runtime import Paths
 from dora_lab.launch.select import chosen
 from dora_lab.runs.survey import survey
-from dora_lab.spec import SpecError, spec_id
+from dora_lab.spec import Spec, SpecError, spec_id
 
 README = HOUSE / "README.md"
+ALL = "all"
 
 
 @app.command(epilog=examples("report --results results/local", "report"))
@@ -79,26 +79,66 @@ def rebuild(results: Path, written: Callable[[Path], object] = lambda path: None
     return whole
 
 
-@app.command(epilog=examples("reproduce commonsense --quick", "reproduce commonsense-sweep --jobs 2"))
+def _named_or_all(text: str) -> str:
+    return text if text == ALL else experiment_name(text)
+
+
+@app.command(epilog=examples("reproduce commonsense --quick", "reproduce commonsense-sweep --jobs 2", "reproduce all"))
 def reproduce(
-    experiment: ExperimentArgument,
+    experiment: Annotated[
+        str,
+        typer.Argument(
+            help="An experiment, see `dora-lab list`, or all that have a mini tier.",
+            callback=_named_or_all,
+            autocompletion=lambda: [*experiment_names(), ALL],
+        ),
+    ],
     results: ResultsOption = LOCAL,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one per core.")] = None,
     quick: Annotated[bool, typer.Option("--quick", envvar="QUICK", help="One seed of each setting.")] = False,
 ) -> None:
     """Run the mini tier, rebuild tables and figures, print the table and compare with the committed runs."""
-    module = load_experiment(experiment)
-    specs = module.reproduced() if hasattr(module, "reproduced") else chosen(module, "mini")
-    if quick and hasattr(module, "quick"):
-        specs = module.quick()
-    elif quick:
-        lowest_last = sorted(specs, key=lambda spec: -spec.seed)
-        specs = list({replace(spec, seed=0): spec for spec in lowest_last}.values())
-    tell(run_many(specs, Paths(results), jobs=jobs), results)
+    names = [name for name in experiment_names() if "mini" in load_experiment(name).TIERS]
+    specs = {name: _reproduced(name, quick) for name in (names if experiment == ALL else [experiment])}
+    say(announced(specs))
+    for of_name in specs.values():
+        tell(run_many(of_name, Paths(results), jobs=jobs), results)
     rebuild(results)
-    table = results / "tables" / f"{experiment}.md"
-    if table.exists():
-        say(f"\n{table.read_text(encoding='utf-8')}")
-    # a difference is told, not failed on: another processor may round its way to another answer
-    told_apart(results, RESULTS, experiment, only={spec_id(spec) for spec in specs})
+    for name, of_name in specs.items():
+        table = results / "tables" / f"{name}.md"
+        if table.exists():
+            say(f"\n{table.read_text(encoding='utf-8')}")
+        # a difference is told, not failed on: another processor may round its way to another answer
+        told_apart(results, RESULTS, name, only={spec_id(spec) for spec in of_name})
     say(f"\ntables and figures: {results / 'tables'}, {results / 'figures'}")
+
+
+def _reproduced(experiment: str, quick: bool) -> list[Spec]:
+    """What is run of an experiment."""
+    module = load_experiment(experiment)
+    if quick and hasattr(module, "quick"):
+        return module.quick()
+    specs = module.reproduced() if hasattr(module, "reproduced") else chosen(module, "mini")
+    if not quick:
+        return specs
+    lowest_last = sorted(specs, key=lambda spec: -spec.seed)
+    return list({replace(spec, seed=0): spec for spec in lowest_last}.values())
+
+
+def announced(specs: Mapping[str, Sequence[Spec]], committed: Path = RESULTS) -> str:
+    """How many runs of each experiment, and how long one core takes for them by the time of the committed ones.
+
+    A run that is not among these is taken to last as long as the mean of its experiment's.
+    """
+    number = sum(map(len, specs.values()))
+    seconds, unknown = 0.0, 0
+    for name, of_name in specs.items():
+        took = {path.name: sum(record["seconds"].values()) for path, record in survey(committed, name).runs}
+        known = [took[spec_id(spec)] for spec in of_name if spec_id(spec) in took]
+        mean = sum(known or took.values()) / len(known or took) if took else 0.0
+        seconds += sum(known) + mean * (len(of_name) - len(known))
+        unknown += 0 if took else len(of_name)
+    parts = ", ".join(f"{name} {len(of_name)}" for name, of_name in specs.items()) if len(specs) > 1 else ""
+    lasts = f"some {seconds / 60:.0f} minutes" if seconds < 7200 else f"some {seconds / 3600:.0f} hours"
+    said = f"{number} runs{f' ({parts})' if parts else ''}: {lasts} of one core, as the committed ones took"
+    return said + (f"; how long {unknown} of them last is not known" if unknown else "")
