@@ -83,7 +83,7 @@ def _named_or_all(text: str) -> str:
     return text if text == ALL else experiment_name(text)
 
 
-@app.command(epilog=examples("reproduce commonsense --quick", "reproduce commonsense-sweep --jobs 2", "reproduce all"))
+@app.command(epilog=examples("reproduce commonsense --quick", "reproduce all --jobs 2"))
 def reproduce(
     experiment: Annotated[
         str,
