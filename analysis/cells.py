@@ -38,7 +38,7 @@ RULE = (
 )
 READ = (
     "[95 %: t over seeds of Fisher's z, of one seed layers resampled]; layers: 95 % by resampling layers with all "
-    "their checkpoints, and seeds, of four layers a rough one; slope: ΔM per ΔD, in weight units. ΔD, radial (mean of "
+    "their checkpoints, and seeds, of few layers a rough one; slope: ΔM per ΔD, in weight units. ΔD, radial (mean of "
     "p - 1) and rotation (mean of p d / (1 - d)): means over layers at the last checkpoint; the two add up to the mean "
     "growth of a row. Late: checkpoints from 0.7 of the training on, early: from 0.25 on."
 )

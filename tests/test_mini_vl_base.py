@@ -207,7 +207,7 @@ def test_every_row_begins_with_the_bases_own_visual_embedding() -> None:
 @pytest.mark.parametrize("kind", ["where", "relation"])
 def test_sentences_at_one_place_are_read_as_well(model: BartForConditionalGeneration, kind: str) -> None:
     own = PreTrainedTokenizerFast.from_pretrained(vl.folder())
-    hits = merged.answers(model, own, kind, 100)
+    hits = pretrain.answers(model, own, kind, 100, merged.at_one_place)
     assert abs(sum(hits) / 100 - record()["merged"]["gate"][kind]) < 0.1 and sum(hits) >= 90
 
 

@@ -20,11 +20,10 @@ NOTE = "mean over seeds, 95 % interval (t over seeds); dotted: all that the labe
 def build(results: Path) -> list[Path]:
     """Write results/figures/capacity.{pdf,png,data.csv}; returns the paths, none before runs at the chosen rates."""
     evals = frame(results, "capacity")
-    runs = table.bits(evals)
+    runs = table.measured(results, evals)
     runs = runs[runs["seed"] != capacity.SWEEP_SEED] if len(runs) else runs
     if not len(runs):
         return []
-    runs = runs.merge(frame(results, "capacity", "record")[["spec_id", "params.trainable"]], on="spec_id")
     rows = over_ranks(runs)
     ticks = {name: {rank: f"{rank}" for rank in capacity.RANKS} for name in (STORED, EACH)}
     figure, numbers = report.lines(
@@ -47,8 +46,7 @@ def over_ranks(runs: pd.DataFrame) -> pd.DataFrame:
                     rows.append((column, report.METHODS[method].label, x, *found))
         if column == STORED:
             rows += [(column, "all", x, runs["of"].mean(), None, None) for x in capacity.RANKS]
-    names = ["column", "label", "x", "y", "low", "high"]
-    return pd.DataFrame(rows, columns=pd.Index(names)).astype(dict.fromkeys(names[2:], float)).assign(row="")
+    return report.line_rows(rows)
 
 
 def _from_zero(rows: pd.DataFrame, column: str) -> tuple[float, float]:

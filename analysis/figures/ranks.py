@@ -39,19 +39,14 @@ def ours(mine: pd.DataFrame) -> pd.DataFrame:
         for column, name, scale in ((LOSS, "choice_nll", 1), (ACCURACY, "value", 100)):
             values = (scale * cell.groupby("seed")[name].mean()).tolist()
             rows.append((column, report.METHODS[method].label, int(rank), *statistics.mean_interval(values)))
-    return _frame(sorted(rows, key=lambda row: (row[0] == ACCURACY, str(row[1]) == "DoRA")))
+    return report.line_rows(sorted(rows, key=lambda row: (row[0] == ACCURACY, str(row[1]) == "DoRA")))
 
 
 def theirs() -> pd.DataFrame:
     """The rows of the paper's averages over ranks, on LLaMA-7B."""
     printed = paper.claims("commonsense")
     known = printed[(printed["source"] == "Table 15") & (printed["subject"] == "average")]
-    return _frame([(PRINTED, row.method, int(row.rank), row.value, None, None) for row in known.itertuples()])
-
-
-def _frame(rows: list[tuple[object, ...]]) -> pd.DataFrame:
-    names = ["column", "label", "x", "y", "low", "high"]
-    return pd.DataFrame(rows, columns=pd.Index(names)).astype(dict.fromkeys(names[3:], float)).assign(row="")
+    return report.line_rows([(PRINTED, row.method, int(row.rank), row.value, None, None) for row in known.itertuples()])
 
 
 def _around(part: pd.DataFrame) -> tuple[float, float]:

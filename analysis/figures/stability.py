@@ -40,9 +40,7 @@ def over_times(runs: pd.DataFrame) -> pd.DataFrame:
             label = report.METHODS[method].label
             rows.append((LOSS, label, times, *statistics.mean_interval(part["loss"].tolist())))
             rows.append((FAILED, label, times, 100 * part["failed"].mean(), None, None))
-    names = ["column", "label", "x", "y", "low", "high"]
-    found = pd.DataFrame(rows, columns=pd.Index(names)).astype(dict.fromkeys(names[2:], float))
-    return found.sort_values("column", kind="stable", key=lambda column: column == FAILED).assign(row="")
+    return report.line_rows(sorted(rows, key=lambda row: row[0] == FAILED))
 
 
 if __name__ == "__main__":

@@ -39,10 +39,9 @@ SWEPT = (
 def build(results: Path) -> list[Path]:
     """Write results/tables/capacity.{md,csv,tex}; returns their paths, none before there are runs."""
     evals = frame(results, "capacity")
-    runs = bits(evals)
+    runs = measured(results, evals)
     if not len(runs):
         return []
-    runs = runs.merge(frame(results, "capacity", "record")[["spec_id", "params.trainable"]], on="spec_id")
     confirmed, swept = runs[runs["seed"] != capacity.SWEEP_SEED], runs[runs["seed"] == capacity.SWEEP_SEED]
     cells, pairs, rates = by_cell(confirmed), [found] if (found := pair(confirmed)) else [], chosen(swept)
     what = isnt(["mini"])
@@ -58,6 +57,14 @@ def build(results: Path) -> list[Path]:
     source = report.provenance(evals, evals.attrs["statuses"])
     data = pd.DataFrame([*cells, *pairs, *rates])
     return report.save_table(results / "tables", "capacity", "Random labels", blocks, data, source)
+
+
+def measured(results: Path, evals: pd.DataFrame) -> pd.DataFrame:
+    """The runs of `bits` with params.trainable; as `bits` has it where there are none."""
+    runs = bits(evals)
+    if not len(runs):
+        return runs
+    return runs.merge(frame(results, "capacity", "record")[["spec_id", "params.trainable"]], on="spec_id")
 
 
 def bits(evals: pd.DataFrame) -> pd.DataFrame:

@@ -138,7 +138,7 @@ def _easy(evals: pd.DataFrame, tasks: list[str]) -> Block:
     for label in ordered_labels(evals):
         runs = evals[evals["label"] == label]
         by_run = [part.set_index("task")["value"].astype(float).to_dict() for _, part in runs.groupby("spec_id")]
-        line = _row(runs if runs.iloc[0]["method"] != "base" else runs.assign(**{RATE: float("nan")}), tasks)
+        line = _row(runs, tasks)
         line["Average"] = number(*mean_sd([whole(scores) for scores in by_run if {*scores} == {*tasks}]))
         rows.append({"Whole" if name == "Average" else name: cell for name, cell in line.items()})
     held = evals.drop_duplicates("task").set_index("task")["floor"].to_dict()
@@ -152,7 +152,7 @@ def _easy(evals: pd.DataFrame, tasks: list[str]) -> Block:
 
 def _bounded(runs: pd.DataFrame, tasks: list[str]) -> dict[str, str | None]:
     """One setting of tier mini."""
-    told = _row(runs, tasks) if runs.iloc[0]["method"] != "base" else _row(runs.assign(**{RATE: float("nan")}), tasks)
+    told = _row(runs, tasks)
     normal = [
         100 * sum(float(item_values(row, "normalised").mean()) for row in rows.to_dict("records")) / len(tasks)
         for _, rows in runs.groupby("spec_id")
@@ -181,7 +181,7 @@ def _row(runs: pd.DataFrame, tasks: list[str]) -> dict[str, str | None]:
         "Method": first["label"],
         "r": None if pd.isna(first["rank"]) else str(first["rank"]),
         "α": number(first.get("method.alpha"), digits=0),
-        "Rate": None if pd.isna(first[RATE]) else f"{first[RATE]:g}",
+        "Rate": None if pd.isna(first.get(RATE)) else f"{first[RATE]:g}",
         "#Params %": number(first["trainable_percent"], digits=2),
         **{report.TASKS[task]: number(*mean_sd((100 * values).tolist())) for task, values in scores.items()},
         "Average": number(*mean_sd(averages)) if averages else None,

@@ -98,8 +98,10 @@ def reproduce(
     quick: Annotated[bool, typer.Option("--quick", envvar="QUICK", help="One seed of each setting.")] = False,
 ) -> None:
     """Run the mini tier, rebuild tables and figures, print the table and compare with the committed runs."""
-    names = [name for name in experiment_names() if "mini" in load_experiment(name).TIERS]
-    specs = {name: _reproduced(name, quick) for name in (names if experiment == ALL else [experiment])}
+    names = [experiment]
+    if experiment == ALL:
+        names = [name for name in experiment_names() if "mini" in load_experiment(name).TIERS]
+    specs = {name: _reproduced(name, quick) for name in names}
     say(announced(specs))
     for of_name in specs.values():
         tell(run_many(of_name, Paths(results), jobs=jobs), results)

@@ -57,7 +57,7 @@ def look(model_dir: Path, data_dir: Path, template: str, only: Sequence[str] = (
     train = sources.items(_asking(name, whole), data_dir).train
     longest = max(len(example.ids) for example in encode(train, whole, tokenizer).examples)
     try:
-        refuse_not_finite(model_folder(name, model_dir), model)
+        refuse_not_finite(Path(model_dir), model)
     except CheckpointError as error:
         raise LoadError(str(error)) from None
     return Given(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dora_lab.report.apart import beside, sets_apart
 from dora_lab.report.block import Block, interval, number, p_text
-from dora_lab.report.charts import lines, scatter
+from dora_lab.report.charts import line_rows, lines, scatter
 from dora_lab.report.figures import new_figure, save_figure
 from dora_lab.report.frames import GROUP, REFUSED, frame, groups, scores
 from dora_lab.report.labels import (
@@ -57,6 +57,7 @@ __all__ = [
     "groups",
     "interval",
     "latex_escape",
+    "line_rows",
     "lines",
     "markdown",
     "new_figure",

@@ -153,6 +153,12 @@ def lines(
     return figure, data
 
 
+def line_rows(rows: Iterable[tuple[object, ...]]) -> pd.DataFrame:
+    """Tuples (column, label, x, y, low, high) as `lines` takes them, in one row of panels; None: no interval."""
+    names = ["column", "label", "x", "y", "low", "high"]
+    return pd.DataFrame(rows, columns=pd.Index(names)).astype(dict.fromkeys(names[3:], float)).assign(row="")
+
+
 class _Looks:
     """Colours of layers and markers of checkpoints of a scatter; more checkpoints than markers share them in groups."""
 

@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -23,7 +24,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from transformers import BartForConditionalGeneration, PreTrainedTokenizerFast
 
-from dora_lab.mini.vl import corpus
 from dora_lab.mini.vl.pretrain import (
     BATCH,
     GUIDED,
@@ -32,13 +32,13 @@ from dora_lab.mini.vl.pretrain import (
     Batch,
     Learned,
     batches,
-    encode,
     gate,
     guidance,
     learn,
     optimizers,
     rate,
     save,
+    update,
 )  # fmt: skip
 
 SHARE = 0.8  # of the steps; in the others every word has its own place, so that nothing is forgotten
@@ -104,15 +104,9 @@ def go_on(steps: int, folder: Path, learning_rate: float = 0.001, threads: int =
     stream = batches(tokenizer, first)
     log, right = list[dict[str, Any]](), defaultdict[str, list[bool]](list)
     for step in range(steps):
-        for optimizer in both:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * rate(step, steps)
-        batch, merged = next(stream), rng.random() < SHARE
-        found = (learn_merged if merged else learn)(model, batch, step < GUIDED * steps)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in both:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        batch, merged, guided = next(stream), rng.random() < SHARE, step < GUIDED * steps
+        learning = partial(learn_merged if merged else learn, model, batch, guided)
+        found = update(model, both, learning_rate * rate(step, steps), learning)
         for kind, hit in zip(batch.kinds, found.right, strict=True):
             if merged:
                 right[kind].append(hit)
@@ -121,34 +115,20 @@ def go_on(steps: int, folder: Path, learning_rate: float = 0.001, threads: int =
             log.append(row | {kind: round(sum(hits) / len(hits), 3) for kind, hits in sorted(right.items())})
             right.clear()
             print(json.dumps(log[-1]), flush=True)
-    kinds = [kind for kind in corpus.SHARES if kind not in corpus.OPEN]
     second = {
         "steps": steps, "batch": BATCH, "share": SHARE, "peak_learning_rate": learning_rate, "first_document": first,
         "threads": threads, "seconds": round(time.time() - began, 1), "began_from": record["sha256"],
-        "gate": {kind: sum(answers(model, tokenizer, kind, questions)) / questions for kind in kinds},
+        "gate": gate(model, tokenizer, questions, at_one_place),
         "packages": {"torch": torch.__version__}, "log": log[::5] + log[-1:],
     }  # fmt: skip
     save(model, folder, {**record, "gate": gate(model, tokenizer, questions), "merged": second})
 
 
-@torch.no_grad()
-def answers(
-    model: BartForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, kind: str, count: int
-) -> list[bool]:
-    """As `pretrain.answers`, each sentence read at one place."""
-    model.eval()
-    documents, found = [corpus.exam(kind, number) for number in range(count)], list[bool]()
-    for at in range(0, count, 100):
-        batch = encode(tokenizer, some := documents[at : at + 100])
-        given = inputs(model, batch, merge(batch)[1])
-        encoded = cast(Any, model).get_encoder()(**given)
-        said = cast(Any, model).generate(
-            encoder_outputs=encoded, attention_mask=given["attention_mask"], max_new_tokens=8, num_beams=1,
-            do_sample=False,
-        )  # fmt: skip
-        texts = tokenizer.batch_decode(said, skip_special_tokens=True)
-        found += [text.strip() == d.answer for text, d in zip(texts, some, strict=True)]
-    return found
+def at_one_place(model: BartForConditionalGeneration, batch: Batch) -> dict[str, Any]:
+    """What `pretrain.answers` lets a model read: each sentence at one place."""
+    given = inputs(model, batch, merge(batch)[1])
+    encoded = cast(Any, model).get_encoder()(**given)
+    return {"encoder_outputs": encoded, "attention_mask": given["attention_mask"]}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import json
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, cast
@@ -206,15 +207,8 @@ def pretrain(
     for _ in range(step % POOL):
         next(stream)
     while step < steps:
-        for optimizer in both:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * rate(step, steps)
         batch, guided = next(stream), step < GUIDED * steps
-        loss = learn(model, batch, guided)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in both:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        loss = update(model, both, learning_rate * rate(step, steps), partial(learn, model, batch, guided))
         step += 1
         for kind, hit in zip(batch.kinds, loss.right, strict=True):
             right[kind].append(hit)
@@ -268,26 +262,57 @@ def learn(model: BartForConditionalGeneration, batch: Batch, guided: bool) -> Le
     return Learned(loss.item(), right_B.tolist())
 
 
+def update(
+    model: BartForConditionalGeneration,
+    optimizers: tuple[torch.optim.Optimizer, ...],
+    learning_rate: float,
+    learnt: Callable[[], Learned],
+) -> Learned:
+    """A step at a rate by the gradients that `learnt` leaves."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+    found = learnt()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+Read = Callable[[BartForConditionalGeneration, Batch], dict[str, Any]]  # what `generate` is given to read a batch
+
+
+def as_prose(model: BartForConditionalGeneration, batch: Batch) -> dict[str, Any]:
+    """Every word at a place of its own."""
+    return {"input_ids": batch.ids_BS, "attention_mask": batch.ids_BS.ne(1)}
+
+
 @torch.no_grad()
-def gate(model: BartForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, float]:
+def gate(
+    model: BartForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, count: int, read: Read = as_prose
+) -> dict[str, float]:
     """Share of right answers to `count` unread questions of each kind about prose, generated greedily."""
     model.eval()
     kinds = [kind for kind in corpus.SHARES if kind not in corpus.OPEN]
-    return {kind: sum(answers(model, tokenizer, kind, count)) / count for kind in kinds}
+    return {kind: sum(answers(model, tokenizer, kind, count, read)) / count for kind in kinds}
 
 
+@torch.no_grad()
 def answers(
-    model: BartForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, kind: str, count: int
+    model: BartForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    kind: str,
+    count: int,
+    read: Read = as_prose,
 ) -> list[bool]:
     """Is the generated answer to each question of a kind the right one?"""
     documents = [corpus.exam(kind, number) for number in range(count)]
     found: list[bool] = []
     for at in range(0, count, 100):
         some = documents[at : at + 100]
-        ids_BS = encode(tokenizer, some).ids_BS
-        said = cast(Any, model).generate(
-            input_ids=ids_BS, attention_mask=ids_BS.ne(1), max_new_tokens=8, num_beams=1, do_sample=False
-        )
+        given = read(model, encode(tokenizer, some))
+        said = cast(Any, model).generate(**given, max_new_tokens=8, num_beams=1, do_sample=False)
         texts = tokenizer.batch_decode(said, skip_special_tokens=True)
         found += [text.strip() == d.answer for text, d in zip(texts, some, strict=True)]
     return found
