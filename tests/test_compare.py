@@ -8,13 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import make_spec, write_run
 from typer.testing import CliRunner
 
 from dora_lab import paper
 from dora_lab.__main__ import app
-from dora_lab.paper.agreement import TOLERANCES
+from dora_lab.paper.agreement import TOLERANCES, agreement
+from dora_lab.runs.item_values import pack, unpack
 from dora_lab.spec import SpecError, from_dict, spec_id
 
 Row = dict[str, Any]
@@ -22,8 +24,9 @@ Row = dict[str, Any]
 
 @pytest.fixture
 def two(tmp_path: Path) -> tuple[Path, Path]:
-    """The run directory of a user, and a committed results folder with the same run."""
+    """The run directory of a user, and a committed results folder with the same run, its likelihoods included."""
     mine = write_run(tmp_path / "mine", make_spec("dora", 8, 0))
+    changed(mine, "eval", lambda rows: [with_likelihoods(row, seed) for seed, row in enumerate(rows)])
     shutil.copytree(tmp_path / "mine", tmp_path / "theirs")
     return mine, tmp_path / "theirs"
 
@@ -33,6 +36,45 @@ def changed(run: Path, stream: str, change: Callable[[list[Row]], Any]) -> None:
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     change(rows)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def with_likelihoods(row: Row, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = {"choice_nll": rng.gamma(1, 0.4, row["n"]), "answer_nll": rng.gamma(4, 2, row["n"])}
+    values["margin"] = rng.normal(0.1, 3, row["n"])  # its mean all but cancels out
+    row.update({name: float(found.mean()) for name, found in values.items()})
+    facts = pack("fact", rng.integers(0, 2**32, row["n"]).tolist())
+    row["per_item"] = {name: pack(name, found.tolist()) for name, found in values.items()} | {"fact": facts}
+
+
+def blur(name: str, share: float) -> Callable[[list[Row]], Any]:
+    """Add to and take from the items of each row by turns that share of their standard deviation."""
+
+    def change(rows: list[Row]) -> None:
+        for row in rows:
+            found = unpack(name, row["per_item"][name])
+            off = np.where(np.arange(len(found)) % 2, 1, -1) * share * found.std()
+            row["per_item"][name] = pack(name, (found + off).tolist())
+
+    return change
+
+
+def score(count: int) -> Callable[[list[Row]], Any]:
+    """Rows as of pictures: a score between 0 and 1 for each item and no `correct`; that many scored otherwise."""
+
+    def change(rows: list[Row]) -> None:
+        for row in rows:
+            scores = np.array([0.0, 0.3, 0.6, 1.0])[np.random.default_rng(7).integers(0, 4, row["n"])]
+            scores[:count] = np.where(scores[:count] == 1, 0.3, 1)
+            row.pop("correct", None)
+            row.update(metric="vqa", value=float(scores.mean()), n_unparsed=None)
+            row["per_item"] = row["per_item"] | {"score": pack("score", scores.tolist())}
+
+    return change
+
+
+def move(name: str, by: float) -> Callable[[list[Row]], Any]:
+    return lambda rows: [row.update({name: row[name] + by * row["choice_nll"]}) for row in rows]
 
 
 def of_dora(found: paper.Comparison) -> Row:
@@ -85,6 +127,24 @@ CASES: dict[str, tuple[str, Callable[[list[Row]], Any], str]] = {
         "within the interval",
     ),
     "answers reversed": ("eval", reverse, "differs"),
+    "likelihoods as between processors": ("eval", times(1.0059, "choice_nll", "answer_nll"), "same answers"),
+    "likelihoods beyond it": ("eval", times(1.007, "answer_nll"), "within the interval"),
+    "likelihoods far beyond it": ("eval", times(1.07, "choice_nll"), "differs"),
+    "a margin, which cancels out, by choice_nll": ("eval", move("margin", 0.0055), "same answers"),
+    "a margin beyond it": ("eval", move("margin", 0.008), "within the interval"),
+    "single items as between processors": ("eval", blur("choice_nll", 0.0085), "same answers"),
+    "single items beyond it": ("eval", blur("margin", 0.02), "within the interval"),
+    "single items far beyond it": ("eval", blur("answer_nll", 0.12), "differs"),
+    "items about another fact": (
+        "eval",
+        lambda rows: rows[0]["per_item"].update(fact=rows[1]["per_item"]["fact"]),
+        "differs",
+    ),
+    "likelihoods of other items": (
+        "eval",
+        lambda rows: rows[0]["per_item"].update(choice_nll=rows[1]["per_item"]["choice_nll"]),
+        "differs",
+    ),
     "a third of the items": ("eval", flip(40), "differs"),
 }
 
@@ -105,6 +165,16 @@ def test_flipped_items_are_counted(two: tuple[Path, Path]) -> None:
     mine, theirs = two
     changed(mine, "eval", lambda rows: flip(2)(rows[:3]))
     assert of_dora(paper.compare(mine.parents[2], theirs))["flipped"] == 6  # two items of three rows
+
+
+@pytest.mark.parametrize(("count", "level"), [(0, "same bytes"), (2, "within the interval"), (100, "differs")])
+def test_items_scored_in_parts(count: int, level: str, two: tuple[Path, Path]) -> None:
+    """Of pictures no row says right or wrong: what an item scores, says whether it is answered otherwise."""
+    rows = [[json.loads(line) for line in (two[0] / "eval.jsonl").read_text().splitlines()] for _ in range(2)]
+    score(0)(rows[1])
+    score(count)(rows[0])
+    found = agreement(*({"eval": some, "probe": [], "metrics": []} for some in rows))
+    assert (found.level, found.flipped) == (level, count * len(rows[0]))
 
 
 def test_flips_do_not_excuse_another_magnitude(two: tuple[Path, Path]) -> None:
