@@ -80,6 +80,7 @@ def test_numbers_in_base64_are_kept_apart_and_come_back_byte_for_byte() -> None:
         b'"' + b"A" * 70 + b'B=="',
         b'\x01{"a": 1}\n',
         b'{"a": "\x02"}\n',
+        b'{"a": \x03}\n{"a": 1}\n',
     ):
         assert packs._apart(whole) == (whole, None)  # the fourth: other base64 of the same bytes
 
@@ -103,6 +104,22 @@ def test_lines_alike_are_kept_by_columns_and_come_back_byte_for_byte() -> None:
         b'{"a": [1]}\n{"a": [2]}\n',
         lines.replace(b"\n", b"\r\n"),
     ):
+        assert packs._together(*packs._apart(whole)) == whole
+
+
+def test_columns_of_float32_are_kept_as_their_bytes_and_come_back_byte_for_byte() -> None:
+    values = np.random.default_rng(0).gamma(1, 3, 40).astype("<f4")
+    values[:5] = 0.0, -1.5, 1e-30, 3e38, 1e-45  # the last is not normal
+    rows = [{"step": k, "loss": float(value), "other": float(value) / 3} for k, value in enumerate(values)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    kept, apart = packs._apart(lines)
+    places = values.view("u1").reshape(-1, 4).T.tobytes()
+    assert kept.split(b"\x01")[3] == b"\x03" + base64.b64encode(places) and apart is None
+    assert kept.split(b"\x01")[4].count(b"\n") == len(rows) - 1  # no float32: as text
+    assert packs._together(kept, apart) == lines
+    long = "1234567.5000000000"  # a float32, written otherwise than Python would
+    for odd in (long, "-0.000000000000000000", "1e39", "NaN", "Infinity", "null", '"1.1000000238418579"', "12345678"):
+        whole = b"".join(b'{"a": %b}\n' % text for text in [repr(float(v)).encode() for v in values] + [odd.encode()])
         assert packs._together(*packs._apart(whole)) == whole
 
 
