@@ -195,7 +195,7 @@ HELD = {
     "layers/f": "needs matrix3.py: tests/test_saved.py, tests/test_adapters_places.py",
     "layers/j": "needs matrix3.py: tests/test_adapters_saved.py",
     "layers/n": "needs matrix3.py: tests/test_layout.py",
-    "layers/p": "needs matrix3.py: tests/test_adapters.py",
+    "layers/p": "needs matrix3.py: tests/test_adapters_peft.py",
     "runs/case_1_real_tokenizers": "needs tokenizers of a wheel: tests/test_evaluate.py",
     "runs/case_1_tokens": "prints lm-eval's text interface, which no protocol uses: tests/test_evaluate.py",
     "runs/case_5_hang": "tests/test_workers.py",
