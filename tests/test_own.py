@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -320,3 +321,23 @@ def test_a_folder_takes_the_place_of_the_papers_models(tmp_path: Path) -> None:
     assert "meta-llama/Meta-Llama-3-8B (by its shape)" in said[2]
     chosen(module, "paper", ("model.name=yahma/llama-13b-hf",), model_dir=eight, tell=said.append)
     assert len(said) == 3
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda f: (f / "boolq" / "test.json").unlink(), r"no train\.json to train on in ARC-Easy, .*; boolq: a train"),
+        (lambda f: (f / "boolq").rename(f / "mine"), r"no train\.json to train on in ARC-Easy, .*; mine: a train"),
+        (lambda f: keep(f / "boolq" / "train.json", 4), r"4 items to train on; at least 5 are needed"),
+    ],
+)
+def test_a_folder_that_nothing_can_be_trained_on_says_why(spoil: Any, words: str, inputs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(inputs / "data", folder)
+    spoil(folder)
+    with pytest.raises(LoadError, match=words):
+        look(inputs / "model", folder, "cloze")
+
+
+def keep(file: Path, count: int) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text())[:count]))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from dora_lab import report
 from dora_lab.runs import directory
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.errors import LockedError, StoreError
@@ -89,11 +90,25 @@ def test_a_torn_last_line_is_repaired(tmp_path: Path) -> None:
     assert read_record(run.path)["notes"] == ["metrics.jsonl: a torn last line of 15 bytes was removed"]
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"loss": NaN}', ""])
+@pytest.mark.parametrize("line", ["{", "[1]", '{"loss": NaN}', "", r'{"a": "\ud800"}'])
 def test_any_other_broken_line_is_an_error(tmp_path: Path, line: str) -> None:
     (tmp_path / "eval.jsonl").write_text(f'{{"a": 1}}\n{line}\n{{"a": 2}}\n')
     with pytest.raises(StoreError, match=r"eval\.jsonl, line 2"):
         read_stream(tmp_path, "eval")
+
+
+def test_half_a_character_is_refused_in_a_record_and_kept_out_of_one(tmp_path: Path) -> None:
+    with pytest.raises(OSError), RunDir.open(tmp_path, SPEC) as run:
+        raise OSError(2, "no such file", "caf\udce9.json")
+    assert "caf" in read_record(run.path)["error"]
+    report.frame(tmp_path, stream="record")
+    file = run.path / "record.json"
+    whole = file.read_text()
+    file.write_text(whole.replace('"status"', r'"more": "\ud83d\ude00", "status"', 1))  # two halves are a character
+    assert read_record(run.path)["more"] == "\U0001f600"
+    file.write_text(whole.replace('"status"', r'"more": "\ud83d", "status"', 1))
+    with pytest.raises(StoreError, match=r"record\.json is not JSON \(half a character \('.ud83d'\)\)"):
+        read_record(run.path)
 
 
 def test_streams_are_cut_back_to_their_marks(tmp_path: Path) -> None:

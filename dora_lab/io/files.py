@@ -78,6 +78,17 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def parse_whole(text: bytes) -> Any:
+    """As `parse_json`, and no text in it is half a character: JSON can escape one alone, no table can hold it."""
+    value = parse_json(text)
+    if b"\\ud" in text.lower():  # pairs are characters
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half a character ({error.object[error.start]!r})") from None
+    return value
+
+
 def read_object(folder: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file of a folder; nothing larger than `MAX_HEADER` is read.
 

@@ -16,6 +16,9 @@ from dora_lab.models.open import refuse_not_finite
 from dora_lab.spec import Data, Evaluation, Method, Model, Optim, Spec, did_you_mean
 from dora_lab.tasks import sources
 
+FEWEST = 5  # items of which a fifth is one
+NOT_TAKEN = "a train.json, but no test.json, or a name that is no task of the lab's (boolq, piqa, ...)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
@@ -54,7 +57,13 @@ def look(model_dir: Path, data_dir: Path, template: str, only: Sequence[str] = (
     tasks = [name for name in tasks if name in only or not only]
     name = Model(name=Path(model_dir).resolve().name, revision=hash_model(model_dir)[:12])
     whole = Data(name="llm_adapters", tasks=tuple(tasks), sha256=sha256, template=template, cutoff=1 << 30)  # type: ignore[arg-type]
+    if not any((Path(data_dir) / task / "train.json").is_file() for task in tasks):
+        others = sorted(file.parent.name for file in Path(data_dir).glob("*/train.json"))
+        there = f"; {', '.join(others)}: {NOT_TAKEN}" if others else ""
+        raise LoadError(f"{data_dir}: no train.json to train on in {', '.join(tasks)}, which have a test.json{there}")
     train = sources.items(_asking(name, whole), data_dir).train
+    if (count := sum(map(len, train.values()))) < FEWEST:
+        raise LoadError(f"{data_dir}: {count} items to train on; at least {FEWEST} are needed, a fifth is held out")
     longest = max(len(example.ids) for example in encode(train, whole, tokenizer).examples)
     try:
         refuse_not_finite(Path(model_dir), model)

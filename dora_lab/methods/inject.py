@@ -199,7 +199,7 @@ def _adapted_layer(
 def _targets(named: Mapping[str, nn.Module], method: Method) -> dict[str, nn.Module]:
     """The modules that `method` names, out of all of a model by name; raises ValueError as `wrap` does."""
     targets = (*method.target_modules, *method.magnitude_modules)
-    everywhere = {name: module for name, module in named.items() if _leaf(name) in targets}
+    everywhere = {name: module for name, module in named.items() if name and _leaf(name) in targets}  # '': the model
     found = {name: module for name, module in everywhere.items() if re.search(method.scope or "", name)}
     linear = {_leaf(name) for name, module in named.items() if type(module) in (nn.Linear, Conv1D)}
     if not targets:

@@ -224,7 +224,9 @@ class RunDir:
         if status == "complete":
             more = {"streams": marks, "files": kept.hashes(self.path)}
             self._record.pop("trained", None)
-        self._record = {**self._record, **more, "status": status, "error": error}
+        # the name of a file in an error may hold half a character, which no reader takes
+        said = None if error is None else error.encode("utf-8", "backslashreplace").decode("utf-8")
+        self._record = {**self._record, **more, "status": status, "error": said}
         _write_json(self.path / "record.json", self._record)
 
     def close(self) -> None:

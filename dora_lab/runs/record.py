@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dora_lab.io.files import parse_json
+from dora_lab.io.files import parse_whole
 from dora_lab.runs import packs
 from dora_lab.runs.errors import StoreError
 from dora_lab.spec import Spec, SpecError, did_you_mean, from_dict, spec_id
@@ -33,7 +33,7 @@ def read_record(path: Path) -> dict[str, Any]:
         content = packs.read(Path(path), file.name)
         if content is None:
             raise StoreError(f"{file} does not exist; is this a run directory?")
-        record = parse_json(content)
+        record = parse_whole(content)
     except StoreError:
         raise
     except (OSError, ValueError) as error:

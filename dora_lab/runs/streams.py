@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dora_lab.io.files import hash_bytes, parse_json
+from dora_lab.io.files import hash_bytes, parse_whole
 from dora_lab.runs import packs
 from dora_lab.runs.errors import StoreError
 from dora_lab.runs.record import read_record
@@ -45,7 +45,7 @@ def read_stream(path: Path, name: str) -> list[dict[str, Any]]:
     whole, _, _ = content(path, name).rpartition(b"\n")
     for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
         try:
-            row = parse_json(line)
+            row = parse_whole(line)
         except ValueError as error:
             raise StoreError(f"{file}, line {number}: {error}; restore the file or run again") from None
         if not isinstance(row, dict):
