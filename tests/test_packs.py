@@ -185,6 +185,14 @@ HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
         r"cannot be read|none of a run",
     ),
     "streams swapped": (_rewrite(_swap), r"metrics\.jsonl of run \w+ is not what index\.jsonl says"),
+    "columns of other lengths": (
+        _rewrite(lambda rows: [rows[0] | {"content": b"\x01\x02 \x02\n\x01a\nb\x01a"}, *rows[1:]]),
+        r"part-0001\.parquet: .* cannot be put together; restore",
+    ),
+    "a column that is no base64": (
+        _rewrite(lambda rows: [rows[0] | {"content": b"\x01\x02\n\x01\x03AAAAA"}, *rows[1:]]),
+        r"cannot be put together; restore",
+    ),
     "a name that escapes": (
         _rewrite(lambda rows: [rows[0] | {"file": "../../x"}, *rows[1:]]), r"is none of a run's files",
     ),

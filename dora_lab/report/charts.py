@@ -334,13 +334,14 @@ def _axes(
 
 
 def _plain_ticks(axis: Any) -> None:
-    """At most four or so ticks of a logarithmic axis, written out: few axes here span a decade."""
+    """At most four or so ticks of a logarithmic axis, written out, with room between them: few here span a decade."""
     from matplotlib.ticker import NullFormatter
 
     low, high = axis.get_view_interval()
     powers = [10.0**k for k in range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))))]
     sets = [[k * power for power in powers for k in times if low <= k * power <= high] for times in _TIMES]
-    ticks = next((found for found in sets if len(found) <= 4), sets[-1])
+    room = 0.18 * np.log10(high / low)
+    ticks = next((some for some in sets if len(some) <= 4 and not (np.diff(np.log10(some)) < room).any()), sets[-1])
     axis.set_ticks(ticks, [f"{tick:.3g}" for tick in ticks])
     axis.set_minor_formatter(NullFormatter())
 

@@ -263,7 +263,12 @@ def _read(part: Path, _state: object, _index: object) -> dict[str, dict[str, byt
     known, found = index(part.parent), {}
     for row in rows:
         run, name, content = row["run"], row["file"], row["content"]
-        content = _together(content, row["numbers"]) if isinstance(content, bytes) else content
+        try:
+            content = _together(content, row["numbers"]) if isinstance(content, bytes) else content
+        except (ValueError, TypeError, struct.error):
+            raise StoreError(
+                f"{part}: {name!r:.20} of run {run!r:.20} cannot be put together; restore the file"
+            ) from None
         if not isinstance(content, bytes) or name not in FILES or not _RUN.fullmatch(run or ""):
             raise StoreError(f"{part}: a row of {run!r:.20}, {name!r:.20} is none of a run's files; restore the file")
         wanted = known.get(run, {}).get("files")
