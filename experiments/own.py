@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from dora_lab.launch.given import Given
+from dora_lab.launch.given import FEWEST, Given
 from dora_lab.methods.catalog import entry_of
 from dora_lab.spec import Data, Evaluation, Method, Model, Optim, Probe, Spec
 
@@ -75,7 +75,7 @@ def longer(grid: Sequence[float], top: bool) -> tuple[float, ...]:
 
 def first(given: Given, size: Size) -> Spec:
     """The DoRA run that all others are made from, at the middle of its grid."""
-    held = min(size.validation_items, given.items // 5)
+    held = min(size.validation_items, given.items // FEWEST)
     trained = min(size.train_items, given.items - held)
     rank = min(RANK, max(1, given.narrowest // 2))
     adapter = Method(name="dora", rank=rank, alpha=2.0 * rank, target_modules=given.targets, scope=given.scope)

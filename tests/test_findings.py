@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ ROWS = [
 ]
 
 
+@cache
 def intervals() -> pd.DataFrame:
     """effect, low, high, verdict, n, p of every judged contrast: as a table has them."""
     judged = pd.read_csv(TABLES / "verdicts.csv")
@@ -72,7 +74,8 @@ def test_every_interval_of_the_text_is_one_of_a_table() -> None:
 
 def test_every_judged_primary_claim_has_its_row() -> None:
     every = intervals()
-    judged = every[(every["family"] == "primary") & (every["carries"] == True) & ~every["verdict"].str.contains(" of ")]  # noqa: E712
+    primary = every["family"].eq("primary") & every["carries"].eq(True)
+    judged = every[primary & ~every["verdict"].str.contains(" of ")]
     told = [INTERVAL.findall(row[2])[0] for row in ROWS]
     missing = [
         f"{row.experiment}: {row.claim}"

@@ -339,5 +339,10 @@ def test_a_folder_that_nothing_can_be_trained_on_says_why(spoil: Any, words: str
         look(inputs / "model", folder, "cloze")
 
 
+def test_a_whole_task_that_was_not_asked_for_is_not_blamed(inputs: Path) -> None:
+    with pytest.raises(LoadError, match=r"no train\.json to train on in ARC-Easy, which have a test\.json$"):
+        look(inputs / "model", inputs / "data", "cloze", only=("ARC-Easy",))
+
+
 def keep(file: Path, count: int) -> None:
     file.write_text(json.dumps(json.loads(file.read_text())[:count]))

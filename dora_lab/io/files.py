@@ -81,7 +81,7 @@ def parse_json(text: str | bytes) -> Any:
 def parse_whole(text: bytes) -> Any:
     """As `parse_json`, and no text in it is half a character: JSON can escape one alone, no table can hold it."""
     value = parse_json(text)
-    if b"\\ud" in text.lower():  # pairs are characters
+    if b"\\ud" in text or b"\\uD" in text:  # pairs of them are characters
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:

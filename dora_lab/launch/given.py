@@ -16,7 +16,7 @@ from dora_lab.models.open import refuse_not_finite
 from dora_lab.spec import Data, Evaluation, Method, Model, Optim, Spec, did_you_mean
 from dora_lab.tasks import sources
 
-FEWEST = 5  # items of which a fifth is one
+FEWEST = 5  # items to train on; one of so many is held out
 NOT_TAKEN = "a train.json, but no test.json, or a name that is no task of the lab's (boolq, piqa, ...)"
 
 
@@ -50,15 +50,15 @@ def look(model_dir: Path, data_dir: Path, template: str, only: Sequence[str] = (
 
     model, tokenizer = outline_and_tokenizer(model_dir)
     blocks, sha256 = blocks_of(model, model_dir), sources.hash_data(data_dir)
-    if not (tasks := sources.tasks_in(data_dir)):
+    if not (tested := sources.tasks_in(data_dir)):
         raise LoadError(f"{data_dir}: no <task>/test.json to evaluate on")
-    if strange := [name for name in only if name not in tasks]:
-        raise LoadError(f"{data_dir} has no test items of '{strange[0]}'; {did_you_mean(strange[0], tasks)}")
-    tasks = [name for name in tasks if name in only or not only]
+    if strange := [name for name in only if name not in tested]:
+        raise LoadError(f"{data_dir} has no test items of '{strange[0]}'; {did_you_mean(strange[0], tested)}")
+    tasks = [name for name in tested if name in only or not only]
     name = Model(name=Path(model_dir).resolve().name, revision=hash_model(model_dir)[:12])
     whole = Data(name="llm_adapters", tasks=tuple(tasks), sha256=sha256, template=template, cutoff=1 << 30)  # type: ignore[arg-type]
     if not any((Path(data_dir) / task / "train.json").is_file() for task in tasks):
-        others = sorted(file.parent.name for file in Path(data_dir).glob("*/train.json"))
+        others = sorted({file.parent.name for file in Path(data_dir).glob("*/train.json")} - {*tested})
         there = f"; {', '.join(others)}: {NOT_TAKEN}" if others else ""
         raise LoadError(f"{data_dir}: no train.json to train on in {', '.join(tasks)}, which have a test.json{there}")
     train = sources.items(_asking(name, whole), data_dir).train

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from dora_lab.report.items import item_values
 from dora_lab.runs.item_values import unpack
 
 LEVELS = ("same bytes", "same answers", "within the interval", "differs")  # from the best to the worst
@@ -133,11 +134,11 @@ def _flips(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]
 
 
 def _scores(row: Mapping[str, Any]) -> np.ndarray | None:
-    """How each item scored, (items,): as right or wrong, or in a measure that knows more."""
-    right, kept = row.get("correct"), row.get("per_item")
-    if isinstance(right, str):
-        return np.array([bit == "1" for bit in right])
-    return unpack("score", kept["score"]) if isinstance(kept, Mapping) and "score" in kept else None
+    """How each item scored, (items,): as right or wrong, or in a measure that knows more; None where no one says."""
+    try:
+        return item_values(row, "accuracy" if isinstance(row.get("correct"), str) else "score")
+    except ValueError:
+        return None
 
 
 def _distances(ours: Rows, theirs: Rows, alike: bool) -> Iterator[tuple[float, str]]:
