@@ -224,7 +224,7 @@ def row(module: str, change: Change, axis: str, magnitude: Tensor | None) -> dic
     moved, whole = change.delta_m.abs(), change.norm0.square().sum().sqrt().item()
     return {
         "module": module,
-        "layer": next((int(part) for part in parts if part.isdigit()), None),
+        "layer": next((int(part) for part in parts[:-1] if part.isdigit()), None),
         "kind": parts[-1],
         "delta_m": moved.mean().item(),
         "delta_d": known.mean().item() if len(known) else None,

@@ -27,7 +27,10 @@ MIDDLE = {"ft": 1e-4, "lora": 1e-3, "dora": 1e-3}
 STEP = 4.0  # from one rate of the grid to the next: wide, as nothing is known of the model
 LONGER = 2  # how often all grids are made longer where the best rate is an end of one
 # what is chosen here: a change of one of these on the command line would be overwritten, or make two runs one
-CHOSEN = ("seed", "method.name", "optim.learning_rate", "evaluation.split", "experiment", "tier")
+CHOSEN = (
+    "seed", "method.name", "optim.learning_rate", "evaluation.split", "experiment", "tier", "data.name",
+    "data.eval_name",
+)  # fmt: skip
 
 
 class Size(NamedTuple):

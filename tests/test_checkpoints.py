@@ -306,6 +306,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "nan": (lambda f: retensor(f, lambda t: t[Q + "lora_A.weight"].fill_(float("nan"))), "A holds numbers that are"),
     "rank": (lambda f: edit(f, r=3), "has rank 4, its configuration says 3"),
     "no rank": (lambda f: edit(f, r=None), "r = None must be a positive number"),
+    "a flag in words": (lambda f: edit(f, use_rslora="false"), "use_rslora = 'false' must be true or false"),
     "another tuner": (lambda f: edit(f, peft_type="LOHA"), "peft_type is 'LOHA'"),
     "replicated layers": (lambda f: edit(f, layer_replication=[[0, 2]]), "layer_replication = "),
     "from the future": (lambda f: edit(f, use_whatever=True), "use_whatever = True: changes what the adapter computes"),

@@ -142,3 +142,21 @@ def test_a_folder_of_somebody_else_is_not_written_to(file: Path, tmp_path: Path)
     (tmp_path / "mine").mkdir()
     run = CliRunner().invoke(app, ["fetch", str(file), "--out", str(tmp_path / "mine")])
     assert "no model that was fetched" in str(run.exception)
+
+
+def test_another_file_of_the_same_name_is_not_the_one_that_is_there(file: Path, tmp_path: Path) -> None:
+    folder = fetch.fetch(str(file), tmp_path / "out")
+    other = tmp_path / "other" / file.name
+    other.parent.mkdir()
+    other.write_bytes(file.read_bytes() + b"\0")
+    with pytest.raises(LoadError, match=r"out is there and was made of another file \(tiny\.Q4_1, dequantised\)"):
+        fetch.fetch(str(other), folder)
+    with pytest.raises(LoadError, match="was made of another file"):
+        fetch.fetch("smollm2", folder)
+
+
+def test_an_adapter_beside_a_gguf_file_is_not_put_on(file: Path, tmp_path: Path) -> None:
+    (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(LoadError, match=r"adapter_config\.json lies beside it"):
+        fetch.fetch(str(tmp_path / file.name), tmp_path / "out")

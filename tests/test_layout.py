@@ -128,8 +128,8 @@ def gpt_oss() -> Any:  # square: 16 x 2 * 8
 
 # the code of granitemoe multiplies by linear(x, W[e]), that of gpt-oss by x @ W[e]
 PACKED = {
-    "granitemoe": (granite, ("input_linear.weight", "output_linear.weight"), False),
-    "gpt-oss": (gpt_oss, ("gate_up_proj", "down_proj"), True),
+    "granitemoe": (granite, {"input_linear.weight": "gate_up_proj", "output_linear.weight": "down_proj"}, False),
+    "gpt-oss": (gpt_oss, {"gate_up_proj": "gate_up_proj", "down_proj": "down_proj"}, True),
 }
 
 
@@ -142,11 +142,11 @@ def test_experts_have_a_row_each_and_a_magnitude_for_each_output(name: str, tmp_
     found = list(probe(tmp_path / "base", [tmp_path / "tuned"]))
     count = 0
     for key in before:
-        if key.endswith(leaves):
+        if leaf := leaves.get(key.removeprefix(f"{key.removesuffix('.weight').rpartition('.')[0]}.")):
             for expert in range(3):
                 W0, W = (side[key][expert].t() if turned else side[key][expert] for side in (before, after))
-                named = (key.removesuffix(".weight"), expert)
-                (row,) = (row for row in found if (row["module"], row["expert"]) == named)
+                # rows have the names of the class's modules, as a live model's have
+                (row,) = (row for row in found if (row["kind"], row["expert"]) == (leaf, expert))
                 check(row, W0, W, rel=1e-4)
                 count += 1
     assert count == 6 and len(found) == 4 + 1 + 6, "attention, the router, and every expert of both tensors"
@@ -158,7 +158,7 @@ def test_experts_across_their_axis_and_their_singular_values(axis: str, tmp_path
         model.save_pretrained(tmp_path / part)
     before, after = (load_file(tmp_path / part / "model.safetensors") for part in ("base", "tuned"))
     name = "model.layers.0.block_sparse_moe.output_linear"
-    rows = list(probe(tmp_path / "base", [tmp_path / "tuned"], axis=axis, kinds=["output_linear"], dynamics=True))
+    rows = list(probe(tmp_path / "base", [tmp_path / "tuned"], axis=axis, kinds=["down_proj"], dynamics=True))
     for row in rows:
         W0, W = (side[f"{name}.weight"][row["expert"]] for side in (before, after))
         check(row, W0, W, axis, rel=1e-4)

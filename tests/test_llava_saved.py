@@ -165,6 +165,12 @@ def test_probe_and_export_of_a_model_that_sees(make: Any, tmp_path: Path) -> Non
     run("probe", tmp_path / "base", tmp_path / "adapter", tmp_path / "whole", "--out", tmp_path / "rows.csv")
     rows = pd.read_csv(tmp_path / "rows.csv")
     changed = rows[rows["delta_d"] > 1e-6]
+    named = [{*part["module"]} for _, part in changed.groupby("tuned")]
+    assert named[0] == named[1] == {name for name, _ in adapted(model)}  # whatever the file calls them
+    merger = rows[rows["module"].str.contains("merger.mlp")]  # of Qwen2-VL: a place in a Sequential is no layer
+    assert merger["layer"].isna().all() and len(merger) == 2 * (make is qwen)
+    written = pd.read_csv(tmp_path / "rows.csv", dtype=str)["layer"].dropna()
+    assert {*written} == {"0", "1"}
     assert sorted(changed.groupby("tuned").size()) == [4, 4]  # the tower's rows say 0
     measured = {
         (name.split(".")[-3], name.rpartition(".")[2]): deltas(layer.weight.detach(), layer.effective_weight().detach())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -268,3 +269,8 @@ def test_hub_cache_is_used_without_network(model_dir: Path, tmp_path: Path, monk
     model_and_tokenizer(spec)
     with pytest.raises(LoadError, match=r"model 'org/other' at revision a{40} is not in .* could not be fetched"):
         model_folder(replace(spec.model, name="org/other"))
+
+
+def test_a_folder_whose_name_no_record_can_hold_is_refused_before_a_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="udcff.*: no Unicode name"):
+        Paths(tmp_path, tmp_path / os.fsdecode(b"data\xff"))

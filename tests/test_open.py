@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from families import FAMILIES, save_family
 from safetensors.torch import load_file, save_file
 from tiny import save_data
 
+from dora_lab.formats.shards import Shards
 from dora_lab.io.errors import CheckpointError, LoadError
 from dora_lab.launch.given import look
 from dora_lab.models import open as opening
@@ -21,6 +23,7 @@ from dora_lab.models.layout import Layout
 from dora_lab.models.llava import open_llava
 from dora_lab.models.open import open_as_saved, open_model
 from dora_lab.models.vl_bart import open_vl_bart
+from dora_lab.probing.saved_models import probe
 from dora_lab.probing.watched import watched
 
 # with weights, as they are saved, and without: what `run own` looks at before it says what it will do
@@ -150,3 +153,47 @@ def test_initial_weights_are_found_by_the_models_names(name: str, tmp_path: Path
         if layer.name not in drawn:
             found = tensors[stored[f"{layer.name}.weight"]]
             assert torch.equal(found.float(), live[f"{layer.name}.weight"].float()), layer.name
+
+
+def test_weights_are_of_the_files_that_transformers_reads(tmp_path: Path) -> None:
+    """The single file before an index, which may be left of an earlier saving, and no other program's copy."""
+    old, new, base = (save_family("qwen2", tmp_path / name) for name in ("old", "new", "base"))
+    for folder, shift in ((old, 0.01), (new, 0.05)):
+        tensors = load_file(folder / "model.safetensors")
+        save_file(
+            {name: part + shift for name, part in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+        )
+    open_model(old, "float32").save_pretrained(new, max_shard_size="20KB")  # removes the single file
+    single = load_file(base / "model.safetensors")
+    save_file({name: part + 0.05 for name, part in single.items()}, new / "model.safetensors", {"format": "pt"})
+    assert (new / "model.safetensors.index.json").is_file() and len([*new.glob("model-*.safetensors")]) > 1
+    save_file({"tok_embeddings.weight": torch.zeros(4, 4)}, new / "consolidated.safetensors")
+    name, W0 = next((name, part) for name, part in single.items() if name.endswith("layers.0.mlp.up_proj.weight"))
+    for loaded in (open_model(new, "float32"), open_as_saved(new)):
+        assert torch.equal(loaded.state_dict()[name], W0 + 0.05)
+    assert outline_and_tokenizer(new)[0] is not None
+    (row,) = (row for row in probe(base, [new], kinds=["up_proj"]) if row["layer"] == 0)
+    wanted = ((W0 + 0.05).double().norm(dim=1) - W0.double().norm(dim=1)).abs().mean().item()
+    assert row["delta_m"] == pytest.approx(wanted, rel=1e-5)
+    for shard in new.glob("model-*.safetensors"):
+        shard.unlink()  # what the index names is not there: nobody asks
+    assert open_model(new, "float32") is not None and [*probe(base, [new])]
+
+
+@pytest.mark.parametrize("door", [*DOORS, "shards", "tuned"])
+def test_an_adapter_beside_a_model_is_put_on_by_nobody(door: str, tmp_path: Path) -> None:
+    """transformers' from_pretrained would, in silence; which of the two is meant, a probe could not know."""
+    doors = DOORS | {"shards": Shards, "tuned": lambda folder: [*probe(tmp_path / "base", [folder])]}
+    save_family("qwen2", tmp_path / "base")
+    folder = save_family("qwen2", tmp_path / "model")
+    model = peft.get_peft_model(open_model(folder, "float32"), peft.LoraConfig(r=2, target_modules=["q_proj"]))  # type: ignore[arg-type]
+    model.save_pretrained(str(folder))
+    with pytest.raises((CheckpointError, LoadError), match=r"adapter_config\.json lies beside the model"):
+        doors[door](folder)
+
+
+@pytest.mark.parametrize("door", [*DOORS, "shards"])
+def test_weights_of_another_name_are_refused(door: str, tmp_path: Path) -> None:
+    folder = configured(save_family("qwen2", tmp_path / "model"), transformers_weights="other.safetensors")
+    with pytest.raises((CheckpointError, LoadError), match=r"asks for other weights .*'other\.safetensors'"):
+        (DOORS | {"shards": Shards})[door](folder)

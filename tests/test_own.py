@@ -282,6 +282,8 @@ def test_the_same_command_goes_on_with_the_runs_that_there_are(done: tuple[Path,
     ("more", "said"),
     [
         (["--with", "seed=3"], "--with seed: run own chooses it by itself"),
+        (["--with", "data.name=mini"], "--with data.name: run own chooses it by itself"),
+        (["--with", "optim.epochs=2", "--with", "optim.epochs=3"], "--with optim.epochs is given twice"),
         (["--only", "seed=0"], "run own reads no --only"),
         (["--tier", "small"], "run own reads no --tier"),
     ],
@@ -289,6 +291,18 @@ def test_the_same_command_goes_on_with_the_runs_that_there_are(done: tuple[Path,
 def test_what_is_not_the_callers_to_say(done: tuple[Path, list[str], str], more: list[str], said: str) -> None:
     asked = CliRunner().invoke(command.app, [*done[1], *more])
     assert asked.exit_code != 0 and isinstance(asked.exception, SpecError) and said in str(asked.exception)
+
+
+def test_the_micro_batch_follows_the_batch_that_was_asked_for(done: tuple[Path, list[str], str]) -> None:
+    dry = CliRunner().invoke(command.app, [*done[1], "--with", "optim.batch_size=6", "--dry-run"])
+    assert dry.exit_code == 0 and "steps of 6" in dry.output, (dry.output, dry.exception)
+
+
+def test_answers_that_are_certain_have_a_rate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(conducting, "read_stream", lambda *_: [{"choice_nll": 0.0}])
+    specs = OWN.sweep(OWN.first(OWN.EXAMPLE, SMALL), ("lora",), (0.5, 1.0, 2.0))
+    choice = conducting._choice("lora", specs, tmp_path)
+    assert choice is not None and choice.rate in {spec.optim.learning_rate for spec in specs if spec.optim}
 
 
 def test_quick_and_ft_are_of_own() -> None:

@@ -192,3 +192,34 @@ def test_a_hub_adapter_has_to_be_pinned(tmp_path: Path, monkeypatch: pytest.Monk
     shutil.rmtree(snapshot)
     with pytest.raises(LoadError, match=r"could not be fetched.*--include 'llama/r32/adapter_config\.json'"):
         adapter_folder(pinned)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--paper-model", "LLaMA-7b"], "no model of the paper's; did you mean 'LLaMA-7B'"),
+        (["--with", "evaluation.protocols=loglikelihood"], "the paper's numbers are of generated answers"),
+        (
+            ["--base", "/nowhere/base"],
+            "--base /nowhere/base: no such folder; of a hub id give the commit, too",
+        ),
+        (["--data-dir", "/nowhere/data"], "/nowhere/data: no such folder"),
+        (["--with", "seed=1", "--with", "seed=2"], "--with seed is given twice, as 1 and as 2"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_anything_is_evaluated(
+    more: list[str], words: str, folder: Path, tmp_path: Path
+) -> None:
+    done = go(folder, "peft", tmp_path, *more)
+    assert words in str(done.exception) and not [*tmp_path.glob("runs/published/*/record.json")]
+    gone = go(folder, "nowhere/peft", tmp_path)
+    assert "peft: no such folder; of a hub id give the commit, too: --revision COMMIT" in str(gone.exception)
+
+
+def test_an_adapter_of_several_ranks_is_no_cell_of_the_papers(tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 32, "rank_pattern": {"q_proj": 2}}
+    for pattern, rank in (({"q_proj": 2}, None), ({"q_proj": 32}, 32), ({}, 32)):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": pattern}))
+        assert released_adapter.describe(tmp_path) == released_adapter.Adapter("LoRA", rank)
+    rows = comparison.compare(run_with(tmp_path, {}), "LoRA", None, "LLaMA-7B")
+    assert set(rows["verdict"]) == {"no number in the paper"} and rows["paper"].isna().all()

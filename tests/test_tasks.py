@@ -161,6 +161,7 @@ def test_bad_items_are_named(tmp_path: Path, items: Any, message: str) -> None:
     ("content", "message"),
     [
         (b"", "is empty"),
+        (b"{}\n{}\n", r"test\.json, line 2: another JSON value follows the first"),
         (json.dumps(boolq_items(9)).encode()[:-200], r"broken or truncated JSON at line 1, column \d+"),
         (b'[{"instruction": "\xff"}]', "not UTF-8 at byte 18"),
     ],

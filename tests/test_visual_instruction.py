@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_benchmarks import save_benchmarks
 from tiny_llava import save_llava, save_mix
@@ -33,6 +34,7 @@ from dora_lab.runs.streams import read_rows
 from dora_lab.runs.survey import iter_runs
 from dora_lab.spec import Spec, SpecError, derive
 from dora_lab.tasks import ItemError, load_task
+from dora_lab.tasks.items import UnreadableError
 from dora_lab.training.fit import Interrupted
 from experiments.visual_instruction import BASE, ITEMS, TASKS, specs
 
@@ -251,6 +253,49 @@ def test_a_run_goes_on_with_its_own_images_alone(paths: Paths, tmp_path: Path) -
     image.write_bytes(image.read_bytes() + b"\0")
     with pytest.raises(ResumeError, match=r"images\.sha256"):
         run_spec(spec, here)
+
+
+def test_an_image_that_cannot_be_read_for_a_while_costs_no_work(
+    paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails in mid-training: the run is interrupted, goes on from its checkpoint, ends as undisturbed."""
+    spec = small("lora", data__tasks="pope", evaluation__task_new_tokens="")
+    one, two = (Paths(tmp_path / name, paths.data_dir, paths.model_dir) for name in ("one", "two"))
+    assert run_spec(spec, one) == "complete"
+    files, opened = [], Image.open
+
+    def failing(file: Any) -> Any:
+        files.append(file)
+        if len(files) == 11:  # of sixteen, the third step with images
+            raise OSError(5, "Input/output error")
+        return opened(file)
+
+    monkeypatch.setattr(Image, "open", failing)
+    with pytest.raises(
+        UnreadableError, match=r"mix665k\.json, item \d+: .* cannot be opened \(OSError: .*Input/output"
+    ):
+        run_spec(spec, two, Runtime(checkpoint_steps=1))
+    assert read_record(run_path(two.results, spec))["status"] == "interrupted"
+    assert run_spec(spec, two) == "complete"
+    first, second = run_path(one.results, spec), run_path(two.results, spec)
+    assert read_record(second)["training"]["resumed_from"] >= 1
+    for name in ("metrics.jsonl", "eval.jsonl", "adapter/adapter_model.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_two_questions_of_one_name_are_refused_where_a_server_scores_them(paths: Paths, tmp_path: Path) -> None:
+    data = save_data(tmp_path / "data")
+    file = data / "eval" / "vizwiz" / "llava_test.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(line | {"question_id": "0"}) + "\n" for line in lines))
+    here = Paths(tmp_path / "results", data, paths.model_dir)
+    with pytest.raises(ItemError, match=r"llava_test\.jsonl, line 2: its id '0' is that of .*line 1, too; remove one"):
+        run_spec(small("lora", data__tasks="vizwiz_test", evaluation__task_new_tokens=""), here)
+
+
+def test_a_dry_run_counts_what_the_folder_holds(paths: Paths) -> None:
+    done = command(paths, "--dry-run", "--only", "method=lora", "--only", "seed=0", small=ADAPTED)
+    assert "about 6 steps" in done.stdout, done.stdout + done.stderr  # 12 conversations, two passes, four at a time
 
 
 def test_what_it_would_cost(paths: Paths) -> None:

@@ -12,9 +12,9 @@ from dora_lab.commands.app import LOCAL, ResultsOption, app, examples, progress_
 from dora_lab.commands.show import Format, FormatOption, show
 from dora_lab.launch.experiments import load_experiment
 from dora_lab.launch.runtime import Paths, Runtime
-from dora_lab.launch.select import pair
+from dora_lab.launch.select import pairs
 from dora_lab.models.base import hash_adapter, hash_model
-from dora_lab.spec import derive
+from dora_lab.spec import derive, did_you_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -171,6 +171,14 @@ def verify_published(
     name = "visual_instruction" if sees else "commonsense"
     experiment = load_experiment(name)
     pinned = base_revision or (None if sees else experiment.PAPER.get(base, (None,))[0])
+    for option, text, folder, commit, pin in (
+        ("ADAPTER", adapter, adapter_dir, revision, "--revision"),
+        ("--base", base, base_dir, pinned, "--base-revision"),
+    ):
+        if folder is None and commit is None:
+            raise ValueError(f"{option} {text}: no such folder; of a hub id give the commit, too: {pin} COMMIT")
+    if paper_model is not None and paper_model not in (names := comparison.models(name)):
+        raise ValueError(f"--paper-model {paper_model}: no model of the paper's; {did_you_mean(paper_model, names)}")
     protocol = experiment.specs("paper")[0]
     if sees and paper_model is None and cast(Path, base_dir).resolve().name == experiment.BASE:
         paper_model = experiment.PAPER_MODEL
@@ -182,11 +190,11 @@ def verify_published(
         adapter_revision=hash_adapter(adapter_dir)[:12] if adapter_dir else revision,
     )
     spec = released_adapter.spec_of(protocol, model, data_dir)
-    spec = derive(spec, dict(pair(change, "--with") for change in with_ or ()))
+    spec = derive(spec, pairs(with_ or (), "--with"))
     paths, runtime = Paths(results, data_dir, base_dir, adapter_dir), Runtime(allow_pickle=allow_pickle)
     found, run = released_adapter.evaluate(spec, paths, runtime)
     rows = comparison.compare(run, found.method, found.rank, paper_model or shapes.printed_name(base), name)
-    title = f"{found.method}, rank {found.rank}, on {base}"
+    title = f"{found.method}, rank {found.rank or 'by layer'}, on {base}"
     show({"published": rows}, [(title, _beside(rows))], form, (comparison.summary(rows), str(run)))
     raise typer.Exit(1 if NOT in list(rows["verdict"]) else 0)
 

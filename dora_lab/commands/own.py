@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from dora_lab.commands.ending import STOPPED
 from dora_lab.launch.experiments import house_first, published_specs
 from dora_lab.launch.pool import Outcome, run_many
 from dora_lab.launch.runtime import Paths, Runtime
-from dora_lab.launch.select import pair
+from dora_lab.launch.select import pairs
 from dora_lab.report.rates import Choice, choose
 from dora_lab.runs.record import run_path, spec_of
 from dora_lab.runs.streams import read_stream
@@ -69,13 +70,15 @@ def conduct(
         raise SpecError("run own: give --model-dir M, a saved model, and --data-dir D, a folder <task>/train.json, ...")
     if distributed.size() > 1:
         raise SpecError("run own is one process; start it without torchrun")
-    values = dict(pair(change, "--with") for change in changes)
+    values = pairs(changes, "--with")
     if taken := sorted({*values} & {*module.CHOSEN}):
         raise SpecError(f"--with {taken[0]}: run own chooses it by itself; leave it out")
     size = module.QUICK if quick else module.FULL
     only = [name for name in values.get("data.tasks", "").split(",") if name]
     found = given.look(paths.model_dir, paths.data_dir, values.get("data.template", "cloze"), only)
-    first = module.scaled(derive(module.first(found, size), values), (*values,))
+    # the micro-batch is chosen below; until then the largest that any batch has
+    batch = {MICRO: values["optim.batch_size"]} if "optim.batch_size" in values else {}
+    first = module.scaled(derive(module.first(found, size), batch | values), (*values,))
     plan = Plan(module, first, module.methods(ft), size)
     given.refuse_unfit([plan.sweep[0], *plan.confirmation()], paths)
     for line in _of_given(found, plan):
@@ -216,7 +219,8 @@ def _choice(name: str, specs: Sequence[Spec], results: Path) -> Choice | None:
             rows = read_stream(run_path(results, spec), "eval")
             values = [float(row["choice_nll"]) for row in rows if row.get("choice_nll") is not None]
             if len(values) == len(rows):
-                loss = [math.log(sum(values) / len(values))] if rows else []
+                # of answers that are all certain the mean rounds to 0, which has no logarithm
+                loss = [math.log(max(sum(values) / len(values), sys.float_info.min))] if rows else []
             else:
                 loss = [1 - sum(row["value"] for row in rows) / len(rows)]
             losses[spec.optim.learning_rate] = loss

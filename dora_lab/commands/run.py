@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -17,13 +17,14 @@ from dora_lab.commands.show import Format, FormatOption, show
 from dora_lab.launch.experiments import experiment_names, load_experiment
 from dora_lab.launch.pool import Outcome, describe, run_many
 from dora_lab.launch.runtime import Device, Paths, Runtime
-from dora_lab.launch.select import chosen, pair
+from dora_lab.launch.select import chosen, pairs
 from dora_lab.runs.caveats import caveats
 from dora_lab.runs.errors import StoreError
 from dora_lab.runs.record import run_path
 from dora_lab.runs.streams import read_stream
 from dora_lab.runs.survey import verified
-from dora_lab.spec import SpecError, spec_id
+from dora_lab.spec import Spec, SpecError, spec_id
+from dora_lab.tasks.sources import items_to_train
 
 DeviceOption = Annotated[Device | None, typer.Option(help="Where it computes; default: as the tier says.")]
 ThreadsOption = Annotated[
@@ -101,10 +102,19 @@ def run(
     if dry_run:
         from dora_lab.launch import plan as planning
 
-        for line in planning.lines(specs, getattr(module, "ITEMS", {}), model_dir, gpu, tokens, runtime):
+        known = _sizes(getattr(module, "ITEMS", {}), specs, data_dir)
+        for line in planning.lines(specs, known, model_dir, gpu, tokens, runtime):
             say(line)
         return
     tell(run_many(specs, paths, runtime, jobs), results)
+
+
+def _sizes(published: Mapping[str, int], specs: Sequence[Spec], data_dir: Path | None) -> dict[str, int]:
+    """How many items there are to train on: as published, of a folder what is in it."""
+    known = {**published}
+    for data in {spec.data.name: spec.data for spec in specs if data_dir and spec.data.name in known}.values():
+        known[data.name] = items_to_train(data, cast(Path, data_dir)) or known[data.name]
+    return known
 
 
 @app.command(epilog=examples("submit commonsense --partition gpu --hours 24", "submit pilot --tier mini --local"))
@@ -135,7 +145,7 @@ def submit(
     specs = chosen(load_experiment(experiment), tier, only or (), with_ or (), data_dir, model_dir, say)
     resources = cluster.Resources(
         partition=partition, hours=hours, gpus=gpus, cpus=cpus, memory_gb=memory, at_once=at_once,
-        more=dict(pair(option, "--slurm") for option in slurm or ()),
+        more=pairs(slurm or (), "--slurm"),
     )  # fmt: skip
     runtime = Runtime(device=device, threads=threads)
     jobs = cluster.submit(specs, Paths(results, data_dir, model_dir), resources, runtime, local=local)

@@ -125,7 +125,11 @@ def prepare(
             submitted = spec.data.test_items is None and submissions.ready(name, pool, home)
         except ScoreError as error:
             raise ItemError(str(error)) from None
+        first: dict[str, Item] = {}
         for item in pool:
+            if first.setdefault(item["id"], item) is not item:  # one answer would stand for both
+                there = f"that of {first[item['id']]['where']}, too"
+                raise ItemError(f"{item['where']}: its id '{item['id']}' is {there}; remove one of them")
             _refuse_long(form.question(item), new_tokens, most)
         parts.append(Part(task, pool, _options(form, spec, task, pool, most), new_tokens, submitted))
     return parts

@@ -73,11 +73,12 @@ def write_vizwiz(file: Path, outputs: Mapping[str, str], images: Mapping[str, st
 def write_mmbench(file: Path, outputs: Mapping[str, str], questions: Path) -> Path:
     """MMBench: its table without pictures and categories, with a column `prediction`, as an Excel sheet.
 
-    Raises ScoreError where openpyxl is missing (extra `vision`), or an answer holds what no cell can.
+    A control character, which no cell can hold, stands as "_x0007_", as the format has it (ECMA-376, ST_Xstring).
+    Raises ScoreError where openpyxl is missing (extra `vision`).
     """
     import pandas as pd
 
-    Workbook, IllegalCharacterError = _openpyxl(file)
+    Workbook, control = _openpyxl(file)
 
     table = pd.read_table(questions, dtype=str)
     _complete(file, outputs, table["index"].tolist())
@@ -87,13 +88,8 @@ def write_mmbench(file: Path, outputs: Mapping[str, str], questions: Path) -> Pa
     sheet: Any = book.active
     for place, row in enumerate([list(kept.columns), *kept.values.tolist()], start=1):
         for column, value in enumerate(row, start=1):
-            text = value if isinstance(value, str) else None
-            try:
-                cell = sheet.cell(place, column, int(text) if column == 1 and place > 1 and text else text)
-            except IllegalCharacterError:
-                raise ScoreError(
-                    f"{file}, row {place}: {text!r:.80} holds a sign that no cell can; answer anew"
-                ) from None
+            text = control.sub(lambda one: f"_x{ord(one[0]):04X}_", value) if isinstance(value, str) else None
+            cell = sheet.cell(place, column, int(text) if column == 1 and place > 1 and text else text)
             if isinstance(cell.value, str):
                 cell.data_type = "s"  # a text, though it may begin with "="
     with replacing(file) as temporary:
@@ -102,13 +98,13 @@ def write_mmbench(file: Path, outputs: Mapping[str, str], questions: Path) -> Pa
 
 
 def _openpyxl(file: Path) -> tuple[Any, Any]:
-    """The class of a sheet, and what it raises for a sign that no cell can hold."""
+    """The class of a sheet, and the pattern of what no cell can hold."""
     try:
         from openpyxl import Workbook
-        from openpyxl.utils.exceptions import IllegalCharacterError
+        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
     except ImportError:
         raise ScoreError(f"{file}: sheets are written with openpyxl: pip install 'dora-lab[vision]'") from None
-    return Workbook, IllegalCharacterError
+    return Workbook, ILLEGAL_CHARACTERS_RE
 
 
 def _complete(file: Path, outputs: Mapping[str, str], asked: Sequence[str]) -> None:

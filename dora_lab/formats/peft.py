@@ -213,6 +213,9 @@ def _settings(where: Path, config: dict[str, Any]) -> _Settings:
                     f"{where}: {name}: {key!r:.200} can match in too many ways to be tried: write the modules' names"
                 )
         patterns.append(table)
+    for name in ("use_rslora", "fan_in_fan_out", "use_dora"):
+        if not isinstance(value := config.get(name), bool | None):  # PEFT would take the text "false" for true
+            raise CheckpointError(f"{where}: {name} = {value!r:.40} must be true or false")
     rank = positive("r", config.get("r"), (int,))
     alpha = positive("lora_alpha", config.get("lora_alpha"), (int, float))
     return _Settings(

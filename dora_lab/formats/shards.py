@@ -19,9 +19,17 @@ import torch
 from torch import Tensor
 
 from dora_lab.io.errors import CheckpointError
-from dora_lab.io.files import MAX_HEADER, header, inside, parse_json, refuse_what_is_no_weights, sha256
+from dora_lab.io.files import (
+    INDEX,
+    SINGLE,
+    header,
+    index,
+    parse_json,
+    refuse_what_is_no_weights,
+    sha256,
+    weight_files,
+)  # fmt: skip
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = "pytorch_model*.bin"
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -61,10 +69,12 @@ class Shards:
         self._raw = torch.empty(0, dtype=torch.uint8)  # bytes of the block read last
         self._whole: dict[str, Tensor] = {}  # of pickles
         self._places: dict[str, Place] = {}
-        if not any((self.folder / name).is_file() for name in (INDEX, SINGLE)):
+        if not (files := weight_files(self.folder)):
             self._pickles(allow_pickle)
+        elif files == [self.folder / SINGLE]:
+            self._places = read_header(files[0])
         else:
-            self._places = self._index()
+            self._places = self._of_shards()
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -133,28 +143,16 @@ class Shards:
             raise CheckpointError(f"{place.file}: ends within '{name}'; fetch it again")
         return self._raw[:size].view(dtype)
 
-    def _index(self) -> dict[str, Place]:
-        index = inside(self.folder, INDEX, self.folder)
-        if not index.is_file():
-            return read_header(inside(self.folder, SINGLE, self.folder))
-        if (size := index.stat().st_size) > MAX_HEADER:
-            raise CheckpointError(f"{index}: {size} bytes are no index of shards; fetch it again")
-        try:
-            table = parse_json(index.read_bytes())["weight_map"]
-            names = {str(key): str(value) for key, value in table.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not an index of shards ({error}); fetch it again") from None
+    def _of_shards(self) -> dict[str, Place]:
         places: dict[str, Place] = {}
         by_file: dict[str, list[str]] = {}
-        for name, file in names.items():
+        for name, file in index(self.folder).items():
             by_file.setdefault(file, []).append(name)
-        if (there := sum(1 for _ in self.folder.iterdir())) < len(by_file) > 1000:  # else the first that lacks is told
-            raise CheckpointError(f"{index}: names {len(by_file)} shards, the folder has {there} files; fetch it again")
         for file, wanted in sorted(by_file.items()):
             try:
-                there = read_header(inside(self.folder, file, index))
-            except OSError as error:  # a name too long, say
-                raise CheckpointError(f"{index}: names a file that cannot be read: {error.strerror}") from None
+                there = read_header(self.folder / file)
+            except OSError as error:
+                raise CheckpointError(f"{self.folder / file}: cannot be read: {error.strerror}") from None
             if lost := sorted(name for name in wanted if name not in there):
                 raise CheckpointError(f"{self.folder / file}: '{lost[0]}' should be in it and is not; fetch it again")
             places |= {name: there[name] for name in wanted}

@@ -27,7 +27,7 @@ from dora_lab.forms.decoder import answer_loss, labelled
 from dora_lab.forms.form import IGNORED, Encoded, Form, Pools, refuse_beyond
 from dora_lab.spec import Data, SpecError
 from dora_lab.tasks.conversations import IMAGE, Item
-from dora_lab.tasks.items import ItemError
+from dora_lab.tasks.items import ItemError, UnreadableError
 from dora_lab.tasks.limits import NO_LIMITS, Limits
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class Llava(Form):
 
 
 def opened(image: Path | bytes, where: str) -> Image.Image:
-    """The picture of a file (or of its bytes) in three colours; ItemError names the item that it is of."""
+    """The picture of a file (or of its bytes) in three colours; UnreadableError names the item that it is of."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -210,7 +210,7 @@ def opened(image: Path | bytes, where: str) -> Image.Image:
                 return file.convert("RGB")
     except Exception as error:  # of any kind: every format has its own
         name = "its image" if isinstance(image, bytes) else str(image)
-        raise ItemError(
+        raise UnreadableError(
             f"{where}: {name} cannot be opened ({type(error).__name__}: {error!s:.200}); fetch it again"
         ) from None
 

@@ -19,6 +19,8 @@ from dora_lab.io.errors import CheckpointError
 MAX_HEADER = 100_000_000  # bytes, the format's own limit; of an index too
 PICKLED = (".bin", ".pt", ".pth")
 LONGEST = 255  # bytes of a file's name
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+ADAPTER = "adapter_config.json"
 # bits per number
 _BITS = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16,
@@ -129,6 +131,52 @@ def inside(folder: Path, name: str, where: Path) -> Path:
         if target.parent not in (home, home.parent.parent / "blobs"):
             raise CheckpointError(f"{file}: a link that leaves its folder, to {target}; put the file itself there")
     return file
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers fills a model from: the single one, or else its index's; [] for neither.
+
+    Other files of that ending may lie beside them: shards of an earlier saving, another program's copy.
+
+    Raises CheckpointError for a folder that transformers reads otherwise (an adapter beside the model is put on it in
+    silence, `transformers_weights` in config.json names other files), and as `index` does.
+    """
+    folder = Path(folder)
+    if (folder / ADAPTER).exists():
+        raise CheckpointError(
+            f"{folder}: {ADAPTER} lies beside the model, and transformers would put that adapter on it; move the "
+            "adapter's files to a folder of their own"
+        )
+    if (folder / "config.json").is_file():
+        other = read_object(folder, "config.json").get("transformers_weights")
+        if other is not None:
+            raise CheckpointError(
+                f"{folder}: config.json asks for other weights (transformers_weights = {other!r:.80}); load the model "
+                "and save it in a folder of its own"
+            )
+    if (single := inside(folder, SINGLE, folder)).is_file():
+        return [single]
+    if not inside(folder, INDEX, folder).is_file():
+        return []
+    return [folder / name for name in sorted({*index(folder).values()})]
+
+
+def index(folder: Path) -> dict[str, str]:
+    """The shard of each tensor, by name, from a folder's index.
+
+    Raises CheckpointError for a file that is no index, and one that names a file outside its folder or more files than
+    there are.
+    """
+    file = inside(folder, INDEX, folder)
+    table = read_object(folder, INDEX).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise CheckpointError(f"{file}: not an index of shards (no table weight_map of names); fetch it again")
+    names = {*table.values()}
+    if (there := sum(1 for _ in Path(folder).iterdir())) < len(names) > 1000:  # else the first that lacks is told
+        raise CheckpointError(f"{file}: names {len(names)} shards, the folder has {there} files; fetch it again")
+    for name in sorted(names):
+        inside(folder, name, file)
+    return table
 
 
 def verify(manifest: Path) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def refuse_unfit(specs: Sequence[Spec], paths: Paths) -> None:
     """
     from dora_lab.evaluation.evaluate import prepare
     from dora_lab.forms.decoder import encode
-    from dora_lab.io.files import header
+    from dora_lab.io.files import header, weight_files
     from dora_lab.methods.inject import inject
     from dora_lab.models.layout import Layout
     from dora_lab.probing.watched import watched
@@ -103,7 +103,7 @@ def refuse_unfit(specs: Sequence[Spec], paths: Paths) -> None:
     folder = model_folder(specs[0].model, paths.model_dir)
     for spec in {spec.method.name: spec for spec in specs}.values():
         model, tokenizer = outline_and_tokenizer(folder)
-        stored = Layout(model).whole(key for file in sorted(folder.glob("*.safetensors")) for key in header(file))
+        stored = Layout(model).whole(key for file in weight_files(folder) for key in header(file))
         inject(model, spec.method, spec.seed)
         for layer in watched(model, None) if spec.probe is not None else ():
             if layer.base is None and f"{layer.name}.weight" not in stored:

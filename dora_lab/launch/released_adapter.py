@@ -17,7 +17,7 @@ from dora_lab.launch.runtime import AS_THE_TIER_SAYS, Paths, Runtime
 from dora_lab.models.base import adapter_folder
 from dora_lab.runs.record import run_path
 from dora_lab.runs.survey import verified
-from dora_lab.spec import Method, Model, Spec
+from dora_lab.spec import Method, Model, Spec, SpecError
 from dora_lab.tasks import llava, sources
 
 EXPERIMENT = "published"  # of the runs; no experiment has this name, so no table takes them for trained ones
@@ -28,7 +28,7 @@ class Adapter:
     """What an adapter's own configuration says of it."""
 
     method: str  # "LoRA" or "DoRA"
-    rank: int
+    rank: int | None  # None: not the same in all layers
 
 
 def spec_of(protocol: Spec, base: Model, data_dir: Path) -> Spec:
@@ -62,6 +62,8 @@ def evaluate(spec: Spec, paths: Paths, runtime: Runtime = AS_THE_TIER_SAYS) -> t
 
     Raises StoreError for a run that was complete and has changed since, see `survey.verified`.
     """
+    if "generate" not in spec.evaluation.protocols:
+        raise SpecError("evaluation.protocols: the paper's numbers are of generated answers; leave 'generate' in it")
     found = describe(adapter_folder(spec.model, paths.adapter_dir))
     run_spec(spec, paths, runtime)
     path = run_path(paths.results, spec)
@@ -80,4 +82,6 @@ def describe(folder: Path) -> Adapter:
         raise LoadError(f"{file}: no adapter configuration with a rank 'r' ({error}); fetch it again") from None
     if not isinstance(rank, int) or isinstance(rank, bool):
         raise LoadError(f"{file}: r = {rank!r} is no rank; fetch it again")
-    return Adapter("DoRA" if dora else "LoRA", rank)
+    others = config.get("rank_pattern") or {}
+    alike = isinstance(others, dict) and {*others.values()} <= {rank}
+    return Adapter("DoRA" if dora else "LoRA", rank if alike else None)

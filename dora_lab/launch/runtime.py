@@ -43,12 +43,19 @@ TIERS = {
 
 @dataclass(frozen=True)
 class Paths:
-    """Where things lie on this machine."""
+    """Where things lie on this machine. Raises ValueError for a name that is not Unicode, which no record can hold."""
 
     results: Path  # results folder; runs go to its `runs/<experiment>/<spec_id>`
     data_dir: Path | None = None  # folder of the data source "llm_adapters"
     model_dir: Path | None = None  # saved model to use instead of the package's or the hub's
     adapter_dir: Path | None = None  # folder of the adapter that `model.adapter` names
+
+    def __post_init__(self) -> None:
+        for path in (one.resolve() for one in vars(self).values() if one is not None):
+            try:
+                str(path).encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{str(path)!r}: no Unicode name, so no record could hold it; rename it") from None
 
 
 @dataclass(frozen=True, kw_only=True)

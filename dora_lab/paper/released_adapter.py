@@ -24,10 +24,18 @@ PRINTED = {
 }
 
 
-def compare(run: Path, method: str, rank: int, model: str | None, experiment: str = "commonsense") -> pd.DataFrame:
+def models(experiment: str = "commonsense") -> list[str]:
+    """The paper's names of the bases that an experiment's numbers are of."""
+    claims = read_claims(experiment)
+    return sorted({*claims.loc[claims["rank"].notna(), "model"]} - {""})
+
+
+def compare(
+    run: Path, method: str, rank: int | None, model: str | None, experiment: str = "commonsense"
+) -> pd.DataFrame:
     """One row per task and their average: accuracies in percent, ours and the paper's, and a verdict.
 
-    method, rank: of the adapter ("LoRA" or "DoRA"), as the paper writes them.
+    method, rank: of the adapter ("LoRA" or "DoRA"), as the paper writes them; rank None: several, which it has not.
     model: the paper's name of the base ("LLaMA-7B", ...); None: no number to compare with. experiment: whose numbers
     ("visual_instruction": accuracy is each benchmark's own score). Verdicts: `verdict`'s, that
     the two are equivalent; where not all of the released items were asked, with the noise of so many; else

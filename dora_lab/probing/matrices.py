@@ -86,7 +86,7 @@ class Base(Shards):
         found = next((self._tensors[name] for name in names if name in self._tensors), None)
         if found is None:
             raise self._strange(module, where)
-        return _matrices(found[0], self.shape(found[0]), found[1], of=module)
+        return _matrices(found[0], self.shape(found[0]), found[1], of=found[1].name)
 
     def fitting(self, module: str, where: object, factors: tuple[int, int], looked_up: bool) -> Matrix:
         """The same, where no class says what the module is, but the shapes (out, in) of an adapter's factors do.
@@ -155,8 +155,7 @@ class Base(Shards):
         first, *others = sorted(layout.owners(stored), key=lambda owner: owner.stored != stored)
         others = [owner for owner in others if owner.name not in apart]
         tied = ", ".join(owner.name for owner in others) or None
-        of = first.name if len(tensors) > 1 or others else None
-        self.matrices += _matrices(name, self.shape(name), first, tied, of)
+        self.matrices += _matrices(name, self.shape(name), first, tied, first.name)
         self._tensors |= {owner.name: (name, owner) for owner in (first, *others)}
         for owner in layout.owners(stored):
             if owner.name in apart:

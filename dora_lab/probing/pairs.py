@@ -24,6 +24,7 @@ from dora_lab.formats.neutral import CONFIG, Adapter, Factors
 from dora_lab.formats.read import read_adapter
 from dora_lab.formats.shards import FLOATS, INDEX, PICKLES, SINGLE, Shards, refuse_changed
 from dora_lab.io.errors import CheckpointError
+from dora_lab.io.files import weight_files
 from dora_lab.models.layout import Layout, layout_of
 from dora_lab.probing.matrices import Base, Matrix, alike
 from dora_lab.runs import packs
@@ -139,6 +140,8 @@ def open_tuned(
     Raises CheckpointError, naming tensor and file, for what is missing or of another shape, a kind of no matrix, and
     for tensors that are no part of the model.
     """
+    if any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        weight_files(folder)  # both a model and an adapter: which of them is meant?
     if folder.is_file() or (folder / CONFIG).is_file():
         manifest = read_manifest(folder)  # its files are compared with it
         for file in (

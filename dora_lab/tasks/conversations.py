@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dora_lab.io.files import parse_json
+from dora_lab.io.files import LONGEST, parse_whole
 from dora_lab.tasks.items import ItemError
 
 Item = dict[str, Any]
@@ -51,7 +51,7 @@ def read_lines(file: Path) -> list[Any]:
 def parsed(content: bytes, at: str) -> Any:
     """The value of a JSON text; ItemError says where it breaks."""
     try:
-        return parse_json(content)
+        return parse_whole(content)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ItemError(f"{at}: broken or truncated JSON at {where} ({error.msg}); fetch it again") from None
@@ -109,6 +109,8 @@ def image_file(images: Path, name: Any, at: str) -> Path:
     """The file of that name below a folder; raises ItemError where it is not there or leads out of the folder."""
     if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
         raise ItemError(f"{at}: {name!r:.200} is no path below {images}; correct it")
+    if any(len(part.encode()) > LONGEST for part in Path(name).parts):
+        raise ItemError(f"{at}: {name!r:.80}... is longer than a file's name can be; correct it")
     if not (images / name).is_file():
         raise ItemError(f"{at}: {images / name} does not exist; fetch the images, or correct the folder")
     return images / name

@@ -18,6 +18,10 @@ class ItemError(ValueError):
     """Data that cannot be used; says which file, item and field, and what to do."""
 
 
+class UnreadableError(ItemError, OSError):
+    """A file that was there when a run began and cannot be read now: a run cannot help it, see `runs.errors`."""
+
+
 def read_items(file: Path, task: Task | None) -> list[dict[str, Any]]:
     """The checked items of one JSON file; `task` None (a mixed training file) leaves the labels unchecked.
 
@@ -36,6 +40,9 @@ def read_items(file: Path, task: Task | None) -> list[dict[str, Any]]:
     try:
         items = parse_json(text)
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            what = "another JSON value follows the first (a line each, perhaps)"
+            raise ItemError(f"{file}, line {error.lineno}: {what}; make one list of all items") from None
         where = f"line {error.lineno}, column {error.colno}, after {text.count(chr(34) + 'answer' + chr(34))} answers"
         raise ItemError(f"{file}: broken or truncated JSON at {where} ({error.msg}); fetch it again") from None
     except ValueError as error:

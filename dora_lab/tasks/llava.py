@@ -104,6 +104,8 @@ def tasks_in(root: Path) -> list[str]:
 
 def hash_files_of(root: Path) -> str:
     """SHA-256 of the conversations and of every benchmark's files that are there: their names and contents."""
+    if not root.is_dir():
+        raise LoadError(f"{root}: no such folder")
     names = [f"eval/{name}" for files in FILES.values() for name in files]
     found = {name: root / name for name in (MIX, *names) if (root / name).is_file()}
     if not found:

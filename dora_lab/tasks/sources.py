@@ -119,6 +119,8 @@ def _described(data: Data, task: str, split: str, items: list[Item]) -> dict[str
 
 def hash_data(folder: Path) -> str:
     """SHA-256 (64 hex digits) of the data files of a folder in the LLM-Adapters layout: their names and contents."""
+    if not Path(folder).is_dir():
+        raise LoadError(f"{folder}: no such folder")
     found = _files(folder)
     if not found:
         wanted = ", ".join(task.folder for task in _asked())
@@ -130,6 +132,13 @@ def tasks_in(folder: Path) -> list[str]:
     """Names of the tasks whose ``test.json`` is in a folder of the LLM-Adapters layout, in the paper's order."""
     found = _files(folder)
     return [task.name for task in _asked() if f"{task.folder}/test.json" in found]
+
+
+def items_to_train(data: Data, data_dir: Path) -> int | None:
+    """How many items a folder has to train on, those for validation among them; None where they come from elsewhere."""
+    if data.name == MIX and _mix_file(data_dir) is None:
+        return None
+    return sum(map(len, _read(data.name, "train", data, data_dir).values()))
 
 
 def data_identity(data: Data, source: str, data_dir: Path | None) -> dict[str, Any]:

@@ -40,11 +40,9 @@ def _asked(file: Path, images: Path) -> list[Item]:
         text = _text(row, "text", at)
         if IMAGE in text:
             raise ItemError(f"{at}, field 'text': holds {IMAGE}, which is put in front here; take it out")
-        name = row.get("question_id")
-        if isinstance(name, bool) or not isinstance(name, int | str):
-            raise ItemError(f"{at}, field 'question_id': expected a number or a text, got {name!r:.80}; correct it")
+        name = _id(row, at)
         image = image_file(images, row.get("image"), f"{at}, field 'image'")
-        items.append({"id": str(name), "image": image, "text": f"{IMAGE}\n{text}", "where": at, "row": row})
+        items.append({"id": name, "image": image, "text": f"{IMAGE}\n{text}", "where": at, "row": row})
     if not items:
         raise ItemError(f"{file}: no questions in it; fetch it again")
     return items
@@ -76,12 +74,12 @@ def _vqa(home: Path, taken: Callable[[Any], bool] = lambda kind: True) -> list[I
     file = home / ANNOTATIONS
     for number, row in enumerate(_list(file, "annotations")):
         at = f"{file}, annotation {number}"
-        answers[row.get("question_id")] = _said(row, at), taken(row.get("answer_type"))
+        answers[_id(row, at)] = _said(row, at), taken(row.get("answer_type"))
     file = home / QUESTIONS
     for number, row in enumerate(_list(file, "questions")):
         at = f"{file}, question {number}"
-        if (name := row.get("question_id")) not in answers:
-            raise ItemError(f"{at}: question {name!r:.80} is not in the annotations; fetch both again")
+        if (name := _id(row, at)) not in answers:
+            raise ItemError(f"{at}: question '{name:.80}' is not in the annotations; fetch both again")
         said, mine = answers[name]
         if not mine:
             continue
@@ -89,7 +87,7 @@ def _vqa(home: Path, taken: Callable[[Any], bool] = lambda kind: True) -> list[I
             raise ItemError(f"{at}, field 'image_id': expected a number, got {picture!r:.80}; fetch it again")
         image = image_file(home / "val2014", PICTURE.format(picture), f"{at}, field 'image_id'")
         text = f"{IMAGE}\n{_text(row, 'question', at)}\n{SHORT}"
-        items.append({"id": str(name), "image": image, "text": text, "where": at, "answers": said})
+        items.append({"id": name, "image": image, "text": text, "where": at, "answers": said})
     return items
 
 
@@ -131,10 +129,13 @@ def science_qa(folder: Path) -> list[Item]:
             raise ItemError(
                 f"{at}: '{name}' is no test question of problems.json and pid_splits.json; fetch them again"
             )
-        first = next(iter(row.get("conversations") or ()), None)
+        said = row.get("conversations")
+        first = said[0] if isinstance(said, list) and said else None
         text = f"{_text(first, 'value', at).replace(IMAGE, '').strip()}\n{LETTER}"
         image = row.get("image")
         problem = problems[name]
+        if not isinstance(problem, dict):
+            raise ItemError(f"{home / 'problems.json'}, {name}: {problem!r:.80} is no object; fetch it again")
         choices, right = problem.get("choices"), problem.get("answer")
         if not isinstance(choices, list) or not isinstance(right, int) or not 0 <= right < len(choices) <= len(LETTERS):
             raise ItemError(f"{home / 'problems.json'}, {name}: answer {right!r:.80} is no choice; fetch it again")
@@ -301,6 +302,13 @@ def every_question(folder: Path) -> list[str]:
     if not names or not all(isinstance(name, int) and not isinstance(name, bool) for name in names):
         raise ItemError(f"{file}: expected a question with a number 'question_id' in each line; fetch it again")
     return [str(name) for name in names]
+
+
+def _id(row: dict[str, Any], at: str) -> str:
+    name = row.get("question_id")
+    if isinstance(name, bool) or not isinstance(name, int | str):
+        raise ItemError(f"{at}, field 'question_id': expected a number or a text, got {name!r:.80}; correct it")
+    return str(name)
 
 
 def _text(row: Any, field: str, at: str) -> str:
