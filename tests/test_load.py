@@ -272,5 +272,5 @@ def test_hub_cache_is_used_without_network(model_dir: Path, tmp_path: Path, monk
 
 
 def test_a_folder_whose_name_no_record_can_hold_is_refused_before_a_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="udcff.*: no Unicode name"):
+    with pytest.raises(ValueError, match=r"udcff.*: no Unicode name"):
         Paths(tmp_path, tmp_path / os.fsdecode(b"data\xff"))
