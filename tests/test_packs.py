@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from dora_lab import report
 from dora_lab.commands import inspect as commands  # noqa: F401  (adds `pack`)
 from dora_lab.commands.app import app, find_run
+from dora_lab.io.files import hash_bytes
 from dora_lab.launch.experiments import experiment_names
 from dora_lab.runs import packs
 from dora_lab.runs.doctor import examine
@@ -143,6 +144,37 @@ def test_a_second_call_packs_what_is_new_and_writes_no_part_again(both: tuple[Pa
     assert not list(packs.faults(experiment))
 
 
+def test_a_stream_that_its_record_vouches_for_is_hashed_there_alone(synthetic_results: Path, tmp_path: Path) -> None:
+    folder = next(path for path, one in survey(synthetic_results, "commonsense").runs if one["status"] == "complete")
+    files = {name: (folder / name).read_bytes() for name in packs.FILES if (folder / name).is_file()}
+    streams = {Path(name).stem: content for name, content in files.items() if name != "record.json"}
+    marks = {name: {"bytes": len(content), "sha256": hash_bytes(content)} for name, content in streams.items()}
+    marks["timing"] = {"bytes": 0, "sha256": hash_bytes(b"")}  # never written: no file
+    record = json.loads(files["record.json"]) | {"streams": marks}
+    files = {name: content for name, content in files.items() if name != "timing.jsonl"}
+    files["record.json"] = json.dumps(record).encode()
+    home = tmp_path / "runs" / "commonsense"
+    home.mkdir(parents=True)
+    (part,) = packs.write(home, [(folder.name, files, "finished")])
+    empty = {name for name, content in files.items() if not content}
+    assert {*packs.index(home)[folder.name]["files"]} == {"record.json"} | empty  # type: ignore[misc]
+    assert packs.packed(home / folder.name) == files and not list(packs.faults(home))
+    for name in files:
+        rows = pq.read_table(part).to_pylist()
+        (row,) = (row for row in rows if row["file"] == name)
+        row["content"] += b" "
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.Table.from_pylist(rows, packs.schema()), tmp_path / name / part.name)
+        shutil.copy(home / packs.INDEX, tmp_path / name)
+        ((_, why),) = packs.faults(tmp_path / name)
+        assert f"{name} of run {folder.name} is not what index.jsonl or its record says" in why
+        rows.remove(row)
+        (tmp_path / name / part.name).unlink()
+        pq.write_table(pa.Table.from_pylist(rows, packs.schema()), tmp_path / name / part.name)
+        ((_, why),) = packs.faults(tmp_path / name)
+        assert f"{name} of run {folder.name} is missing" in why
+
+
 def _flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 3] ^= 1
@@ -159,10 +191,9 @@ def _rewrite(change: Callable[[list[dict]], list[dict]]) -> Callable[[Path], Non
 
 
 def _swap(rows: list[dict]) -> list[dict]:
-    """The losses of two runs in each other's place, their hashes made to fit."""
+    """The losses of two runs in each other's place."""
     losses = [row for row in rows if row["file"] == "metrics.jsonl"][:2]
-    for field in ("content", "sha256"):
-        losses[0][field], losses[1][field] = losses[1][field], losses[0][field]
+    losses[0]["content"], losses[1]["content"] = losses[1]["content"], losses[0]["content"]
     return rows
 
 
@@ -184,7 +215,7 @@ HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: pq.write_table(pa.table({"a": [1]}), folder / "part-0001.parquet"),
         r"cannot be read|none of a run",
     ),
-    "streams swapped": (_rewrite(_swap), r"metrics\.jsonl of run \w+ is not what index\.jsonl says"),
+    "streams swapped": (_rewrite(_swap), r"metrics\.jsonl of run \w+ is not what index\.jsonl or its record says"),
     "columns of other lengths": (
         _rewrite(lambda rows: [rows[0] | {"content": b"\x01\x02 \x02\n\x01a\nb\x01a"}, *rows[1:]]),
         r"part-0001\.parquet: .* cannot be put together; restore",

@@ -43,7 +43,10 @@ def draw(probes: pd.DataFrame) -> Any:
     ]
     # without method and rank, by which a figure orders its labels
     shown = pd.concat([part for part in parts if len(part)]).drop(columns=["method", "rank"])
-    return report.scatter(shown, PANELS, columns=len(ROWS))
+    first = int(shown["layer"].max()) + 1  # both halves count their layers from 0
+    shown["layer"] += first * shown["module"].str.contains(".decoder.", regex=False)
+    last = int(shown["layer"].max()) + 1
+    return report.scatter(shown, PANELS, columns=len(ROWS), layers=f"{first + 1} to {last}: the decoder's")
 
 
 if __name__ == "__main__":

@@ -47,13 +47,16 @@ class Printed(Protocol):
 
 
 def scatter(
-    rows: pd.DataFrame | Iterable[Mapping[str, Any]], paper: Iterable[Printed] = (), columns: int | None = None
+    rows: pd.DataFrame | Iterable[Mapping[str, Any]],
+    paper: Iterable[Printed] = (),
+    columns: int | None = None,
+    layers: str = "",
 ) -> tuple[Figure, pd.DataFrame]:
     """ΔD against ΔM, a panel for each label and kind: colour and number are the layer, the marker the checkpoint.
 
     rows: as `points` takes them. paper: panels whose r and ends of axes stand in a box where kind and method are the
         same ("FT", "LoRA r=8", and "FT, and what sets it apart"); where our axes reach theirs, they are drawn as a
-        rectangle too. columns: of panels; by itself, up to four.
+        rectangle too. columns: of panels; by itself, up to four. layers: which are which, where the count does not say.
     Returns the figure and its numbers: the points, and beside the first of a panel its r and slope (ΔM per ΔD) with
     95 % intervals (see `statistics.cautious`), of plain values also where the axes are logarithmic.
     Raises: ValueError for what `points` refuses, and for more than `MOST` panels.
@@ -87,7 +90,7 @@ def scatter(
         axis.set_ylabel("ΔM (units of the weight)")
     for axis in figure.axes:
         axis.set_xlabel("ΔD")
-    legend_below(figure, looks.handles(), _note(list(estimates.values()), found.attrs["lost"], logarithmic))
+    legend_below(figure, looks.handles(), _note(list(estimates.values()), found.attrs["lost"], logarithmic, layers))
     said = _table(estimates)
     data = found.drop(columns="at").merge(said, on=["kind", "label"])
     if not data.duplicated(["kind", "label", "layer", "seed", "checkpoint"]).any():
@@ -253,11 +256,12 @@ def _said(name: str, found: Estimate | None) -> str:
     return f"{name} = {found.value:{shown}}{ends}".replace("-", "−")
 
 
-def _note(estimates: Sequence[Sequence[Estimate | None]], lost: int, logarithmic: bool) -> str:
+def _note(estimates: Sequence[Sequence[Estimate | None]], lost: int, logarithmic: bool, layers: str) -> str:
     known = [found for pair in estimates for found in pair[:1] if found is not None]
     what = " or ".join(sorted({found.n for found in known})) or "no r"
     how = " or ".join(sorted({found.test for found in known if found.low is not None}))
-    parts = [f"numbers: layers, counted from 1; each panel: {what}; slope: ΔM per ΔD"]
+    counted = f"counted from 1{f' ({layers})' if layers else ''}"
+    parts = [f"numbers: layers, {counted}; each panel: {what}; slope: ΔM per ΔD"]
     parts += [f"[95 %: {how}]"] if how else []
     parts += ["log axes, r and slope of plain values"] if logarithmic else []
     parts += [f"rows without ΔD or ΔM: {lost}, left out, and of r their matrices"] if lost else []

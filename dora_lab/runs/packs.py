@@ -1,9 +1,10 @@
 """Packed runs: some fifty finished runs in one Parquet file, byte for byte the files of their folders.
 
-`results/runs/<experiment>/part-0001.parquet`, ... have a row per file of a run (run, file, sha256, content, numbers)
-and are never added to; `index.jsonl` beside them, a line per run, holds the SHA-256 of each of its files. So a
-chain leads from a line that a reader of the repository's history can see to the record, and from the record to its
-streams. A run is read by the path that its folder would have: nobody but this room knows that there is none.
+`results/runs/<experiment>/part-0001.parquet`, ... have a row per file of a run (run, file, content, numbers) and are
+never added to; `index.jsonl` beside them, a line per run, holds the SHA-256 of its record, and of its streams where the
+record, an early one, does not. So a chain leads from a line that a reader of the repository's history can see to the
+record, and from the record to its streams; each hash lies in one place, for it cannot be compressed. A run is read by
+the path that its folder would have: nobody but this room knows that there is none.
 
 What base64 holds of a content (see `item_values`) lies beside it as bytes, even and odd places apart: of a float16 the
 upper byte says little more than its size, and compresses; in base64 no byte stands alone. A part is a fifth smaller.
@@ -113,7 +114,7 @@ def schema() -> Any:
 
     return pa.schema(
         [
-            ("run", pa.string()), ("file", pa.string()), ("sha256", pa.string()), ("content", pa.large_binary()),
+            ("run", pa.string()), ("file", pa.string()), ("content", pa.large_binary()),
             ("numbers", pa.large_binary()),  # null: content is whole
         ]
     )  # fmt: skip
@@ -130,11 +131,7 @@ def write(experiment: Path, runs: Sequence[tuple[str, Files, str]]) -> list[Path
     for start in range(0, len(runs), SIZE):
         some = runs[start : start + SIZE]
         part = experiment / f"part-{len(_parts(experiment)) + 1:04d}.parquet"
-        rows = [
-            (run, name, hash_bytes(content), *_apart(content))
-            for run, files, _ in some
-            for name, content in files.items()
-        ]
+        rows = [(run, name, *_apart(content)) for run, files, _ in some for name, content in files.items()]
         table = pa.table(list(zip(*rows, strict=True)), schema())
         with replacing(part) as temporary:  # brotli: a tenth smaller than zstd
             pq.write_table(table, temporary, compression="brotli", compression_level=11)
@@ -218,7 +215,7 @@ def _as_texts(column: bytes) -> list[bytes]:
 
 
 def index(experiment: Path) -> dict[str, dict[str, object]]:
-    """The lines of an experiment's index by run: run, part of its files' hashes, and when they were made.
+    """The lines of an experiment's index by run: run, its files' hashes, and when they were made.
 
     Raises StoreError, with file and line, for one that is damaged or names a run twice.
     """
@@ -228,7 +225,7 @@ def index(experiment: Path) -> dict[str, dict[str, object]]:
         try:
             row = parse_json(line)
             run, files = row["run"], row["files"]
-            if not _RUN.fullmatch(run) or run in found or set(files) - set(FILES):
+            if not _RUN.fullmatch(run) or run in found or not isinstance(files, dict) or {*files} - {*FILES}:
                 raise ValueError
         except (ValueError, KeyError, TypeError):
             raise StoreError(f"{file}, line {number}: damaged, or of a run that was before; restore the file") from None
@@ -237,7 +234,18 @@ def index(experiment: Path) -> dict[str, dict[str, object]]:
 
 
 def _line(run: str, files: Files, hashed: str) -> dict[str, object]:
-    return {"run": run, "hashed": hashed, "files": {name: hash_bytes(content) for name, content in files.items()}}
+    told = _told(files["record.json"], run)
+    hashes = {name: hash_bytes(content) for name, content in files.items() if name not in told}
+    return {"run": run, "hashed": hashed, "files": hashes}
+
+
+def _told(record: bytes, where: object) -> dict[str, str]:
+    """SHA-256 of the streams, by file, that a record tells; empty streams have no file."""
+    try:
+        marks = parse_json(record).get("streams") or {}
+        return {f"{name}.jsonl": mark["sha256"] for name, mark in marks.items() if mark["bytes"]}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StoreError(f"{where}: a record's hashes cannot be read ({error}); restore the file") from None
 
 
 def _parts(experiment: Path) -> list[Path]:
@@ -252,7 +260,7 @@ def _contents(part: Path) -> dict[str, dict[str, bytes]]:
 
 @lru_cache(maxsize=256)
 def _read(part: Path, _state: object, _index: object) -> dict[str, dict[str, bytes]]:
-    """run -> file -> content, every content what its row and the index say; of a part as it is now."""
+    """run -> file -> content, every content what the index or the record says; of a part as it is now."""
     import pyarrow.parquet as pq
 
     try:
@@ -271,15 +279,18 @@ def _read(part: Path, _state: object, _index: object) -> dict[str, dict[str, byt
             ) from None
         if not isinstance(content, bytes) or name not in FILES or not _RUN.fullmatch(run or ""):
             raise StoreError(f"{part}: a row of {run!r:.20}, {name!r:.20} is none of a run's files; restore the file")
-        wanted = known.get(run, {}).get("files")
-        if not isinstance(wanted, dict):
+        if run not in known:
             raise StoreError(f"{part}: run {run} is not in {INDEX}; restore both files")
-        if not row["sha256"] == wanted.get(name) == hash_bytes(content):
-            raise StoreError(f"{part}: {name} of run {run} is not what {INDEX} says; restore both files")
         if name in found.setdefault(run, {}):
             raise StoreError(f"{part}: run {run} is in it twice; restore the file")
         found[run][name] = content
     for run, files in found.items():
-        if lost := set(known[run]["files"]) - set(files):  # type: ignore[call-overload]
-            raise StoreError(f"{part}: {sorted(lost)[0]} of run {run} is missing; restore the file")
+        wanted = dict(known[run]["files"])  # type: ignore[call-overload]
+        for name in FILES:  # the record first: what it tells is as good as its own hash
+            if name not in files and name in wanted:
+                raise StoreError(f"{part}: {name} of run {run} is missing; restore the file")
+            if name in files and hash_bytes(files[name]) != wanted.get(name):
+                raise StoreError(f"{part}: {name} of run {run} is not what {INDEX} or its record says; restore both")
+            if name == "record.json":
+                wanted = _told(files[name], part) | wanted
     return found
