@@ -19,7 +19,7 @@ from experiments import commonsense, ranks
 TIERS = ("mini",)
 RANKS = (1, 2, 4, 8, 16, 32)
 CELLS = (("ft", None), *((method, rank) for method in ("lora", "dora") for rank in RANKS))
-ITEMS, EPOCHS = 256, 16.0
+FACTS, EPOCHS = 256, 16.0
 SWEEP_SEED = 100
 STEPS = (1 / 2, 1, 2)  # of the rate that one pass over true labels chose; rank 1 begins at rank 2's
 # results/tables/capacity: as the sweep chose, frozen before any run of `confirmation`
@@ -68,7 +68,7 @@ def stored(method: str, rank: int | None, learning_rate: float, seed: int) -> Sp
         spec,
         experiment="capacity",
         probe=None,
-        data=replace(spec.data, train_items=ITEMS, label_noise=1.0),
+        data=replace(spec.data, train_items=FACTS, label_noise=1.0),
         optim=replace(spec.optim, epochs=EPOCHS),
         evaluation=replace(spec.evaluation, protocols=("loglikelihood",), split="train", text="none"),
     )

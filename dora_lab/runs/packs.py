@@ -285,7 +285,7 @@ def _read(part: Path, _state: object, _index: object) -> dict[str, dict[str, byt
             raise StoreError(f"{part}: run {run} is in it twice; restore the file")
         found[run][name] = content
     for run, files in found.items():
-        wanted = dict(known[run]["files"])  # type: ignore[call-overload]
+        wanted: dict[str, str] = dict(known[run]["files"])  # type: ignore[call-overload]
         for name in FILES:  # the record first: what it tells is as good as its own hash
             if name not in files and name in wanted:
                 raise StoreError(f"{part}: {name} of run {run} is missing; restore the file")

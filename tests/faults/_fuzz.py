@@ -272,7 +272,9 @@ def _safetensors(folder: Path, draw: Draw) -> str:
 def _index(folder: Path, draw: Draw) -> str:
     saved = copy("base", folder)
     names = [name for name in header_of(saved / "model.safetensors")[0] if name != "__metadata__"]
-    table = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+    shard = "model-00001-of-00001.safetensors"  # beside a single file no index is read
+    (saved / "model.safetensors").rename(saved / shard)
+    table = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, shard)}
     file = saved / "model.safetensors.index.json"
     content = json.dumps(table).encode()
     if draw(st.booleans()):

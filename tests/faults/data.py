@@ -210,6 +210,7 @@ def hostile_names(folder: Path, rng: random.Random) -> str:
         return text
     if kind == "index":
         saved = copy("base", folder)
+        (saved / "model.safetensors").unlink()  # beside a single file no index is read
         table = {"weight_map": {"lm_head.weight": name}}
         (saved / "model.safetensors.index.json").write_text(json.dumps(table))
         return refused(CheckpointError, lambda: Shards(saved), "outside its folder")

@@ -204,11 +204,13 @@ def huge_index(folder: Path, rng: random.Random) -> str:
     saved = copy("base", folder)
     names = list(header_of(saved / "model.safetensors")[0])
     kind = rng.choice(["lost", "many", "huge", "number", "missing"])
-    table: Any = dict.fromkeys([name for name in names if name != "__metadata__"], "model.safetensors")
+    shard = "model-00001-of-00001.safetensors"  # beside a single file no index is read
+    (saved / "model.safetensors").rename(saved / shard)
+    table: Any = dict.fromkeys([name for name in names if name != "__metadata__"], shard)
     if kind == "lost":
-        table["model.layers.99.self_attn.q_proj.weight"] = "model.safetensors"
+        table["model.layers.99.self_attn.q_proj.weight"] = shard
     elif kind == "many":
-        table |= {f"model.layers.{n}.w": "model.safetensors" for n in range(20_000)}
+        table |= {f"model.layers.{n}.w": shard for n in range(20_000)}
     elif kind == "number":
         table[names[-1]] = rng.choice([10**400, None, [], {"a": 1}])
     elif kind == "missing":
