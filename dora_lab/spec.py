@@ -102,7 +102,8 @@ class Data(_Checked):
     """What is trained and evaluated on."""
 
     # "mini" = the embedded world; "commonsense_170k" = hub; "llm_adapters" = a folder in that layout; "vl_adapter" =
-    # annotations and features of pictures: a folder, else the hub's; "llava_v1_5" = a folder in LLaVA's layout
+    # annotations and features of pictures: a folder, else the hub's; "value" = a folder as VALUE's release;
+    # "llava_v1_5" = a folder in LLaVA's layout
     name: Annotated[str, "training data"]
     tasks: Annotated[tuple[str, ...], "tasks", DISTINCT]  # evaluated, by their names: "boolq", ..., "ARC-Easy", ...
     sha256: Annotated[str | None, "hash of the data folder"] = None
@@ -135,7 +136,9 @@ class Data(_Checked):
     pad_to_multiple_of: Annotated[int, "length of a training batch is a multiple of", COUNT] = since(3, 1)
     # of each task; 1: random labels
     label_noise: Annotated[float, "share of training items whose label is drawn anew", SHARE] = since(5, 0.0)
-    feature_shape: Annotated[tuple[int, ...], "regions of a picture, width of their features", SHAPE] = since(7, ())
+    # of a clip the frames that are read: zeros behind fewer, the largest of each of as many spans of more
+    feature_shape: Annotated[tuple[int, ...], "regions of a picture or frames of a clip, width of their features", SHAPE
+    ] = since(7, ())  # fmt: skip
     features_sha256: Annotated[str | None, "hash of the features that are read"] = since(7, None)
     # the largest of each cell of a coarser grid; None: the regions as they are
     visual_tokens: Annotated[int | None, "visual tokens per picture", SQUARE] = since(7, None)

@@ -159,8 +159,8 @@ class VLBartForm(Form):
 
 
 def prompt(task: Task, template: str, item: Mapping[str, Any]) -> str:
-    """What the encoder reads of an item's text: before it, the word that says the task."""
-    return task.word(template) + item["text"]
+    """What the encoder reads of an item: its text, and the word that says the task."""
+    return task.asked(template, item["text"])
 
 
 def token_nll(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
