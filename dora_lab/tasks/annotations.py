@@ -3,8 +3,8 @@
 What an item about pictures is, whatever its task: ``id``; ``pictures``, one or two pairs (set, id) of `tasks.features`
 (one of `tasks.frames`: a clip is read as a picture whose regions are its frames); ``text``, what is asked;
 ``targets``, the answers that may be trained on with their scores in [0, 1] (none: nothing to learn); ``best``, the
-answers whose likelihood is looked at; where a cutoff may take more of the text than what is said around a question,
-``question``, the text up to the question's end; and what its task's metrics read (see `metrics.score`).
+answers whose likelihood is looked at; ``question``, its text up to where what is asked ends, if that is not the whole
+text; and what its task's metrics read (see `metrics.score`).
 """
 
 from __future__ import annotations
