@@ -5,7 +5,7 @@
 paper: facebook/bart-base with frozen CLIP ViT-B/32 features of a frame every 1.5 s, 64 of a clip; TVQA, How2QA, and
 captions of TVC and YouCook2 (YC2C). DATASETS is VALUE's release (VALUE-Leaderboard/DataRelease) as VL-Adapter lays it
 out: `video/ann` and `video/vis_features`. The base needs --with model.revision=COMMIT, or its folder with --model-dir.
-Features of all clips go to a temporary file of about 5 GB (TMPDIR).
+Features of all clips go to a temporary file, 131 kB a clip (TMPDIR).
 
 **What the paper prints was scored by VALUE's server, on test items whose labels nobody else has; the server is shut.**
 Scored here are the validation items, under names of their own ("TVQA val", ...), captions as VALUE's evaluator does it;
@@ -15,7 +15,7 @@ items: the last weights are scored. Rows, each with three seeds (the paper has o
     ft              as VL-Adapter's script has it, which the paper quotes: learning rate 3e-5, batch 50
     lora, quoted    as VL-Adapter's: scale 32 / 128, dropout 0.1 on the branch, batch 50
     lora, matched   as DoRA's: scale 1, no dropout, batch 40; what can be compared with DoRA
-    dora            r 128 on query and value of every attention, biases and visual embedding; learning rate 3e-4, batch 40
+    dora            r 128 on query and value of every attention, biases and visual embedding; rate 3e-4, batch 40
 
 Layer norms are frozen in all rows but the first, other than with DoRA on images (7,634,688 of 147,082,752 parameters
 are trained, 5.19 %, as printed). A batch is of one task, of the same size for all. What the released code does and one

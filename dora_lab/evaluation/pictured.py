@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 WORDS = ("true", "false")  # whose logits NLVR2 compares
 BY_LOGITS = "nlvr2"  # the metric that reads logits, not texts
+GRADED_BY = ("answer", "answers", "labels", "references", "statement")  # fields of an item that metrics read
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def evaluate(
         outputs, nlls = _answers(spec, model, tokenizer, form, part, tick)
         samples = [
             {"index": index, "id": item["id"], "prompt": text, "pictures": item["pictures"], "output": output}
-            | {name: item[name] for name in ("answer", "answers", "references", "statement") if name in item}
+            | {name: item[name] for name in GRADED_BY if name in item}
             for index, (item, text, output) in enumerate(zip(part.items, part.prompts, outputs, strict=True))
         ]
         known = bounds(spec.data.name, part.task, spec.evaluation.split, part.items)
