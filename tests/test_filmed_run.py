@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from filmed import ASKED, LEARNT, SHAPE, save_clips
 from pictured import save_bart
 from test_pictured_processes import TWO, run, samples
 
+from analysis.tables import video_text as table
 from dora_lab.io.errors import LoadError
 from dora_lab.launch.run import run_spec
 from dora_lab.launch.runtime import Paths, Runtime
@@ -111,6 +115,33 @@ def test_questions_that_are_cut_are_said_in_record_row_and_card(paths: Paths, tm
     text = card(run_path(here.results, spec))
     assert f"- {record['training']['questions_cut']} training items lost words of their question to a cutoff" in text
     assert f"- tvqa_val: 6 of its 6 texts were cut to fit, {told['n_questions_cut']} of them in their question" in text
+
+
+def test_the_table_has_validation_under_its_name_and_the_papers_rows_apart(paths: Paths, tmp_path: Path) -> None:
+    specs = [small("FT"), small("LoRA, matched"), small("DoRA"), small("DoRA", seed="1")]
+    for spec in specs:
+        run_spec(spec, paths)
+        source = run_path(paths.results, spec)
+        shutil.copytree(source, tmp_path / source.relative_to(paths.results))
+    text, data = (next(p for p in table.build(tmp_path) if p.suffix == end).read_text() for end in (".md", ".csv"))
+    ours, _, printed = text.partition(table.PAPER)
+    head = next(line for line in ours.splitlines() if line.startswith("| Method"))
+    for column in ("TVQA val", "How2QA val", "TVC val", "YC2C val", "Question cut %", "Unparsed %"):
+        assert f" {column} " in head
+    names = [line.split("|")[1].strip() for line in ours.splitlines() if line.startswith(("| FT", "| LoRA", "| DoRA"))]
+    assert names == ["FT", "LoRA, matched", "DoRA"]
+    assert "| Table 3 | DoRA | 5.19 | 76.3 | 74.1 | 45.8 | 145.4 | 85.4 |" in printed
+    assert "| Table 3 | LoRA | 5.17 | 75.5 | 72.9 | 44.6 | 140.9 | 83.5 |" in printed
+    assert "| Table 3 | FT | 100.00 | 76.3 | 73.9 | 45.7 | 154.0 | 87.5 |" in printed
+    found = {row["name"]: row for row in csv.DictReader(io.StringIO(data))}
+    told = [rows(paths, spec) for spec in specs[2:]]
+    values = [100 * sum(row["value"] for row in run) / 4 for run in told]
+    assert found["DoRA"]["seeds"] == "2" and float(found["DoRA"]["average"]) == pytest.approx(sum(values) / 2)
+    cut = [row["n_shortened"] for run in told for row in run]
+    assert float(found["DoRA"]["cut"]) == pytest.approx(100 * sum(cut) / (8 * 6))
+    unparsed = [row["n_unparsed"] for run in told for row in run if row["metric"] == "accuracy"]
+    assert float(found["DoRA"]["unparsed"]) == pytest.approx(100 * sum(unparsed) / (4 * 6))
+    assert table.build(tmp_path / "none") == []
 
 
 def test_it_learns_what_only_the_frames_say(paths: Paths) -> None:
