@@ -136,9 +136,9 @@ class Data(_Checked):
     pad_to_multiple_of: Annotated[int, "length of a training batch is a multiple of", COUNT] = since(3, 1)
     # of each task; 1: random labels
     label_noise: Annotated[float, "share of training items whose label is drawn anew", SHARE] = since(5, 0.0)
-    # of a clip the frames that are read: zeros behind fewer, the largest of each of as many spans of more
-    feature_shape: Annotated[tuple[int, ...], "regions of a picture or frames of a clip, width of their features", SHAPE
-    ] = since(7, ())  # fmt: skip
+    feature_shape: Annotated[tuple[int, ...], "regions of a picture (frames of a clip), width of one", SHAPE] = since(
+        7, ()
+    )
     features_sha256: Annotated[str | None, "hash of the features that are read"] = since(7, None)
     # the largest of each cell of a coarser grid; None: the regions as they are
     visual_tokens: Annotated[int | None, "visual tokens per picture", SQUARE] = since(7, None)

@@ -25,7 +25,7 @@ def _items(root: Path, task: str, part: str, clips: str, answers: int) -> list[I
 def _item(row: Row, clips: str, said: Subtitles, answers: int) -> Item:
     labels = [f"a{number}" for number in range(answers)]
     number = row.values.get("answer_idx")
-    if isinstance(number, bool) or number not in range(answers):
+    if type(number) is not int or number not in range(answers):
         raise row.refuse("answer_idx", f"a whole number from 0 to {answers - 1}")
     choices = " ".join(f"{label}: {row.any_text(label).strip('. ')}." for label in labels)
     question = f"{said.of(row)} [Q] {row.text('q').strip()}"
