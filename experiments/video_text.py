@@ -34,12 +34,13 @@ would not expect is a field, and the corrected form one --with away:
     (table 9; the released script has 2.4e-4)             optim.learning_rate=2.4e-4
     (the paper's text; the released script has the norm
     in the graph)                                         method.detach_norm=false
+    zeros behind a clip of fewer than 64 frames are read
+    as frames are                                         data.padding=masked
     captions' characters beyond ASCII are blanks          in each row's `rules`: cider_d beside cider_d_ascii
 
-Not a field, as released: the zeros behind a clip of fewer than 64 frames are read as frames are; a label that is not
-one sign for sign ("A1", "a1.") is wrong, and counted as unparsed. What differs from the released code all the same, on
-purpose: everything random comes from the seed; float32 without autocast; a step's tasks are shuffled anew each epoch,
-items that fill a task's last step come from its next epoch.
+Not a field, as released: a label that is not one sign for sign ("A1", "a1.") is wrong, and counted as unparsed. What
+differs from the released code all the same, on purpose: everything random comes from the seed; float32 without
+autocast; a step's tasks are shuffled anew each epoch, items that fill a task's last step come from its next epoch.
 """
 
 from __future__ import annotations

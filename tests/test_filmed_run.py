@@ -12,16 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from filmed import ASKED, LEARNT, SHAPE, save_clips
 from pictured import save_bart
 from test_pictured_processes import TWO, run, samples
 
 from analysis.tables import video_text as table
+from dora_lab.forms.vl_bart import VLBartForm
 from dora_lab.io.errors import LoadError
 from dora_lab.launch.run import run_spec
 from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.launch.select import chosen
 from dora_lab.metrics import score
+from dora_lab.models.base import model_and_tokenizer
 from dora_lab.report.card import card
 from dora_lab.runs.errors import ResumeError
 from dora_lab.runs.item_values import unpack
@@ -29,7 +32,8 @@ from dora_lab.runs.record import read_record, run_path
 from dora_lab.runs.streams import read_rows, read_stream
 from dora_lab.runs.survey import iter_runs
 from dora_lab.spec import Spec, derive
-from dora_lab.tasks import ItemError
+from dora_lab.tasks import ItemError, sources
+from dora_lab.tasks.limits import limits
 from dora_lab.tasks.value import hash_annotations
 from dora_lab.training.fit import Interrupted
 from experiments import video_text
@@ -139,9 +143,37 @@ def test_the_table_has_validation_under_its_name_and_the_papers_rows_apart(paths
     assert found["DoRA"]["seeds"] == "2" and float(found["DoRA"]["average"]) == pytest.approx(sum(values) / 2)
     cut = [row["n_shortened"] for run in told for row in run]
     assert float(found["DoRA"]["cut"]) == pytest.approx(100 * sum(cut) / (8 * 6))
+    assert float(found["DoRA"]["question_cut"]) == 0 < sum(cut)  # choices and words of tasks alone
     unparsed = [row["n_unparsed"] for run in told for row in run if row["metric"] == "accuracy"]
     assert float(found["DoRA"]["unparsed"]) == pytest.approx(100 * sum(unparsed) / (4 * 6))
     assert table.build(tmp_path / "none") == []
+
+
+def test_zeros_behind_a_clip_are_read_as_released_or_masked(paths: Paths) -> None:
+    items = sources.items(small("DoRA"), paths.data_dir)
+    model, tokenizer = model_and_tokenizer(small("DoRA"), paths.model_dir)
+    model.eval()
+    assert items.pictures is not None
+    short, long = (item for item in items.test["tvc_val"] if item["id"] in ("100", "103"))  # 4 and 7 frames, read: 6
+    told = []
+    for spec in (small("DoRA"), small("DoRA", data__padding="masked")):
+        form = VLBartForm.of(spec, model, tokenizer, items.pictures)
+        batch = form.inputs(form.encode({"tvc_val": [short, long]}, spec.data, tokenizer, limits(model)).examples)
+        told.append(batch["attention_mask"][:, -SHAPE[0] :].tolist())
+        # what is masked does not matter, what is read does
+        other = batch | {"features": batch["features"].clone()}
+        other["features"][0, 0, 4:] = 1.0
+        seen = [model.get_encoder()(**given).last_hidden_state[0, : -SHAPE[0]] for given in (batch, other)]
+        assert torch.equal(*seen) == (spec.data.padding == "masked")
+    assert told == [[[1] * 6] * 2, [[1] * 4 + [0] * 2, [1] * 6]]
+
+
+def test_a_run_with_masked_padding_is_another_one(paths: Paths) -> None:
+    given = {"data__tasks": "yc2c,yc2c_val", "optim__task_batch_sizes": "yc2c=4", "evaluation__task_beams": ""}
+    spec, masked = small("DoRA", **given), small("DoRA", data__padding="masked", **given)
+    assert run_spec(spec, paths) == run_spec(masked, paths) == "complete"
+    losses = [[row["loss"] for row in rows(paths, one, "metrics")] for one in (spec, masked)]
+    assert losses[0][0] != losses[1][0] and "masked" in card(run_path(paths.results, masked))
 
 
 def test_it_learns_what_only_the_frames_say(paths: Paths) -> None:

@@ -246,8 +246,8 @@ def test_labels_are_compared_sign_for_sign() -> None:
 
 
 def test_captions_are_scored_as_values_evaluator_reads_them() -> None:
-    items = [{"id": name, "references": [text]} for name, text in (("a", "caf\u00e9 noir at night"), ("b", "a dog"))]
-    said = {"a": "caf noir at night", "b": "a cat"}
+    items = [{"id": name, "references": [text]} for name, text in (("a", "na\u00efve dogs at night"), ("b", "a dog"))]
+    said = {"a": "na ve dogs at night", "b": "a cat"}
     plain, ascii_alone = (score(metric, items, said, "here").values for metric in ("cider_d", "cider_d_ascii"))
     assert ascii_alone[0] == pytest.approx(10) and plain[0] < 8 and plain[1] == ascii_alone[1]
 

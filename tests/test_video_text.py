@@ -92,5 +92,5 @@ def test_every_corrected_form_is_one_change_away(change: str) -> None:
     assert derive(ROWS["DoRA"], {field: value}) != ROWS["DoRA"]
 
 
-def test_there_are_seven_of_them() -> None:
-    assert len(corrected()) == 7
+def test_there_are_eight_of_them() -> None:
+    assert len(corrected()) == 8

@@ -67,12 +67,14 @@ class VLBartForm(Form):
     pad: int  # ids of tokens
     end: int
     start: int  # what the decoder begins with
+    masks_padding: bool = False  # of clips
 
     @staticmethod
     def of(spec: Spec, model: Any, tokenizer: PreTrainedTokenizerBase, pictures: Pictures) -> VLBartForm:
         """The form of a run."""
         pad, end = cast(int, tokenizer.pad_token_id), cast(int, tokenizer.eos_token_id)
-        return VLBartForm(pictures, spec.data.loss, spec.seed, pad, end, model.config.decoder_start_token_id)
+        start, masks = model.config.decoder_start_token_id, spec.data.padding == "masked"
+        return VLBartForm(pictures, spec.data.loss, spec.seed, pad, end, start, masks)
 
     def encode(self, items: Pools, data: Data, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
         examples: list[PicturedExample] = []
@@ -129,9 +131,10 @@ class VLBartForm(Form):
         ids_BT = torch.tensor([[*example.ids, *[self.pad] * gap] for gap, example in zip(gaps, examples, strict=True)])
         features = np.stack([self.pictures.of(example.pictures) for example in examples])
         features_BPRF = torch.from_numpy(features.astype(np.float32))
-        seen = features_BPRF.shape[1] * features_BPRF.shape[2]
-        mask = torch.tensor([[1] * (length - gap) + [0] * gap + [1] * seen for gap in gaps])
-        return {"input_ids": ids_BT, "attention_mask": mask, "features": features_BPRF}
+        text_BT = torch.tensor([[1] * (length - gap) + [0] * gap for gap in gaps])
+        hidden = np.stack([self.pictures.padded(example.pictures) for example in examples]) & self.masks_padding
+        seen_BS = torch.from_numpy(~hidden).flatten(1).long()
+        return {"input_ids": ids_BT, "attention_mask": torch.cat([text_BT, seen_BS], 1), "features": features_BPRF}
 
     def count(self, batch: Mapping[str, Tensor]) -> int:
         """Labelled tokens with `data.loss` token_mean, else items."""

@@ -13,7 +13,7 @@ READ_BY = {
         "data.truncation", "data.eos", "data.holdout", "data.pad_to_multiple_of", "data.label_noise", "evaluation.text",
     ),
     "vl_bart": (
-        "data.feature_shape", "data.features_sha256", "data.visual_tokens", "data.cutoffs", "data.loss",
+        "data.feature_shape", "data.features_sha256", "data.visual_tokens", "data.cutoffs", "data.loss", "data.padding",
         "evaluation.task_beams", "evaluation.no_repeat_ngram_size", "evaluation.early_stopping",
     ),
     "llava": ("data.truncation", "evaluation.task_new_tokens"),
@@ -99,6 +99,7 @@ def _of_family(spec: Any) -> list[Rule]:
         return [
             *rules,
             ("data.feature_shape", data.feature_shape, data.feature_shape, "given with model.family vl_bart"),
+            ("data.padding", data.padding, data.padding == "read" or data.name == "value", "read, but for clips"),
             ("optim.task_batch_sizes", (), one_task, "given for several tasks, which have other numbers of pictures"),
         ]
     return [

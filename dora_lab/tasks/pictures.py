@@ -37,10 +37,19 @@ class Pictures:
     features_NRF: np.ndarray
     places: dict[Key, int]
     sha256: str
+    real: tuple[int, ...] = ()  # by place, how many of the regions are no padding; (): all are
 
     def of(self, keys: Collection[Key]) -> np.ndarray:
         """(pictures, regions, width) of one item's pictures, in their order."""
         return self.features_NRF[[self.places[key] for key in keys]]
+
+    def padded(self, keys: Collection[Key]) -> np.ndarray:
+        """(pictures, regions), true where a region of one item's pictures is padding."""
+        import numpy as np
+
+        regions = self.features_NRF.shape[1]
+        real = [self.real[self.places[key]] if self.real else regions for key in keys]
+        return np.arange(regions) >= np.array(real)[:, None]
 
 
 def gather_pictures(root: Path, keys: Collection[Key], shape: tuple[int, int], tokens: int | None = None) -> Pictures:
@@ -104,7 +113,7 @@ def _shared(plan: _Plan) -> Pictures:
                 mine = _gathered(Path(file.name), plan)
             except LoadError as error:
                 problem = error
-        known = None if mine is None else (mine.places, mine.sha256)
+        known = None if mine is None else (mine.places, mine.sha256, mine.real)
         name, known, problem = distributed.share((file.name, known, problem))
         if problem is not None:
             raise problem
@@ -132,16 +141,18 @@ def _gathered(file: Path, plan: _Plan) -> Pictures:
         )
     features_NRF = _mapped(file, "w+", plan)
     places: dict[Key, int] = {}
+    real: list[int] = []
     digests: dict[Key, bytes] = {}
     for name in sorted({name for name, _ in plan.keys}):
         for key, found in plan.read(name, {key for where, key in plan.keys if where == name}):
             digests[name, key] = hashlib.sha256(np.ascontiguousarray(found).tobytes()).digest()
             places[name, key] = len(places)
+            real.append(min(len(found), plan.size[1]))
             features_NRF[places[name, key]] = plan.fit(found)
     content = hashlib.sha256()
     for name, key in sorted(digests):
         content.update(f"{name}\0{key}\0".encode() + digests[name, key])
-    return Pictures(features_NRF, places, content.hexdigest())
+    return Pictures(features_NRF, places, content.hexdigest(), tuple(real))
 
 
 def pooled(features: np.ndarray, side: int) -> np.ndarray:
