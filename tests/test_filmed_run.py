@@ -216,6 +216,10 @@ def test_what_is_wrong_is_said_before_training(paths: Paths, tmp_path: Path) -> 
             r"item \d+ of tvqa_val: \d+ tokens exceed the model's 64 positions",
         ),
         ({"data__visual_tokens": "4"}, r"data\.visual_tokens = 4: a clip has no grid"),
+        (
+            {"data__validation_items": "8", "evaluation__split": "validation", "evaluation__task_beams": ""},
+            "^tvc: its validation items are for learning and have no references .*; leave it out of data.tasks",
+        ),
     ):
         with pytest.raises((ItemError, LoadError), match=words):
             run_spec(small("DoRA", **changes), Paths(tmp_path / words[:8], paths.data_dir, paths.model_dir))

@@ -126,7 +126,12 @@ def test_a_spec_says_which_items_and_clips(root: Path) -> None:
             assert ours.shape == (1, *SHAPE) and ours.dtype == np.float32
             assert np.array_equal(ours[0], resized(frames_of(clips, name).astype(np.float32), SHAPE[0]))
     held = sources.items(spec(validation_items=8), root)
-    assert held.counts()["validation"] == dict.fromkeys(LEARNT, 2) and held.counts()["train"]["tvc"] == 22
+    assert held.counts()["validation"] == dict.fromkeys(LEARNT, 2)
+    # captions of a clip are items of their own: the other one of each that is held out is not learnt
+    assert held.counts()["train"] == {"tvqa": 10, "how2qa": 10, "tvc": 20, "yc2c": 10}
+    for task in LEARNT:
+        shown = [{(item["pictures"], item["text"]) for item in pools[task]} for pools in (held.train, held.validation)]
+        assert not shown[0] & shown[1] and len(shown[1]) == 2
     told = {(source["task"], source["split"]): source for source in items.sources}
     assert told["tvqa_val", "test"]["asked_in_training"] == 0 and told["tvc", "train"]["used"] == 24
     below = sources.data_identity(spec().data, "value", root / "video")
@@ -235,6 +240,25 @@ def saved(held: Any, name: str = "features") -> Callable[[Path], None]:
     return lambda file: np.savez(file, **{name: held})
 
 
+def damaged(file: Path, deflated: bool) -> None:
+    """A compressed file whose stream begins with what is no block, or whose two headers name a method of nobody's."""
+    np.savez_compressed(file, features=np.zeros((8, 5), np.float32))
+    content = bytearray(file.read_bytes())
+    if deflated:
+        content[30 + len("features.npy") + content[28]] = 0xFF  # behind the member's header: its name, what is beside
+    else:
+        content[8] = content[content.index(b"PK\1\2") + 10] = 77
+    file.write_bytes(content)
+
+
+def vast(file: Path) -> None:
+    """A whole zip whose array says that it has 9e14 frames."""
+    np.save(plain := file.with_suffix(".npy"), np.zeros((9, 5), np.float32))
+    content = plain.read_bytes().replace(b"(9, 5), }" + b" " * 14, b"(9" + b"0" * 14 + b", 5), }")
+    with zipfile.ZipFile(file, "w") as held:
+        held.writestr("features.npy", content)
+
+
 FEATURES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no file": (
         Path.unlink,
@@ -245,6 +269,9 @@ FEATURES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an empty file": (lambda file: file.write_bytes(b""), "cannot be read"),
     "a zip of something else": (lambda file: zipfile.ZipFile(file, "w").writestr("features", "x"), "cannot be read"),
     "a pickle": (saved(np.array([{"a": 1}], object)), "cannot be read"),
+    "damaged in what is packed": (lambda file: damaged(file, deflated=True), r"cannot be read \(error: .*invalid"),
+    "of another packing": (lambda file: damaged(file, deflated=False), r"cannot be read \(NotImplementedError: "),
+    "larger than any memory": (lambda file: vast(file), r"cannot be read \(\w*MemoryError: "),
     "another array": (saved(np.zeros((3, 5), np.float16), "feature"), r"cannot be read \(.*features"),
     "another width": (saved(np.zeros((3, 4), np.float16)), r"are \(3, 4\) in float16, expected \(frames, 5\) in"),
     "another type": (saved(np.zeros((3, 5), np.int64)), r"are \(3, 5\) in int64, expected \(frames, 5\) in float16 or"),
@@ -270,6 +297,7 @@ def test_what_cannot_be_had_is_said_in_one_line(root: Path, tmp_path: Path, monk
         ({"features_sha256": "c" * 64}, root, r"have the hash .*, data\.features_sha256 is cccccccccccc"),
         ({"visual_tokens": 4}, root, r"data\.visual_tokens = 4: a clip has no grid"),
         ({"tasks": ("tvqa", "vqa")}, root, r"'vqa' is not in source 'value', whose tasks are how2qa, how2qa_val, tvc"),
+        ({"tasks": LEARNT}, root, "data 'value' has no test items for the tasks tvqa, how2qa, tvc, yc2c"),
         ({}, None, "data 'value' is a local folder, VALUE's release: give it with --data-dir"),
     ):
         with pytest.raises(LoadError, match=words) as caught:

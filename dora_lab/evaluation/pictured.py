@@ -18,7 +18,7 @@ from dora_lab.evaluation.rows import Progress, Sample, Tick, through
 from dora_lab.forms import vl_bart
 from dora_lab.forms.form import Encoded
 from dora_lab.forms.vl_bart import PicturedExample, VLBartForm
-from dora_lab.metrics import ScoreError, score
+from dora_lab.metrics import METRICS, ScoreError, score
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.item_values import pack
 from dora_lab.spec import Spec
@@ -119,6 +119,13 @@ def prepare(
         task = load_task(name)
         if BY_LOGITS in task.metrics and len({vl_bart.first_token(tokenizer, word) for word in WORDS}) < len(WORDS):
             raise ItemError(f"{name}: the tokenizer begins {' and '.join(WORDS)} with the same token; use another base")
+        there = {field for item in pool for field in item}
+        lacking = [field for metric in task.metrics for field in METRICS[metric][0] if field not in there]
+        if lacking and spec.evaluation.split != "test":
+            raise ItemError(
+                f"{name}: its {spec.evaluation.split} items are for learning and have no {lacking[0]} to be scored by; "
+                "leave it out of data.tasks, or set evaluation.split to test"
+            )
         for metric in task.metrics:  # as if nothing were answered: what is wrong with an item is told now
             silent = {item["id"]: dict.fromkeys(WORDS, 0.0) if metric == BY_LOGITS else "" for item in pool}
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dora_lab.io.limits import TASK_SIZES, task_sizes
+from dora_lab.io.limits import REGIONS, TASK_SIZES, task_sizes
 from dora_lab.io.values import leaves, plain
 
 # fields that models of these families alone read, beside those that all do
@@ -96,10 +96,23 @@ def _of_family(spec: Any) -> list[Rule]:
     ]
     if family == "vl_bart":
         one_task = len(data.tasks) == 1 or spec.optim is None or spec.optim.task_batch_sizes
+        regions = data.visual_tokens or next(iter(data.feature_shape), 0)
         return [
             *rules,
             ("data.feature_shape", data.feature_shape, data.feature_shape, "given with model.family vl_bart"),
-            ("data.padding", data.padding, data.padding == "read" or data.name == "value", "read, but for clips"),
+            (
+                "data.feature_shape",
+                data.feature_shape,
+                regions <= REGIONS,
+                f"at most {REGIONS} regions or frames (as data.visual_tokens says), which is how many words tell "
+                "them apart",
+            ),
+            (
+                "data.padding",
+                data.padding,
+                data.padding == "read" or data.name == "value",
+                "read, but for data.name value: no picture is padded",
+            ),
             ("optim.task_batch_sizes", (), one_task, "given for several tasks, which have other numbers of pictures"),
         ]
     return [

@@ -46,8 +46,7 @@ class Row:
     def text(self, *fields: str) -> str:
         """The text, not empty, of the first of these fields that is there."""
         field = next((name for name in fields if name in self.values), fields[0])
-        value = self.values.get(field)
-        if not isinstance(value, str) or not value.strip() or HALF.search(value):
+        if not (value := self.any_text(field)).strip():
             raise self.refuse(field, "a text")
         return value
 

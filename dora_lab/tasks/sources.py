@@ -87,6 +87,8 @@ def items(spec: Spec, data_dir: Path | None = None) -> Items:
             raise LoadError(f"data '{data.name}' has no training items for the tasks {', '.join(data.tasks)}")
     if spec.evaluation.split == "validation" and not validation:
         raise LoadError("evaluation.split is validation but data.validation_items is 0; set it")
+    if own and spec.evaluation.split == "test" and not test:
+        raise LoadError(f"data '{data.eval_name or data.name}' has no test items for the tasks {', '.join(data.tasks)}")
     sources: list[dict[str, Any]] = []
     if (data.eval_name or data.name) not in mini.WORLDS:
         asked = {question for pool in pools.values() for item in pool for question in _questions(item)}
@@ -256,6 +258,8 @@ def _split(pools: Pools, data: Data, data_dir: Path | None) -> tuple[Pools, Pool
         held = _shares(pools, data.validation_items)
         validation = {name: pool[: held[name]] for name, pool in pools.items() if held[name]}
         pools = {name: pool[held[name] :] for name, pool in pools.items()}
+        if data.name == value.NAME:
+            pools = {name: value.apart(pool, validation.get(name, ())) for name, pool in pools.items()}
     kept = _shares(pools, data.train_items if data.train_items is not None else sum(map(len, pools.values())))
     return {name: pool[: kept[name]] for name, pool in pools.items() if kept[name]}, validation
 

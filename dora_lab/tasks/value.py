@@ -3,7 +3,8 @@
 A folder as VALUE's release (VALUE-Leaderboard/DataRelease), VL-Adapter's ``datasets`` or the ``video`` in it:
 ``ann/<task>/<task>_<split>.jsonl``, ``ann/<set>_subtitles.jsonl`` and the features of `tasks.frames`. The labels of its
 test items are nobody's but its server's, which is shut: what is scored are its validation items, by tasks whose names
-say so ("tvqa_val"); nothing is chosen by them, `data.validation_items` are held out of the training items.
+say so ("tvqa_val"); nothing is chosen by them, `data.validation_items` are held out of the training items, and with
+them all that ask the same about the same clip. Held-out questions can be scored, captions (an item each) cannot.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dora_lab.tasks.annotations import Item
 from dora_lab.tasks.pictures import Pictures, gather_clips
 from dora_lab.tasks.vl_adapter import describe, expected, shown
 
-__all__ = ["NAME", "describe", "folder", "hash_annotations", "identity", "pictures", "read"]
+__all__ = ["NAME", "apart", "describe", "folder", "hash_annotations", "identity", "pictures", "read"]
 
 NAME = "value"
 
@@ -42,6 +43,12 @@ def read(split: str, data: Data, data_dir: Path | None) -> dict[str, list[Item]]
         if items := task.read(root, split):
             pools[task.name] = items
     return pools
+
+
+def apart(learnt: list[Item], held: Iterable[Item]) -> list[Item]:
+    """The training items that show and ask nothing that is held out: captions of a clip are items of their own."""
+    asked = {(item["pictures"], item["text"]) for item in held}
+    return [item for item in learnt if (item["pictures"], item["text"]) not in asked]
 
 
 def pictures(pools: Iterable[Mapping[str, list[Item]]], data: Data, data_dir: Path | None) -> Pictures:
