@@ -12,19 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from filmed import ASKED, LEARNT, SHAPE, save_clips
 from pictured import save_bart
 from test_pictured_processes import TWO, run, samples
 
 from analysis.tables import video_text as table
-from dora_lab.forms.vl_bart import VLBartForm
 from dora_lab.io.errors import LoadError
 from dora_lab.launch.run import run_spec
 from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.launch.select import chosen
 from dora_lab.metrics import score
-from dora_lab.models.base import model_and_tokenizer
 from dora_lab.report.card import card
 from dora_lab.runs.errors import ResumeError
 from dora_lab.runs.item_values import unpack
@@ -32,8 +29,7 @@ from dora_lab.runs.record import read_record, run_path
 from dora_lab.runs.streams import read_rows, read_stream
 from dora_lab.runs.survey import iter_runs
 from dora_lab.spec import Spec, derive
-from dora_lab.tasks import ItemError, sources
-from dora_lab.tasks.limits import limits
+from dora_lab.tasks import ItemError
 from dora_lab.tasks.value import hash_annotations
 from dora_lab.training.fit import Interrupted
 from experiments import video_text
@@ -149,33 +145,6 @@ def test_the_table_has_validation_under_its_name_and_the_papers_rows_apart(paths
     assert table.build(tmp_path / "none") == []
 
 
-def test_zeros_behind_a_clip_are_read_as_released_or_masked(paths: Paths) -> None:
-    items = sources.items(small("DoRA"), paths.data_dir)
-    model, tokenizer = model_and_tokenizer(small("DoRA"), paths.model_dir)
-    model.eval()
-    assert items.pictures is not None
-    short, long = (item for item in items.test["tvc_val"] if item["id"] in ("100", "103"))  # 4 and 7 frames, read: 6
-    told = []
-    for spec in (small("DoRA"), small("DoRA", data__padding="masked")):
-        form = VLBartForm.of(spec, model, tokenizer, items.pictures)
-        batch = form.inputs(form.encode({"tvc_val": [short, long]}, spec.data, tokenizer, limits(model)).examples)
-        told.append(batch["attention_mask"][:, -SHAPE[0] :].tolist())
-        # what is masked does not matter, what is read does
-        other = batch | {"features": batch["features"].clone()}
-        other["features"][0, 0, 4:] = 1.0
-        seen = [model.get_encoder()(**given).last_hidden_state[0, : -SHAPE[0]] for given in (batch, other)]
-        assert torch.equal(*seen) == (spec.data.padding == "masked")
-    assert told == [[[1] * 6] * 2, [[1] * 4 + [0] * 2, [1] * 6]]
-
-
-def test_a_run_with_masked_padding_is_another_one(paths: Paths) -> None:
-    given = {"data__tasks": "yc2c,yc2c_val", "optim__task_batch_sizes": "yc2c=4", "evaluation__task_beams": ""}
-    spec, masked = small("DoRA", **given), small("DoRA", data__padding="masked", **given)
-    assert run_spec(spec, paths) == run_spec(masked, paths) == "complete"
-    losses = [[row["loss"] for row in rows(paths, one, "metrics")] for one in (spec, masked)]
-    assert losses[0][0] != losses[1][0] and "masked" in card(run_path(paths.results, masked))
-
-
 def test_it_learns_what_only_the_frames_say(paths: Paths) -> None:
     spec = small("FT", data__tasks="tvqa,tvqa_val", optim__task_batch_sizes="tvqa=6", optim__learning_rate="0.003",
                  probe="none", optim__batch_size="6", optim__micro_batch_size="6", optim__epochs="120",
@@ -253,7 +222,8 @@ def test_over_two_processes_as_over_one(tmp_path: Path) -> None:
     base = save_bart(tmp_path / "bart", SENTENCES)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"dropout": 0.0}))  # what is dropped hangs on the process
-    folders, changes = (save_clips(tmp_path / "data"), base), SMALL | ADAPTED
+    folders = save_clips(tmp_path / "data"), base
+    changes = SMALL | ADAPTED | {"data.padding": "masked"}  # the second one is told how long each clip is
     for name, launch in (("one", ()), ("two", TWO)):
         done = run(tmp_path / name, folders, launch, "video_text", changes)
         assert done.returncode == 0, done.stderr[-3000:]

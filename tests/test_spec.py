@@ -201,7 +201,12 @@ def test_what_a_family_of_models_does_not_read_stays_at_its_default() -> None:
         ({"data.template": "cloze"}, "data.template = 'cloze': must be one of clean, published, bare"),
         ({"data.feature_shape": ()}, "data.feature_shape = (): must be given with model.family vl_bart"),
         ({"data.feature_shape": "49"}, "data.feature_shape = [49]: must be empty, or regions and width"),
-        ({"data.padding": "masked"}, "data.padding = 'masked': must be read, but for clips"),
+        ({"data.padding": "masked"}, "data.padding = 'masked': must be read, but for data.name value: no picture is"),
+        ({"data.visual_tokens": 121}, "data.feature_shape = (49, 2048): must be at most 100 regions or frames"),
+        (
+            {"data.visual_tokens": "none", "data.feature_shape": "101,8"},
+            "must be at most 100 regions or frames",
+        ),
         ({"data.visual_tokens": 35}, "data.visual_tokens = 35: must be a square number"),
         ({"data.cutoffs": "vqa=20"}, "data.cutoffs = ['vqa=20']: must be TASK=TEXT/ANSWER each"),
         ({"data.train_on_prompt": True}, "data.train_on_prompt = True: must be false with vl_bart"),
@@ -212,5 +217,7 @@ def test_what_a_family_of_models_does_not_read_stays_at_its_default() -> None:
         with pytest.raises(SpecError) as caught:
             specs.derive(PICTURED, changes)
         assert words in str(caught.value)
+    specs.validate(specs.derive(PICTURED, {"data.feature_shape": "196,8"}))  # 36 of them are left
+    specs.validate(specs.derive(PICTURED, {"data.feature_shape": "100,8", "data.visual_tokens": "none"}))
     with pytest.raises(SpecError, match=r"data\.template = 'bare': must be one of clean, published, cloze"):
         specs.derive(DORA, {"data.template": "bare"})
