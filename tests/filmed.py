@@ -78,8 +78,8 @@ def annotations() -> dict[str, list[dict[str, Any]]]:
                 | ({"ts": [0.0, 2.5]} if task == "tvc" else {})
                 | {
                     "descs": [
-                        {"desc": f"a {colour(number)} {thing} here.", "desc_id": 2 * number + place, "type": "v"}
-                        for place, thing in enumerate(("thing", "ring")[: 2 if task == "tvc" else 1])
+                        {"desc": f"a {colour(number)} {thing}", "desc_id": 2 * number + place, "type": "v"}
+                        for place, thing in enumerate(("thing here.", "ring here. ")[: 2 if task == "tvc" else 1])
                     ]
                 }
                 for number in range(count)

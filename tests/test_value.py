@@ -96,7 +96,9 @@ def test_what_an_item_is(root: Path) -> None:
     assert read(root, "how2qa", "train")[2]["pictures"] == (("how2", clip("train", 2)),)
     one, two = read(root, "tvc", "train")[2:4]
     assert (one["id"], two["id"]) == ("1#0", "1#1") and one["targets"] == {"a blue thing here.": 1.0}
+    assert {load_task(f"{task}_val").metrics for task in ("tvc", "yc2c")} == {("cider_d_ascii", "cider_d")}
     asked = read(root, "tvc_val", "test")[1]
+    assert two["best"] == ["a blue ring here. "]  # learnt as it stands
     assert asked["references"] == ["a blue thing here.", "a blue ring here."] and asked["targets"] == {}
 
 
@@ -145,10 +147,11 @@ def test_more_frames_are_pooled_as_torch_pools(count: int, frames: int) -> None:
     assert np.array_equal(resized(found_NF, frames), theirs)
 
 
-def test_zeros_stand_behind_fewer_frames() -> None:
+@pytest.mark.parametrize("frames", [6, 8])
+def test_zeros_stand_behind_fewer_frames(frames: int) -> None:
     found_NF = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
-    ours = resized(found_NF, 8)
-    assert np.array_equal(ours[:5], found_NF) and not ours[5:].any() and ours.shape == (8, 4)
+    ours = resized(found_NF, frames)
+    assert np.array_equal(ours[:5], found_NF) and not ours[5:].any() and ours.shape == (frames, 4)
     assert np.array_equal(resized(found_NF, 5), found_NF)
 
 
@@ -157,6 +160,15 @@ def test_the_hash_is_of_what_the_files_hold(root: Path) -> None:
     found = gather_clips(root / "video", keys, SHAPE)
     assert found.sha256 == gather_clips(root / "video", keys[::-1], (64, SHAPE[1])).sha256
     assert found.sha256 != gather_clips(root / "video", keys[:1], SHAPE).sha256
+
+
+def test_the_hash_is_of_the_names_too(tmp_path: Path) -> None:
+    folder = save_clips(tmp_path) / "video"
+    keys = [("tv", clip("val", 4)), ("tv", clip("val", 5))]
+    files = [folder / "vis_features" / "tv" / "clip-vit" / f"{name}.npz" for _, name in keys]
+    files[1].write_bytes(files[0].read_bytes())
+    of_each = [gather_clips(folder, [key], SHAPE).sha256 for key in keys]
+    assert of_each[0] != of_each[1]
 
 
 def changed(file: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -78,6 +79,25 @@ def test_rows_are_as_quoted_matched_and_printed() -> None:
         assert (spec.optim.epochs, spec.optim.warmup_fraction, spec.data.feature_shape) == (7, 0.1, (64, 512))
     matched, dora = ROWS["LoRA, matched"], ROWS["DoRA"]
     assert derive(matched, {"method.name": "dora"}) == dora  # nothing else is between them
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_what_all_rows_share_is_as_released(row: str) -> None:
+    """By sight of the scripts' settings and of bart-base's own, which search the labels."""
+    data, evaluation, optim = ROWS[row].data, ROWS[row].evaluation, ROWS[row].optim
+    assert optim is not None and ROWS[row].probe is not None
+    asked = (*video_text.TASKS, "tvqa_val", "how2qa_val", "tvc_val", "yc2c_val")
+    assert data.tasks == asked and data.cutoffs == tuple(f"{task}=600/20" for task in asked)
+    assert (data.name, data.template, data.cutoff, data.loss) == ("value", "published", 1024, "item_mean")
+    assert (data.padding, data.validation_items, data.visual_tokens) == ("read", 0, None)
+    assert (evaluation.num_beams, evaluation.task_beams) == (4, ("tvc_val=5", "yc2c_val=5"))
+    assert (evaluation.no_repeat_ngram_size, evaluation.early_stopping) == (3, True)
+    assert (evaluation.max_new_tokens, evaluation.split) == (19, "test")  # with the decoder's first token 20
+    assert (optim.schedule, optim.warmup_steps, optim.max_grad_norm) == ("linear", 0, 5.0)
+    assert (optim.optimizer, optim.adam_eps, optim.weight_decay) == ("adamw", 1e-6, 0.01)
+    assert optim.micro_batch_size == optim.batch_size and optim.keep == "last"
+    names = ("a.weight", "a.layer_norm.weight", "a.bias", "a.m")
+    assert [bool(re.search(optim.groups[0].partition("=")[0], name)) for name in names] == [True, True, False, True]
 
 
 def corrected() -> list[str]:
