@@ -38,9 +38,11 @@ would not expect is a field, and the corrected form one --with away:
     as frames are                                         data.padding=masked
     captions' characters beyond ASCII are blanks          in each row's `rules`: cider_d beside cider_d_ascii
 
-Not a field, as released: a label that is not one sign for sign ("A1", "a1.") is wrong, and counted as unparsed. What
+Not a field, as released on validation items: a label that is not one sign for sign ("A1", "a1.") is wrong, and counted
+as unparsed (for the server the released code takes the number behind the first sign, and a0 where there is none). What
 differs from the released code all the same, on purpose: everything random comes from the seed; float32 without
-autocast; a step's tasks are shuffled anew each epoch, items that fill a task's last step come from its next epoch.
+autocast; a step's tasks are shuffled anew each epoch, items that fill a task's last step come from its next epoch; a
+clip's captions are scored together, each of its captions a reference, not one item a caption.
 """
 
 from __future__ import annotations
