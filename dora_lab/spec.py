@@ -146,9 +146,8 @@ class Data(_Checked):
         "item_mean": "loss: mean over the items of a step, each the mean over its tokens",
         "scored": "loss: mean over the items of a step, each the mean over its tokens times its answer's score",
     }] = since(7, "token_mean")  # fmt: skip
-    padding: Annotated[Literal["read", "masked"], {  # read: as released
-        "read": "zeros behind a short clip are read", "masked": "zeros behind a short clip are masked",
-    }] = since(9, "read")  # fmt: skip
+    padding: Annotated[Literal["read", "masked"], {  # of clips shorter than `feature_shape` says; read: as released
+        "read": "zeros behind clips: read", "masked": "zeros behind clips: masked"}] = since(9, "read")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

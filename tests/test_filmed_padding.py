@@ -125,7 +125,7 @@ def test_a_run_with_masked_padding_is_another_one_with_a_name_of_its_own(paths: 
     assert run_spec(spec, paths) == run_spec(masked, paths) == "complete"
     first, second = ([row["loss"] for row in read_rows(run_path(paths.results, s), "metrics")] for s in (spec, masked))
     assert first[0] != second[0]
-    said = {padding: f"zeros behind a short clip are {padding}" for padding in ("read", "masked")}
+    said = {padding: f"zeros behind clips: {padding}" for padding in ("read", "masked")}
     assert said["masked"] in card(run_path(paths.results, masked))
     assert said["masked"] not in card(run_path(paths.results, spec))
     evals = table.frame(paths.results, table.EXPERIMENT)
@@ -136,7 +136,7 @@ def test_the_command_takes_it_and_refuses_what_it_is_not() -> None:
     for experiment, padding, words in (
         ("video_text", "masked", "1 specs"),
         ("video_text", "maskd", "data.padding = 'maskd': expected one of 'read', 'masked'"),
-        ("image_text", "masked", "data.padding = 'masked': must be read, but for data.name value"),
+        ("image_text", "masked", "data.padding = 'masked': must be read but with data.name value"),
         ("commonsense", "masked", "must be one that reads data.padding"),
     ):
         only = ["--only", "method=dora", "--only", "seed=0", "--with", f"data.padding={padding}"]

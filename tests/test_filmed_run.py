@@ -184,7 +184,6 @@ def test_what_is_wrong_is_said_before_training(paths: Paths, tmp_path: Path) -> 
             {"data__cutoffs": "", "data__cutoff": "100"},
             r"item \d+ of tvqa_val: \d+ tokens exceed the model's 64 positions",
         ),
-        ({"data__visual_tokens": "4"}, r"data\.visual_tokens = 4: a clip has no grid"),
         (
             {"data__validation_items": "8", "evaluation__split": "validation", "evaluation__task_beams": ""},
             "^tvc: its validation items are for learning and have no references .*; leave it out of data.tasks",

@@ -307,9 +307,9 @@ def test_what_cannot_be_had_is_said_in_one_line(root: Path, tmp_path: Path, monk
     for changes, folder, words in (
         ({"sha256": "b" * 64}, root, "the spec asks for bbbbbbbbbbbb"),
         ({"features_sha256": "c" * 64}, root, r"have the hash .*, data\.features_sha256 is cccccccccccc"),
-        ({"visual_tokens": 4}, root, r"data\.visual_tokens = 4: a clip has no grid"),
         ({"tasks": ("tvqa", "vqa")}, root, r"'vqa' is not in source 'value', whose tasks are how2qa, how2qa_val, tvc"),
         ({"tasks": LEARNT}, root, "data 'value' has no test items for the tasks tvqa, how2qa, tvc, yc2c"),
+        ({}, tmp_path / "none", "none: no such folder"),
         ({}, None, "data 'value' is a local folder, VALUE's release: give it with --data-dir"),
     ):
         with pytest.raises(LoadError, match=words) as caught:

@@ -53,11 +53,6 @@ def apart(learnt: list[Item], held: Iterable[Item]) -> list[Item]:
 
 def pictures(pools: Iterable[Mapping[str, list[Item]]], data: Data, data_dir: Path | None) -> Pictures:
     """The features of every clip that these items show; LoadError for others than `data.features_sha256` says."""
-    if data.visual_tokens is not None:
-        raise LoadError(
-            f"data.visual_tokens = {data.visual_tokens}: a clip has no grid; its frames are the first number of "
-            "data.feature_shape"
-        )
     shape = (data.feature_shape[0], data.feature_shape[1])
     return expected(gather_clips(folder(data_dir), shown(pools), shape), data)
 
@@ -79,5 +74,7 @@ def folder(data_dir: Path | None) -> Path:
     """The folder that holds ``ann`` and ``vis_features``."""
     if data_dir is None:
         raise LoadError(f"data '{NAME}' is a local folder, VALUE's release: give it with --data-dir")
+    if not Path(data_dir).is_dir():
+        raise LoadError(f"{data_dir}: no such folder")
     below = Path(data_dir) / "video"
     return below if below.is_dir() else Path(data_dir)
