@@ -102,7 +102,7 @@ class Data(_Checked):
     """What is trained and evaluated on."""
 
     # "mini" = the embedded world; "commonsense_170k" = hub; "llm_adapters" = a folder in that layout; "vl_adapter" =
-    # annotations and features of pictures: a folder, else the hub's; "llava_v1_5" = a folder in LLaVA's layout
+    # pictures: a folder, else the hub's; "value", "llava_v1_5" = folders as VALUE's release and LLaVA's data
     name: Annotated[str, "training data"]
     tasks: Annotated[tuple[str, ...], "tasks", DISTINCT]  # evaluated, by their names: "boolq", ..., "ARC-Easy", ...
     sha256: Annotated[str | None, "hash of the data folder"] = None
@@ -135,7 +135,7 @@ class Data(_Checked):
     pad_to_multiple_of: Annotated[int, "length of a training batch is a multiple of", COUNT] = since(3, 1)
     # of each task; 1: random labels
     label_noise: Annotated[float, "share of training items whose label is drawn anew", SHARE] = since(5, 0.0)
-    feature_shape: Annotated[tuple[int, ...], "regions of a picture, width of their features", SHAPE] = since(7, ())
+    feature_shape: Annotated[tuple[int, ...], "regions (of a clip: frames), width of one", SHAPE] = since(7, ())
     features_sha256: Annotated[str | None, "hash of the features that are read"] = since(7, None)
     # the largest of each cell of a coarser grid; None: the regions as they are
     visual_tokens: Annotated[int | None, "visual tokens per picture", SQUARE] = since(7, None)
@@ -146,6 +146,8 @@ class Data(_Checked):
         "item_mean": "loss: mean over the items of a step, each the mean over its tokens",
         "scored": "loss: mean over the items of a step, each the mean over its tokens times its answer's score",
     }] = since(7, "token_mean")  # fmt: skip
+    padding: Annotated[Literal["read", "masked"], {  # of clips shorter than `feature_shape` says; read: as released
+        "read": "zeros behind clips: read", "masked": "zeros behind clips: masked"}] = since(9, "read")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -231,6 +231,27 @@ def test_what_cannot_be_scored_is_refused_in_one_line(
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_labels_are_compared_sign_for_sign() -> None:
+    items = [{"id": str(n), "answer": f"a{n % 3}", "labels": ["a0", "a1", "a2", "a3"]} for n in range(6)]
+    said = dict(zip("012345", ("a0", "A1", "a2.", " a0", "a1", "a4"), strict=True))
+    found = score("labelled", items, said, "here")
+    assert found.values == (1, 0, 0, 0, 1, 0) and found.unread == (False, True, True, True, False, True)
+    assert found.summary == {"accuracy": 1 / 3}
+    for change, told in (
+        ({"answer": "a4"}, "f.json, item 0, field 'answer': 'a4' is none of a0, a1, a2, a3"),
+        ({"labels": ["a0"]}, "f.json, item 0, field 'labels': expected a list of two texts or more"),
+    ):
+        with pytest.raises(ScoreError, match=told):
+            score("labelled", [items[0] | change, *items[1:]], said, "f.json")
+
+
+def test_captions_are_scored_as_values_evaluator_reads_them() -> None:
+    items = [{"id": name, "references": [text]} for name, text in (("a", "na\u00efve dogs at night"), ("b", "a dog"))]
+    said = {"a": "na ve dogs at night", "b": "a cat"}
+    plain, ascii_alone = (score(metric, items, said, "here").values for metric in ("cider_d", "cider_d_ascii"))
+    assert ascii_alone[0] == pytest.approx(10) and plain[0] < 8 and plain[1] == ascii_alone[1]
+
+
 def test_every_metric_is_tested_here() -> None:
     text = Path(__file__).read_text(encoding="utf-8")
     for metric in METRICS:

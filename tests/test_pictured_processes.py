@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ SMALL = {
 # imported by every interpreter that starts: notes who reads features, in a file for each process of the run
 COUNTED = """
 import os
-from dora_lab.tasks import pictures
-real = pictures.gather
-def noted(*given):
-    with open(os.path.join({folder!r}, os.environ.get("RANK", "0")), "a") as file:
-        file.write("x")
-    return real(*given)
-pictures.gather = noted
+from dora_lab.tasks import frames, pictures
+def noted(real):
+    def gather(*given):
+        with open(os.path.join({folder!r}, os.environ.get("RANK", "0")), "a") as file:
+            file.write("x")
+        return real(*given)
+    return gather
+pictures.gather, frames.gather = noted(pictures.gather), noted(frames.gather)
 """
 
 
@@ -48,14 +49,21 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return save_pictures(where / "data"), base
 
 
-def run(results: Path, folders: tuple[Path, Path], launch: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+def run(
+    results: Path,
+    folders: tuple[Path, Path],
+    launch: Sequence[str] = (),
+    experiment: str = "image_text",
+    small: Mapping[str, str] = SMALL,
+) -> subprocess.CompletedProcess[str]:
+    """DoRA of tier paper, its first seed."""
     results.mkdir()
     (results / "sitecustomize.py").write_text(COUNTED.format(folder=str(results)))
-    changes = [text for name, value in SMALL.items() for text in ("--with", f"{name}={value}")]
+    changes = [text for name, value in small.items() for text in ("--with", f"{name}={value}")]
     chosen = ["--only", "method.name=dora", "--only", "seed=0", "--only", "method.detach_norm=True"]
     where = ["--data-dir", str(folders[0]), "--model-dir", str(folders[1]), "--results", str(results)]
     return subprocess.run(
-        [sys.executable, *launch, "-m", "dora_lab", "run", "image_text", "--tier", "paper", *where, *chosen, *changes],
+        [sys.executable, *launch, "-m", "dora_lab", "run", experiment, "--tier", "paper", *where, *chosen, *changes],
         capture_output=True, text=True, check=False, cwd=HOUSE, timeout=400,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{results}:{HOUSE}"},
     )  # fmt: skip

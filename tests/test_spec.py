@@ -63,7 +63,7 @@ def test_every_field_has_its_part_in_the_id() -> None:
         "method.scope": "layers", "method.also_train": "bias",
         "optim.task_batch_sizes": "boolq=32", "model.family": "vl_bart", "data.cutoffs": "boolq=20/10",
         "data.loss": "scored", "evaluation.task_beams": "boolq=5", "evaluation.early_stopping": True,
-        "evaluation.reuse": True,
+        "evaluation.reuse": True, "data.padding": "masked",
         "optim.products": "bfloat16", "evaluation.dtype": "float16", "evaluation.task_new_tokens": "boolq=7",
     }  # fmt: skip
     seen = {specs.spec_id(DORA)}
@@ -201,6 +201,13 @@ def test_what_a_family_of_models_does_not_read_stays_at_its_default() -> None:
         ({"data.template": "cloze"}, "data.template = 'cloze': must be one of clean, published, bare"),
         ({"data.feature_shape": ()}, "data.feature_shape = (): must be given with model.family vl_bart"),
         ({"data.feature_shape": "49"}, "data.feature_shape = [49]: must be empty, or regions and width"),
+        ({"data.padding": "masked"}, "data.padding = 'masked': must be read but with data.name value (no picture"),
+        ({"data.name": "value"}, "data.visual_tokens = 36: must be none with data.name value: a clip has no grid"),
+        ({"data.visual_tokens": 121}, "data.feature_shape = (49, 2048): must be at most 100 regions or frames"),
+        (
+            {"data.visual_tokens": "none", "data.feature_shape": "101,8"},
+            "must be at most 100 regions or frames",
+        ),
         ({"data.visual_tokens": 35}, "data.visual_tokens = 35: must be a square number"),
         ({"data.cutoffs": "vqa=20"}, "data.cutoffs = ['vqa=20']: must be TASK=TEXT/ANSWER each"),
         ({"data.train_on_prompt": True}, "data.train_on_prompt = True: must be false with vl_bart"),
@@ -211,5 +218,7 @@ def test_what_a_family_of_models_does_not_read_stays_at_its_default() -> None:
         with pytest.raises(SpecError) as caught:
             specs.derive(PICTURED, changes)
         assert words in str(caught.value)
+    specs.validate(specs.derive(PICTURED, {"data.feature_shape": "196,8"}))  # 36 of them are left
+    specs.validate(specs.derive(PICTURED, {"data.feature_shape": "100,8", "data.visual_tokens": "none"}))
     with pytest.raises(SpecError, match=r"data\.template = 'bare': must be one of clean, published, cloze"):
         specs.derive(DORA, {"data.template": "bare"})

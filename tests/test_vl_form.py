@@ -68,6 +68,34 @@ def test_texts_and_answers_are_cut_and_counted(opened: Any) -> None:
         form(tokenizer).learnt(replace(encoded, examples=encoded.examples[2:]))
 
 
+@pytest.mark.parametrize("template", ["published", "bare", "clean"])
+def test_questions_that_a_cutoff_takes_are_counted(template: Any, opened: Any) -> None:
+    """The limit moves token by token: the word that says the task goes first, then the choices, then the question."""
+    _, tokenizer = opened
+    data = replace(DATA, tasks=("tvqa",), template=template, cutoffs=())
+    question, behind = "[Subs] red what [Q] dark red", " [TS] (1-2) [Choices] a0: red. a1: what."
+    pool = [item(0, {"a0": 1.0}, question + behind) | {"question": question}]
+
+    def encoded(limit: int) -> Any:
+        return form(tokenizer).encode(
+            {"tvqa": pool}, replace(data, cutoffs=(f"tvqa={limit}/20",)), tokenizer, NO_LIMITS
+        )
+
+    whole = form(tokenizer).encode({"tvqa": pool}, data, tokenizer, NO_LIMITS).examples[0].ids
+    head = [*tokenizer(("tvqa: " if template == "clean" else "") + question)["input_ids"][:-1]]
+    assert [*whole[: len(head)]] == head
+    said = tokenizer.decode(whole, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    word = {"published": f"{question}{behind} tvqa: ", "bare": f"{question}{behind} "}
+    assert said == word.get(template, f"tvqa: {question}{behind}")
+    assert (encoded(len(whole)).shortened, encoded(len(whole)).questions_cut) == (0, 0)
+    assert (encoded(len(whole) - 1).shortened, encoded(len(whole) - 1).questions_cut) == (1, 0)
+    kept = encoded(len(head) + 1)  # and the end
+    assert kept.questions_cut == 0 and [*kept.examples[0].ids] == [*head, tokenizer.eos_token_id]
+    assert encoded(len(head)).questions_cut == 1
+    pool[0].pop("question")
+    assert encoded(len(head) + 1).questions_cut == 1  # where nothing else is said, all of the text is asked
+
+
 def test_the_loss_by_hand(opened: Any) -> None:
     model, tokenizer = opened
     model.eval()

@@ -16,8 +16,9 @@ from dora_lab.evaluation.bounds import bounds
 from dora_lab.evaluation.lm_eval_model import quiet, undisturbed
 from dora_lab.evaluation.rows import Progress, Sample, Tick, through
 from dora_lab.forms import vl_bart
+from dora_lab.forms.form import Encoded
 from dora_lab.forms.vl_bart import PicturedExample, VLBartForm
-from dora_lab.metrics import ScoreError, score
+from dora_lab.metrics import METRICS, ScoreError, score
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.item_values import pack
 from dora_lab.spec import Spec
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 WORDS = ("true", "false")  # whose logits NLVR2 compares
 BY_LOGITS = "nlvr2"  # the metric that reads logits, not texts
+GRADED_BY = ("answer", "answers", "labels", "references", "statement")  # fields of an item that metrics read
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,12 @@ class Part:
 
     task: Task
     items: list[dict[str, Any]]
-    examples: list[PicturedExample]
+    encoded: Encoded
     prompts: list[str]
+
+    @property
+    def examples(self) -> list[PicturedExample]:
+        return self.encoded.examples
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -67,10 +73,11 @@ def evaluate(
 
     Appends to the stream eval of `run` one row per task: `metric` ("accuracy", a fraction; "cider_d", in [0, 10]), its
     `value` by the first `rules` of the task and what the others say, its standard error over items, n, n_unparsed (no
-    answer could be read), chance, of the embedded world `floor` and `ceiling` (see `bounds`), the hash of what was
+    answer could be read), n_shortened (texts that lost their ends to a cutoff) and of these n_questions_cut (words of
+    their question, too), chance, of the embedded world `floor` and `ceiling` (see `bounds`), the hash of what was
     asked, `correct` where every item is right or wrong, and answer_nll, -log p per token of the best answer in nats;
-    with test items the values of single ones. Writes samples
-    for re-grading. Raises ItemError as `prepare`, Stopped if `stop` is set.
+    with test items the values of single ones. Writes samples for re-grading. Raises ItemError as `prepare`, Stopped if
+    `stop` is set.
     """
     form = VLBartForm.of(spec, model, tokenizer, pictures)
     parts = prepare(spec, model, tokenizer, items, pictures)
@@ -79,7 +86,7 @@ def evaluate(
         outputs, nlls = _answers(spec, model, tokenizer, form, part, tick)
         samples = [
             {"index": index, "id": item["id"], "prompt": text, "pictures": item["pictures"], "output": output}
-            | {name: item[name] for name in ("answer", "answers", "references", "statement") if name in item}
+            | {name: item[name] for name in GRADED_BY if name in item}
             for index, (item, text, output) in enumerate(zip(part.items, part.prompts, outputs, strict=True))
         ]
         known = bounds(spec.data.name, part.task, spec.evaluation.split, part.items)
@@ -112,15 +119,22 @@ def prepare(
         task = load_task(name)
         if BY_LOGITS in task.metrics and len({vl_bart.first_token(tokenizer, word) for word in WORDS}) < len(WORDS):
             raise ItemError(f"{name}: the tokenizer begins {' and '.join(WORDS)} with the same token; use another base")
+        there = {field for item in pool for field in item}
+        lacking = [field for metric in task.metrics for field in METRICS[metric][0] if field not in there]
+        if lacking and spec.evaluation.split != "test":
+            raise ItemError(
+                f"{name}: its {spec.evaluation.split} items are for learning and have no {lacking[0]} to be scored by; "
+                "leave it out of data.tasks, or set evaluation.split to test"
+            )
         for metric in task.metrics:  # as if nothing were answered: what is wrong with an item is told now
             silent = {item["id"]: dict.fromkeys(WORDS, 0.0) if metric == BY_LOGITS else "" for item in pool}
             try:
                 score(metric, pool, silent, f"{name}, {spec.evaluation.split}")
             except ScoreError as error:
                 raise ItemError(str(error)) from None
-        examples = form.encode({name: pool}, spec.data, tokenizer, most).examples
+        encoded = form.encode({name: pool}, spec.data, tokenizer, most)
         prompts = [vl_bart.prompt(task, spec.data.template, item) for item in pool]
-        parts.append(Part(task, pool, examples, prompts))
+        parts.append(Part(task, pool, encoded, prompts))
     return parts
 
 
@@ -157,6 +171,8 @@ def _row(part: Part, outputs: Sequence[Any], nlls: Sequence[float], single: bool
         "value": value,
         "stderr": stdev(first.values) / n**0.5 if n > 1 else None,
         "n_unparsed": first.n_unread,
+        "n_shortened": part.encoded.shortened,
+        "n_questions_cut": part.encoded.questions_cut,
         "chance": part.task.chance,
         "majority": None,
         "rules": {name: found.summary for name, found in scores.items()},

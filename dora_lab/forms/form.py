@@ -44,6 +44,7 @@ class Encoded:
     shortened: int  # something was cut off
     answers_cut: int = 0  # of these, the answer lost something too: only where the spec cuts on the right, as released
     unanswered: int = 0  # items of pictures for which no answer has a score
+    questions_cut: int = 0  # of the shortened items, those whose question lost something
 
 
 class Form(ABC):

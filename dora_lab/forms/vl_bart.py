@@ -1,9 +1,11 @@
 """VL-BART: the encoder reads a text and features of pictures, the decoder writes an answer (see `models.vl_bart`).
+A clip is read as a picture whose regions are its frames.
 
 As VL-Adapter (545fcbb, f1bbfd0) trains and asks it; what it does otherwise than one would think is a field of the spec:
-the word before the text (`data.template`; "gpa: " is its own), texts and answers that lose their ends (`data.cutoffs`),
-and the loss, a mean over items of the mean over their tokens times the score of the answer. Of several answers to a
-question one is drawn at each pass over the items, as likely as its score; here from (seed, pass, item) alone.
+the word before the text or behind it (`data.template`; "gpa: " is its own), texts and answers that lose their ends
+(`data.cutoffs`), and the loss, a mean over items of the mean over their tokens times the score of the answer. Of
+several answers to a question one is drawn at each pass over the items, as likely as its score; here from (seed, pass,
+item) alone.
 
 Shape suffixes: B items, T tokens of text, L tokens of an answer, P pictures of an item, R regions, F numbers of one,
 V words.
@@ -65,25 +67,31 @@ class VLBartForm(Form):
     pad: int  # ids of tokens
     end: int
     start: int  # what the decoder begins with
+    masks_padding: bool = False  # of clips
 
     @staticmethod
     def of(spec: Spec, model: Any, tokenizer: PreTrainedTokenizerBase, pictures: Pictures) -> VLBartForm:
         """The form of a run."""
         pad, end = cast(int, tokenizer.pad_token_id), cast(int, tokenizer.eos_token_id)
-        return VLBartForm(pictures, spec.data.loss, spec.seed, pad, end, model.config.decoder_start_token_id)
+        start, masks = model.config.decoder_start_token_id, spec.data.padding == "masked"
+        return VLBartForm(pictures, spec.data.loss, spec.seed, pad, end, start, masks)
 
     def encode(self, items: Pools, data: Data, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:
         examples: list[PicturedExample] = []
-        shortened = answers_cut = unanswered = 0
+        shortened = answers_cut = unanswered = questions_cut = 0
         for task, pool in items.items():
             text_limit, answer_limit = cutoffs(data.cutoffs).get(task, (data.cutoff, data.cutoff))
-            texts = self._coded(tokenizer, [prompt(load_task(task), data.template, item) for item in pool])
+            asked = [prompt(load_task(task), data.template, item) for item in pool]
+            texts = self._coded(tokenizer, asked)
             for number, (item, ids) in enumerate(zip(pool, texts, strict=True)):
                 where = f"item {item['id']} of {task}"
                 targets, best = item["targets"], item["best"]
                 answers = self._coded(tokenizer, [*targets, *best])
                 unanswered += not targets
-                shortened += len(ids) > text_limit
+                if len(ids) > text_limit:
+                    shortened += 1
+                    head = _up_to_question(item, asked[number])
+                    questions_cut += len(self._coded(tokenizer, [head])[0]) > text_limit
                 answers_cut += any(len(answer) > answer_limit for answer in answers)
                 kept = [self._cut(answer, answer_limit) for answer in answers]
                 scored = tuple(zip(kept[: len(targets)], targets.values(), strict=True))
@@ -92,7 +100,7 @@ class VLBartForm(Form):
                 examples.append(
                     PicturedExample(task, f"{task} {number}", cut, item["pictures"], scored, (*kept[len(targets) :],))
                 )
-        return Encoded(examples, shortened, answers_cut, unanswered)
+        return Encoded(examples, shortened, answers_cut, unanswered, questions_cut)
 
     def learnt(self, encoded: Encoded) -> Encoded:
         """What is trained on: with loss "scored" all (an item without an answer counts, as "" of score 0), else those
@@ -123,9 +131,10 @@ class VLBartForm(Form):
         ids_BT = torch.tensor([[*example.ids, *[self.pad] * gap] for gap, example in zip(gaps, examples, strict=True)])
         features = np.stack([self.pictures.of(example.pictures) for example in examples])
         features_BPRF = torch.from_numpy(features.astype(np.float32))
-        seen = features_BPRF.shape[1] * features_BPRF.shape[2]
-        mask = torch.tensor([[1] * (length - gap) + [0] * gap + [1] * seen for gap in gaps])
-        return {"input_ids": ids_BT, "attention_mask": mask, "features": features_BPRF}
+        text_BT = torch.tensor([[1] * (length - gap) + [0] * gap for gap in gaps])
+        hidden = np.stack([self.pictures.padded(example.pictures) for example in examples]) & self.masks_padding
+        seen_BS = torch.from_numpy(~hidden).flatten(1).long()
+        return {"input_ids": ids_BT, "attention_mask": torch.cat([text_BT, seen_BS], 1), "features": features_BPRF}
 
     def count(self, batch: Mapping[str, Tensor]) -> int:
         """Labelled tokens with `data.loss` token_mean, else items."""
@@ -159,8 +168,13 @@ class VLBartForm(Form):
 
 
 def prompt(task: Task, template: str, item: Mapping[str, Any]) -> str:
-    """What the encoder reads of an item's text: before it, the word that says the task."""
-    return task.word(template) + item["text"]
+    """What the encoder reads of an item: its text, and the word that says the task."""
+    return task.asked(template, item["text"])
+
+
+def _up_to_question(item: Mapping[str, Any], asked: str) -> str:
+    """What is read of an item up to the end of its question, which is its whole text where it does not say."""
+    return asked[: asked.index(item["text"]) + len(item.get("question", item["text"]))]
 
 
 def token_nll(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

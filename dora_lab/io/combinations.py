@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dora_lab.io.limits import TASK_SIZES, task_sizes
+from dora_lab.io.limits import REGIONS, TASK_SIZES, task_sizes
 from dora_lab.io.values import leaves, plain
 
 # fields that models of these families alone read, beside those that all do
@@ -13,7 +13,7 @@ READ_BY = {
         "data.truncation", "data.eos", "data.holdout", "data.pad_to_multiple_of", "data.label_noise", "evaluation.text",
     ),
     "vl_bart": (
-        "data.feature_shape", "data.features_sha256", "data.visual_tokens", "data.cutoffs", "data.loss",
+        "data.feature_shape", "data.features_sha256", "data.visual_tokens", "data.cutoffs", "data.loss", "data.padding",
         "evaluation.task_beams", "evaluation.no_repeat_ngram_size", "evaluation.early_stopping",
     ),
     "llava": ("data.truncation", "evaluation.task_new_tokens"),
@@ -95,12 +95,7 @@ def _of_family(spec: Any) -> list[Rule]:
         ),
     ]
     if family == "vl_bart":
-        one_task = len(data.tasks) == 1 or spec.optim is None or spec.optim.task_batch_sizes
-        return [
-            *rules,
-            ("data.feature_shape", data.feature_shape, data.feature_shape, "given with model.family vl_bart"),
-            ("optim.task_batch_sizes", (), one_task, "given for several tasks, which have other numbers of pictures"),
-        ]
+        return rules + _of_pictures(spec)
     return [
         *rules,
         ("data.truncation", data.truncation, data.truncation == "right", "right with llava, as released"),
@@ -113,4 +108,29 @@ def _of_family(spec: Any) -> list[Rule]:
         ),
         ("model.rescale", spec.model.rescale, not spec.model.rescale, "empty with llava"),
         ("model.pad", spec.model.pad, spec.model.pad == "own", "own with llava"),
+    ]
+
+
+def _of_pictures(spec: Any) -> list[Rule]:
+    """Those of VL-BART alone."""
+    data, clips = spec.data, spec.data.name == "value"
+    shape, tokens = data.feature_shape, data.visual_tokens
+    one_task = len(data.tasks) == 1 or spec.optim is None or spec.optim.task_batch_sizes
+    words = f"at most {REGIONS} regions or frames (as data.visual_tokens says), which is how many words tell them apart"
+    return [
+        ("data.feature_shape", shape, shape, "given with model.family vl_bart"),
+        ("data.feature_shape", shape, (tokens or next(iter(shape), 0)) <= REGIONS, words),
+        (
+            "data.visual_tokens",
+            tokens,
+            tokens is None or not clips,
+            "none with data.name value: a clip has no grid, its frames are the first number of data.feature_shape",
+        ),
+        (
+            "data.padding",
+            data.padding,
+            clips or data.padding == "read",
+            "read but with data.name value (no picture is padded)",
+        ),
+        ("optim.task_batch_sizes", (), one_task, "given for several tasks, which have other numbers of pictures"),
     ]

@@ -37,6 +37,7 @@ NOT_NEGATIVE = Limit("at least 0", lambda number: number >= 0)
 POSITIVE = Limit("greater than 0", lambda number: number > 0)
 PASSES = Limit("greater than 0, at most a million", lambda number: 0 < number <= 1e6)
 PROBABILITY = Limit("in [0, 1)", lambda number: 0 <= number < 1)
+REGIONS = 100  # of a picture or clip at most: as many words as VL-Adapter adds to tell them apart
 SHARE = Limit("in [0, 1]", lambda number: 0 <= number <= 1)
 SEED = Limit("in 0 .. 2^31 - 1", lambda number: 0 <= number < 2**31)
 INCREASING = Limit(

@@ -34,6 +34,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "answer": (_text, "a text"),
     "answers": (lambda value: _texts(value) and len(value) == ANNOTATORS, f"a list of {ANNOTATORS} annotators' texts"),
     "references": (_texts, "a list of one text or more"),
+    "labels": (lambda value: _texts(value) and len(value) > 1, "a list of two texts or more"),
     "statement": (_text, "a text"),
     "category": (_text, "a text"),
     "letters": (lambda value: _text(value) and len(value) > 1 and "ABCDE".startswith(value), "AB, ABC, ABCD or ABCDE"),
@@ -44,6 +45,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 # of a metric: the answers that an item of it may have
 _ANSWERS: dict[str, Callable[[Item], Sequence[str]]] = {
     "nlvr2": lambda item: ("true", "false"),
+    "labelled": lambda item: item["labels"],
     "pope_released": lambda item: ("yes", "no"),
     "pope_strict": lambda item: ("yes", "no"),
     "science_qa": lambda item: list(item["letters"]),

@@ -7,7 +7,7 @@ not read is wrong, and counted apart.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 _NO = {"No", "no", "not"}
 _YES = {"Yes", "yes"}
@@ -53,6 +53,11 @@ def science_qa(text: str, letters: str) -> str | None:
         return text[0] if text[0] in letters else None
     found = re.findall(r"The answer is ([A-Z]).", text)
     return found[0] if len(found) == 1 and found[0] in letters else None
+
+
+def labelled(text: str, labels: Sequence[str]) -> str | None:
+    """The label that a text is, sign for sign (VL-Adapter compares TVQA's and How2QA's so): "A3" and "a3." are none."""
+    return text if text in labels else None
 
 
 def mmbench(text: str, options: Mapping[str, str]) -> str | None:

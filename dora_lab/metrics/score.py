@@ -43,7 +43,8 @@ def score(metric: str, items: Sequence[Item], outputs: Mapping[str, Any], where:
     vqa_released, vqa_both, vqa_m4c  answers: the ten annotators'                 accuracy
     exact, gqa                       answer                                       accuracy
     nlvr2                            answer ("true", "false"), statement          accuracy, consistency
-    cider_d                          references: texts                            cider_d
+    cider_d, cider_d_ascii           references: texts                            cider_d
+    labelled                         answer, labels: texts                        accuracy
     pope_released, pope_strict       answer ("yes", "no"), category               accuracy, f1 and each category's
     science_qa                       answer, letters ("ABCD"), image: bool        accuracy, accuracy_image
     mmbench                          answer, options {letter: text}, index        circular, vanilla
@@ -69,9 +70,21 @@ def _vqa(items: Sequence[Item], outputs: Sequence[str], rule: str) -> Scored:
     return values, [False] * len(values), {"accuracy": _mean(values)}
 
 
-def _cider(items: Sequence[Item], outputs: Sequence[str]) -> Scored:
-    values = cider_d(outputs, [item["references"] for item in items])
+def _cider(items: Sequence[Item], outputs: Sequence[str], ascii_alone: bool = False) -> Scored:
+    """ascii_alone: as VALUE's evaluator, to which every other character is a blank."""
+    read = _ascii if ascii_alone else str
+    values = cider_d(list(map(read, outputs)), [list(map(read, item["references"])) for item in items])
     return values, [False] * len(values), {"cider_d": _mean(values)}
+
+
+def _ascii(text: str) -> str:
+    return "".join(sign if sign.isascii() else " " for sign in text)
+
+
+def _labelled(items: Sequence[Item], outputs: Sequence[str]) -> Scored:
+    read = [choice.labelled(text, item["labels"]) for item, text in zip(items, outputs, strict=True)]
+    values, unread = _right(items, read)
+    return values, unread, {"accuracy": _mean(values)}
 
 
 def _right(items: Sequence[Item], answers: Answers) -> tuple[list[float], list[bool]]:
@@ -130,7 +143,9 @@ METRICS: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Item], Sequence[Any
     "exact": (("answer",), partial(_text, read=str)),
     "gqa": (("answer",), partial(_text, read=choice.gqa)),
     "nlvr2": (("answer", "statement"), _nlvr2),
+    "labelled": (("answer", "labels"), _labelled),
     "cider_d": (("references",), _cider),
+    "cider_d_ascii": (("references",), partial(_cider, ascii_alone=True)),
     "pope_released": (("answer", "category"), partial(_pope, otherwise="yes")),
     "pope_strict": (("answer", "category"), partial(_pope, otherwise=None)),
     "science_qa": (("answer", "letters", "image"), _science_qa),

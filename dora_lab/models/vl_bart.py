@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.bart.modeling_bart import BartEncoder
 
 from dora_lab.io.errors import CheckpointError
+from dora_lab.io.limits import REGIONS
 from dora_lab.models.open import fill, open_tokenizer, refuse_unsafe
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 PICTURES, COORDINATES = 2, 5  # of an item at most; four sides of a box and its area
 # as released: 100 of each, added in falling order, so that the last row of the embeddings is that of <vis_extra_id_0>
-TOKENS = [f"<{kind}_{number}>" for kind in ("extra_id", "vis_extra_id") for number in range(99, -1, -1)]
+TOKENS = [f"<{kind}_{number}>" for kind in ("extra_id", "vis_extra_id") for number in reversed(range(REGIONS))]
 
 
 class VisualEmbedding(nn.Module):

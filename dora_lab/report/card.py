@@ -277,6 +277,12 @@ def _scores(evals: list[dict[str, Any]]) -> str | None:
         for row in evals
         if row["protocol"] == "builtin"
     ]
+    sources += [
+        f"- {row['task']}: {row['n_shortened']} of its {row['n']} texts were cut to fit, {row['n_questions_cut']} of "
+        "them in their question or before it"
+        for row in evals
+        if row.get("n_shortened")
+    ]
     lines += ["", *sources] if sources else []
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def caveats(record: Mapping[str, Any]) -> list[str]:
-    """A sentence each: scored items that were trained on, answers that training cut."""
+    """A sentence each: scored items that were trained on, answers and questions that training cut."""
     found = []
     for source in (record.get("inputs") or {}).get("sources") or []:
         if again := source.get("asked_in_training"):
@@ -18,4 +18,6 @@ def caveats(record: Mapping[str, Any]) -> list[str]:
     training = record.get("training") or {}
     if cut := training.get("answers_cut"):
         found.append(f"{cut} training items lost the end of their answer to data.cutoff")
+    if cut := training.get("questions_cut"):
+        found.append(f"{cut} training items lost words of their question to a cutoff")
     return found

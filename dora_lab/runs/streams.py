@@ -26,7 +26,7 @@ OPTIONAL_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {  # of these types wh
     "metrics": dict.fromkeys(("tokens", "loss", "eval_loss", "learning_rate", "grad_norm", "seconds"), _MAYBE),
     "probe": dict.fromkeys(("layer", "fraction", "relative_change"), _MAYBE),
     "eval": {
-        **dict.fromkeys(("stderr", "n_unparsed", "chance", "majority"), _MAYBE),
+        **dict.fromkeys(("stderr", "n_unparsed", "n_shortened", "n_questions_cut", "chance", "majority"), _MAYBE),
         **dict.fromkeys(("correct", "prompt_sha256"), (str, type(None))),
     },
 }

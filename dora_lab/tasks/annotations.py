@@ -1,8 +1,10 @@
-"""Annotations of pictures as VL-Adapter's data has them: JSON files, read row by row, each row knowing where it stands.
+"""Annotations of pictures and clips as their data has them: JSON, read row by row, each row knowing where it stands.
 
-What an item about pictures is, whatever its task: ``id``; ``pictures``, one or two pairs (set, id) of `tasks.features`;
-``text``, what is asked; ``targets``, the answers that may be trained on with their scores in [0, 1] (none: nothing to
-learn); ``best``, the answers whose likelihood is looked at; and what its task's metrics read (see `metrics.score`).
+What an item about pictures is, whatever its task: ``id``; ``pictures``, one or two pairs (set, id) of `tasks.features`
+(one of `tasks.frames`: a clip is read as a picture whose regions are its frames); ``text``, what is asked;
+``targets``, the answers that may be trained on with their scores in [0, 1] (none: nothing to learn); ``best``, the
+answers whose likelihood is looked at; ``question``, its text up to where what is asked ends, if that is not the whole
+text; and what its task's metrics read (see `metrics.score`).
 """
 
 from __future__ import annotations
@@ -44,8 +46,14 @@ class Row:
     def text(self, *fields: str) -> str:
         """The text, not empty, of the first of these fields that is there."""
         field = next((name for name in fields if name in self.values), fields[0])
+        if not (value := self.any_text(field)).strip():
+            raise self.refuse(field, "a text")
+        return value
+
+    def any_text(self, field: str) -> str:
+        """The text of this field, which may be empty."""
         value = self.values.get(field)
-        if not isinstance(value, str) or not value.strip() or HALF.search(value):
+        if not isinstance(value, str) or HALF.search(value):
             raise self.refuse(field, "a text")
         return value
 
@@ -65,10 +73,10 @@ class Row:
                 raise self.refuse(field, "answers with scores in [0, 1]")
         return {answer: float(score) for answer, score in value.items() if score}
 
-    def rows(self, field: str) -> list[Row]:
-        """The objects of a list, not empty."""
+    def rows(self, field: str, empty: bool = False) -> list[Row]:
+        """The objects of a list; empty: there may be none."""
         value = self.values.get(field)
-        if not isinstance(value, list) or not value or not all(isinstance(inner, dict) for inner in value):
+        if not isinstance(value, list) or not (value or empty) or not all(isinstance(inner, dict) for inner in value):
             raise self.refuse(field, "a list of objects")
         return [Row(inner, f"{self.where}, {field} {number}") for number, inner in enumerate(value)]
 
@@ -93,6 +101,34 @@ def read_rows(file: Path, field: str | None = None) -> list[Row]:
         what = "a list" if field is None else f"an object whose '{field}' is a list"
         raise ItemError(f"{file}: expected {what} of objects, not empty; fetch it again")
     return [Row(row, f"{file}, item {number}") for number, row in enumerate(value)]
+
+
+def read_lines(file: Path) -> list[Row]:
+    """The objects of a file that has one a line.
+
+    Raises ItemError for a file that is not there, is empty, or has a line that is no JSON object.
+    """
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise ItemError(f"{file} does not exist; fetch it, or leave its task out of data.tasks") from None
+    except OSError as error:
+        raise ItemError(f"{file} cannot be read ({error.strerror})") from None
+    rows = []
+    for number, line in enumerate(lines[:-1] if lines[-1] == b"" else lines, start=1):
+        where = f"{file}, line {number}"
+        try:
+            value = parse_json(line)
+        except json.JSONDecodeError as error:
+            raise ItemError(f"{where}: broken or truncated JSON ({error.msg}); fetch it again") from None
+        except ValueError as error:
+            raise ItemError(f"{where}: {error}; correct it or fetch it again") from None
+        if not isinstance(value, dict):
+            raise ItemError(f"{where}: expected an object, got a JSON {type(value).__name__}; fetch it again")
+        rows.append(Row(value, where))
+    if not rows:
+        raise ItemError(f"{file} is empty; fetch it again")
+    return rows
 
 
 def unique(items: list[Item], rows: Sequence[Row]) -> list[Item]:

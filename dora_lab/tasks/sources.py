@@ -5,8 +5,9 @@ that repository (``<task>/train.json`` and ``<task>/test.json``, or these below 
 (training items only), the file
 ``commonsense_170k.json`` of such a folder (in it or in ``ft-training_set/``), else the hub's copy at `data.revision`;
 "vl_adapter", items about pictures with their features, and "mini_vl" and "mini_vl_blind", an embedded world of them
-(see `vl_adapter`); "llava_v1_5", conversations and benchmarks about images, and "mini_llava" and "mini_llava_blind", an
-embedded world of them, and "easy_vqa", a package's (see `llava`).
+(see `vl_adapter`); "value", items about clips with features of their frames (see `value`); "llava_v1_5", conversations
+and benchmarks about images, and "mini_llava" and "mini_llava_blind", an embedded world of them, and "easy_vqa", a
+package's (see `llava`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dora_lab.io.errors import LoadError
 from dora_lab.io.files import hash_files
 from dora_lab.io.hub import snapshot
 from dora_lab.spec import Data, Spec, did_you_mean
-from dora_lab.tasks import Task, all_tasks, check_items, llava, load_task, read_items, vl_adapter
+from dora_lab.tasks import Task, all_tasks, check_items, llava, load_task, read_items, value, vl_adapter
 from dora_lab.tasks.cloze import as_cloze
 from dora_lab.tasks.commonsense.released_files import MIX, describe
 from dora_lab.tasks.pictures import Pictures
@@ -31,7 +32,7 @@ from dora_lab.tasks.pictures import Pictures
 Item = dict[str, Any]
 Pools = dict[str, list[Item]]  # items by task
 # sources whose tasks are theirs alone
-OWN = {**dict.fromkeys(vl_adapter.NAMES, vl_adapter), **dict.fromkeys(llava.NAMES, llava)}
+OWN = {**dict.fromkeys(vl_adapter.NAMES, vl_adapter), value.NAME: value, **dict.fromkeys(llava.NAMES, llava)}
 SOURCES = (*mini.WORLDS, "llm_adapters", MIX, *OWN)
 HUB_MIX = "zwhe99/commonsense_170k"  # the copy that public code loads
 HUB_FILES = ("*.json", "*.parquet")
@@ -86,6 +87,8 @@ def items(spec: Spec, data_dir: Path | None = None) -> Items:
             raise LoadError(f"data '{data.name}' has no training items for the tasks {', '.join(data.tasks)}")
     if spec.evaluation.split == "validation" and not validation:
         raise LoadError("evaluation.split is validation but data.validation_items is 0; set it")
+    if own and spec.evaluation.split == "test" and not test:
+        raise LoadError(f"data '{data.eval_name or data.name}' has no test items for the tasks {', '.join(data.tasks)}")
     sources: list[dict[str, Any]] = []
     if (data.eval_name or data.name) not in mini.WORLDS:
         asked = {question for pool in pools.values() for item in pool for question in _questions(item)}
@@ -99,8 +102,8 @@ def items(spec: Spec, data_dir: Path | None = None) -> Items:
             sources.append(_described(data, task, "train", pool) | {"used": used})
     found = Items(train=train, validation=validation, test=test, sources=tuple(sources))
     every = (train, validation, test)
-    if data.name in vl_adapter.NAMES:
-        return replace(found, pictures=vl_adapter.pictures(every, data, data_dir))
+    if data.name in (*vl_adapter.NAMES, value.NAME):
+        return replace(found, pictures=OWN[data.name].pictures(every, data, data_dir))
     if data.name in llava.NAMES:
         root = llava.folder(data, data_dir)
         return replace(found, images=llava.images(every, root), home=llava.benchmarks(root))
@@ -255,6 +258,8 @@ def _split(pools: Pools, data: Data, data_dir: Path | None) -> tuple[Pools, Pool
         held = _shares(pools, data.validation_items)
         validation = {name: pool[: held[name]] for name, pool in pools.items() if held[name]}
         pools = {name: pool[held[name] :] for name, pool in pools.items()}
+        if data.name == value.NAME:
+            pools = {name: value.apart(pool, validation.get(name, ())) for name, pool in pools.items()}
     kept = _shares(pools, data.train_items if data.train_items is not None else sum(map(len, pools.values())))
     return {name: pool[: kept[name]] for name, pool in pools.items() if kept[name]}, validation
 

@@ -28,6 +28,7 @@ class Task:
     metrics: tuple[str, ...] = ()  # rules of `dora_lab.metrics`; tables print the first. None: a server scores
     prompt: str = ""  # what says the task, before the text
     released_prompt: str | None = None  # that of the published code, where it is another
+    behind: bool = False  # the published code puts it behind the text
     # (folder, split) to items; splits are train, validation, test, and published_train where nothing is held out
     read: Callable[[Path, str], list[dict[str, Any]]] | None = None
     headline: str | None = None  # of what the first of `metrics` says, the number that tables print; None: its first
@@ -65,6 +66,14 @@ class Task:
         if template == "bare":
             return ""
         return self.prompt if self.released_prompt is None or template != "published" else self.released_prompt
+
+    def asked(self, template: str, text: str) -> str:
+        """What is read of an item (tasks about pictures): its text, and before it, or as published behind it, `word`.
+
+        Behind it there is a blank between them, with template "bare" a blank alone.
+        """
+        word = self.word(template)
+        return f"{text} {word}" if self.behind and template != "clean" else word + text
 
     def options(self, item: dict[str, Any]) -> tuple[str, ...]:
         """The labels offered by this item (a few ARC items have 3 or 5), from the end of its instruction.

@@ -16,7 +16,7 @@ from dora_lab.spec import Data
 from dora_lab.tasks import family, load_task, mini_pictures
 from dora_lab.tasks.annotations import Item
 from dora_lab.tasks.features import hub_folder
-from dora_lab.tasks.pictures import Pictures, gather_pictures
+from dora_lab.tasks.pictures import Key, Pictures, gather_pictures
 
 NAME = "vl_adapter"
 NAMES = (NAME, *mini_pictures.SOURCES)
@@ -45,9 +45,18 @@ def read(split: str, data: Data, data_dir: Path | None) -> dict[str, list[Item]]
 
 def pictures(pools: Iterable[Mapping[str, list[Item]]], data: Data, data_dir: Path | None) -> Pictures:
     """The features of every picture that these items show; LoadError for others than `data.features_sha256` says."""
-    keys = {key for pool in pools for items in pool.values() for item in items for key in item["pictures"]}
+    keys = shown(pools)
     shape = (data.feature_shape[0], data.feature_shape[1])
-    found = gather_pictures(_folder(data, data_dir), keys, shape, data.visual_tokens)
+    return expected(gather_pictures(_folder(data, data_dir), keys, shape, data.visual_tokens), data)
+
+
+def shown(pools: Iterable[Mapping[str, list[Item]]]) -> set[Key]:
+    """Set and id of everything that items show."""
+    return {key for pool in pools for items in pool.values() for item in items for key in item["pictures"]}
+
+
+def expected(found: Pictures, data: Data) -> Pictures:
+    """The features, if they are those that `data.features_sha256` says; else LoadError."""
     if data.features_sha256 not in (None, found.sha256):
         raise LoadError(
             f"the features that are read have the hash {found.sha256[:12]}..., data.features_sha256 is "

@@ -56,7 +56,7 @@ def train(
     metrics (step, tokens, loss in nats per token, learning_rate, grad_norm; and step, eval_loss) and timing (step,
     seconds of training so far) of `run`; what they and the probe hold beyond the resumed step is dropped, and with it
     the rows of an evaluation, unless all steps are done. Returns what belongs into the record: `steps`, `tokens`,
-    `shortened` items, `resumed_from` (step or None), `kept_step`; of items about pictures the `unanswered` ones, too.
+    `shortened` items, `resumed_from` (step or None), `kept_step`; of pictures `unanswered` items, `questions_cut`, too.
     Raises NonFiniteError, Interrupted, ResumeError for a checkpoint of something else, SaveError where a checkpoint
     cannot be written; and before the first step ItemError for items that the model cannot take, SpecError for a
     learning rate that never leaves 0.
@@ -93,7 +93,7 @@ def train(
         "tokens": trainer.tokens,
         "shortened": encoded.shortened,
         "answers_cut": encoded.answers_cut,
-        **({"unanswered": encoded.unanswered} if items.pictures else {}),
+        **({"unanswered": encoded.unanswered, "questions_cut": encoded.questions_cut} if items.pictures else {}),
         "resumed_from": step or None,
         "kept_step": trainer.keep(spec.optim),
     }

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -22,15 +23,17 @@ from dora_lab import report, spec
 from dora_lab.formats.manifest import read_manifest
 from dora_lab.formats.read import read_adapter
 from dora_lab.formats.shards import Shards
-from dora_lab.io.errors import CheckpointError
+from dora_lab.io.errors import CheckpointError, LoadError
 from dora_lab.io.files import header, parse_json
+from dora_lab.metrics import score
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.errors import StoreError
 from dora_lab.runs.record import read_record
 from dora_lab.runs.streams import read_rows
 from dora_lab.runs.survey import survey
 from dora_lab.spec import SpecError
-from dora_lab.tasks import ItemError, load_task, read_items
+from dora_lab.tasks import ItemError, frames, load_task, read_items
+from tests import filmed
 from tests.faults._models import copy, header_of, write_header
 from tests.tiny import boolq_items, make_spec
 
@@ -305,6 +308,48 @@ def _items(folder: Path, draw: Draw) -> str:
         return "refused"
     for item in found:  # what is read can be asked and scored
         assert item["answer"] in task.options(item) and task.parse(item["output"]) == item["answer"]
+    return "read"
+
+
+@target("lines about clips: damaged bytes or fields of annotations and subtitles")
+def _lines(folder: Path, draw: Draw) -> str:
+    files = filmed.annotations()
+    harmed = draw(st.sampled_from(sorted(files)))
+    for name, rows in files.items():
+        file = folder / "ann" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(row) for row in (rows if "subtitles" in name else rows[:3])]
+        if name == harmed and (fields := draw(st.booleans())):
+            lines[1] = json.dumps(_changed(draw, rows[1]))
+        content = "".join(f"{line}\n" for line in lines).encode()
+        file.write_bytes(_damaged(draw, content) if name == harmed and not fields else content)
+    try:
+        learnt, asked = (
+            {name: task.read(folder, split) for name in names if (task := load_task(name)).read is not None}
+            for names, split in ((filmed.LEARNT, "train"), (filmed.ASKED, "test"))
+        )
+    except ItemError:
+        return "refused"
+    for name, items in asked.items():  # what is read can be scored and learnt
+        for metric in load_task(name).metrics:
+            found = score(metric, items, {item["id"]: item["best"][0] for item in items}, name)
+            assert found.n_unread == 0 and all(value > 0 for value in found.values)
+    assert all(item["targets"] and item["pictures"][0][1] for items in learnt.values() for item in items)
+    return "read"
+
+
+@target("npz of a clip's frames: damaged bytes, packed or not")
+def _npz(folder: Path, draw: Draw) -> str:
+    file = folder / "vis_features" / "tv" / frames.VARIANT / "clip.npz"
+    file.parent.mkdir(parents=True)
+    before = np.arange(20, dtype=draw(st.sampled_from([np.float16, np.float32]))).reshape(4, 5)
+    (np.savez_compressed if draw(st.booleans()) else np.savez)(file, features=before)
+    file.write_bytes(_damaged(draw, file.read_bytes()))
+    try:
+        ((_, found),) = frames.gather(folder, "tv", ["clip"], 5)
+    except LoadError:
+        return "refused"
+    assert np.array_equal(found, before)
     return "read"
 
 

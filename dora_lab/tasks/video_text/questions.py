@@ -1,0 +1,67 @@
+"""TVQA and How2QA: a question about a span of a clip, five or four answers; the right one's label is generated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dora_lab.tasks.annotations import Item, Row, read_lines, unique
+from dora_lab.tasks.subtitles import ENDING, Subtitles, read_subtitles, span
+from dora_lab.tasks.task import Task
+
+FILES = {
+    ("tvqa", "train"): "tvqa_train",
+    ("tvqa", "val"): "tvqa_val",
+    ("how2qa", "train"): "how2qa_train_release",
+    ("how2qa", "val"): "how2qa_val_release",
+}
+
+
+def _items(root: Path, task: str, part: str, clips: str, answers: int) -> list[Item]:
+    rows = read_lines(Path(root) / "ann" / task / f"{FILES[task, part]}.jsonl")
+    said = read_subtitles(root, clips)
+    return unique([_item(row, clips, said, answers) for row in rows], rows)
+
+
+def _item(row: Row, clips: str, said: Subtitles, answers: int) -> Item:
+    labels = [f"a{number}" for number in range(answers)]
+    number = row.values.get("answer_idx")
+    if type(number) is not int or number not in range(answers):
+        raise row.refuse("answer_idx", f"a whole number from 0 to {answers - 1}")
+    choices = " ".join(f"{label}: {row.any_text(label).strip('. ')}." for label in labels)
+    question = f"{said.of(row)} [Q] {row.text('q').strip()}"
+    answer = labels[number]
+    return {
+        "id": row.name("qid"),
+        "pictures": ((clips, row.text("vid_name")),),
+        "text": f"{question} {span(row)} [Choices] {choices}",
+        "question": question,
+        "targets": {answer: 1.0},
+        "best": [answer],
+        "answer": answer,
+        "labels": labels,
+    }
+
+
+def _tasks(name: str, column: str, clips: str, answers: int) -> tuple[Task, Task]:
+    def learnt(root: Path, split: str) -> list[Item]:
+        return _items(root, name, "train", clips, answers) if split == "train" else []
+
+    def asked(root: Path, split: str) -> list[Item]:
+        return _items(root, name, "val", clips, answers) if split == "test" else []
+
+    one, two = (
+        Task(
+            name=name + ending,
+            column=column + ending.replace("_", " "),
+            prompt=f"{name}: ",
+            behind=True,
+            chance=1 / answers,
+            metrics=("labelled",),
+            read=read,
+        )
+        for ending, read in (("", learnt), (ENDING, asked))
+    )
+    return one, two
+
+
+TASKS = (*_tasks("tvqa", "TVQA", "tv", 5), *_tasks("how2qa", "How2QA", "how2", 4))

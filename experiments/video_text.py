@@ -1,0 +1,112 @@
+"""VL-BART on VALUE's four video-text tasks: table 3.
+
+    dora-lab run video_text --tier paper --data-dir DATASETS     # 12 runs on one 80 GB GPU; hours not measured yet
+
+paper: facebook/bart-base with frozen CLIP ViT-B/32 features of a frame every 1.5 s, 64 of a clip; TVQA, How2QA, and
+captions of TVC and YouCook2 (YC2C). DATASETS is VALUE's release (VALUE-Leaderboard/DataRelease) as VL-Adapter lays it
+out: `video/ann` and `video/vis_features`. The base needs --with model.revision=COMMIT, or its folder with --model-dir.
+Features of all clips go to a temporary file, 131 kB a clip (TMPDIR).
+
+**What the paper prints was scored by VALUE's server, on test items whose labels nobody else has; the server is shut.**
+Scored here are the validation items, under names of their own ("TVQA val", ...), captions as VALUE's evaluator does it;
+a number of ours beside the paper's is about other items, and no verdict compares them. Nothing is chosen by these
+items: the last weights are scored. Rows, each with three seeds (the paper has one run of each):
+
+    ft              as VL-Adapter's script has it, which the paper quotes: learning rate 3e-5, batch 50
+    lora, quoted    as VL-Adapter's: scale 32 / 128, dropout 0.1 on the branch, batch 50
+    lora, matched   as DoRA's: scale 1, no dropout, batch 40; what can be compared with DoRA
+    dora            r 128 on query and value of every attention, biases and visual embedding; rate 3e-4, batch 40
+
+Layer norms are frozen in all rows but the first, other than with DoRA on images (7,634,688 of 147,082,752 parameters
+are trained, 5.19 %, as printed). A batch is of one task, of the same size for all. What the released code does and one
+would not expect is a field, and the corrected form one --with away:
+
+    published                                             corrected (--with)
+    the word that says the task stands behind the text,
+    where the cutoff takes it first                       data.template=clean
+    texts lose all beyond 600 tokens: the task's word, the
+    choices, the question (each row and record counts the
+    items: n_shortened, n_questions_cut); captions and
+    answers all beyond 20                                 data.cutoffs=    (1,024 tokens are the model's own limit)
+    layer norms, biases apart, are decayed where trained  optim.groups=
+    labels are searched with bart-base's own four beams   evaluation.num_beams=1
+    three equal words in a row are never written          evaluation.no_repeat_ngram_size=0
+    (table 9; the released script has 2.4e-4)             optim.learning_rate=2.4e-4
+    (the paper's text; the released script has the norm
+    in the graph)                                         method.detach_norm=false
+    zeros behind a clip of fewer than 64 frames are read
+    as frames are                                         data.padding=masked
+    captions' characters beyond ASCII are blanks          in each row's `rules`: cider_d beside cider_d_ascii
+
+Not a field, as released on validation items: a label that is not one sign for sign ("A1", "a1.") is wrong, and counted
+as unparsed (for the server the released code takes the number behind the first sign, and a0 where there is none). What
+differs from the released code all the same, on purpose: everything random comes from the seed; float32 without
+autocast; a step's tasks are shuffled anew each epoch, items that fill a task's last step come from its next epoch; a
+clip's captions are scored together, each of its captions a reference, not one item a caption.
+"""
+
+from __future__ import annotations
+
+from dora_lab.spec import Data, Evaluation, Method, Model, Optim, Probe, Spec
+from dora_lab.tasks.subtitles import ENDING
+from experiments.image_text import adapter
+
+TIERS = ("paper",)
+SEEDS = (0, 1, 2)
+TASKS = ("tvqa", "how2qa", "tvc", "yc2c")
+ASKED = tuple(task + ENDING for task in TASKS)
+# row: method, batch, learning rate
+ROWS = {
+    "FT": (Method(name="ft"), 50, 3e-5),
+    "LoRA, quoted": (adapter("lora", norms=False, alpha=32.0, dropout=0.1), 50, 3e-4),
+    "LoRA, matched": (adapter("lora", norms=False), 40, 3e-4),
+    "DoRA": (adapter("dora", norms=False), 40, 3e-4),
+}
+CELLS = {name: method for name, (method, _, _) in ROWS.items()}
+
+
+def specs(tier: str) -> list[Spec]:
+    """Every row with every seed, seed by seed."""
+    return [trained(*row, seed) for seed in SEEDS for row in ROWS.values()]
+
+
+def trained(method: Method, batch: int, learning_rate: float, seed: int) -> Spec:
+    """One run; batch: items a step, of whichever task."""
+    return Spec(
+        experiment="video_text",
+        tier="paper",
+        seed=seed,
+        model=Model(name="facebook/bart-base", family="vl_bart"),
+        data=Data(
+            name="value",
+            tasks=(*TASKS, *ASKED),
+            template="published",
+            cutoff=1024,
+            cutoffs=tuple(f"{task}=600/20" for task in (*TASKS, *ASKED)),
+            feature_shape=(64, 512),
+            loss="item_mean",
+        ),
+        method=method,
+        optim=Optim(
+            learning_rate=learning_rate,
+            warmup_steps=0,
+            warmup_fraction=0.1,
+            batch_size=batch,
+            micro_batch_size=batch,
+            epochs=7.0,
+            weight_decay=0.01,
+            adam_eps=1e-6,
+            max_grad_norm=5.0,
+            groups=(r"(?<!bias)$=1:0.01",),  # transformers would leave norms out
+            task_batch_sizes=tuple(f"{task}={batch}" for task in TASKS),
+        ),
+        probe=Probe(),
+        evaluation=Evaluation(
+            num_beams=4,
+            task_beams=(f"tvc{ENDING}=5", f"yc2c{ENDING}=5"),
+            max_new_tokens=19,  # 20 with the token that the decoder begins with
+            no_repeat_ngram_size=3,
+            early_stopping=True,
+            batch_size=batch,
+        ),
+    )
