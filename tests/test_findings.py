@@ -32,6 +32,8 @@ def intervals() -> pd.DataFrame:
         found = pd.read_csv(TABLES / f"{name}.csv")
         n = found["seeds"].max()
         parts.append(found[found["verdict"].notna()].rename(columns={"value": "effect"}).assign(n=n, p=np.nan))
+    decay = pd.read_csv(TABLES / "image_text_decay.csv")
+    parts.append(decay[decay["window"] == "late"].rename(columns={"r": "effect"})[["effect", "low", "high"]])
     return pd.concat(parts, ignore_index=True)
 
 

@@ -283,7 +283,6 @@ def test_the_same_command_goes_on_with_the_runs_that_there_are(done: tuple[Path,
     [
         (["--with", "seed=3"], "--with seed: run own chooses it by itself"),
         (["--with", "data.name=mini"], "--with data.name: run own chooses it by itself"),
-        (["--with", "optim.epochs=2", "--with", "optim.epochs=3"], "--with optim.epochs is given twice"),
         (["--only", "seed=0"], "run own reads no --only"),
         (["--tier", "small"], "run own reads no --tier"),
     ],

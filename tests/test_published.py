@@ -204,7 +204,6 @@ def test_a_hub_adapter_has_to_be_pinned(tmp_path: Path, monkeypatch: pytest.Monk
             "--base /nowhere/base: no such folder; of a hub id give the commit, too",
         ),
         (["--data-dir", "/nowhere/data"], "/nowhere/data: no such folder"),
-        (["--with", "seed=1", "--with", "seed=2"], "--with seed is given twice, as 1 and as 2"),
     ],
 )
 def test_what_cannot_be_compared_is_said_before_anything_is_evaluated(

@@ -18,7 +18,7 @@ from dora_lab import report
 from dora_lab.paper.axes import PANELS
 from dora_lab.report import Block, number
 from experiments import image_text_decay
-from experiments.image_text_decay import COPIED, NONE, RELEASED
+from experiments.image_text_decay import COPIED, NONE, RELEASED, ROWS
 
 DECAYS = {NONE: "none", RELEASED: "as released in all", COPIED: "λ = 0.01"}
 CROSS = "encoder_attn"  # in the names of modules that look from the decoder at the encoder
@@ -37,7 +37,7 @@ def build(results: Path) -> list[Path]:
     if not len(probes):
         return []
     printed = {(panel.kind, report.METHODS[panel.method].label): panel.r for panel in PANELS}
-    rows = [_named(row) for row in cells.measured(probes)]
+    rows = sorted(map(_named, cells.measured(probes)), key=_place)
     shown = cells.shown(rows, {"row": "Method", "decay": "Decay"})
     paper = [printed.get((row["kind"], row["row"].partition(",")[0])) for row in rows if row["window"] == "late"]
     shown.insert(3, "Paper", [number(r, digits=2) for r in paper])
@@ -60,6 +60,10 @@ def self_attention(results: Path) -> pd.DataFrame:
 
 def _named(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"row": row["cell"].row, "decay": DECAYS[row["cell"].decay]}
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["kind"], ROWS.index(row["cell"].row), [*DECAYS].index(row["cell"].decay)
 
 
 if __name__ == "__main__":

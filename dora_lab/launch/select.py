@@ -124,13 +124,8 @@ def pair(text: str, option: str) -> tuple[str, str]:
 
 
 def pairs(texts: Sequence[str], option: str) -> dict[str, str]:
-    """Values by field; raises SpecError as `pair`, and for a field that is given twice."""
-    found: dict[str, str] = {}
-    for field, value in (pair(text, option) for text in texts):
-        if field in found:
-            raise SpecError(f"{option} {field} is given twice, as {found[field]} and as {value}; give it once")
-        found[field] = value
-    return found
+    """Values by field, the last of those given for one; raises SpecError as `pair`."""
+    return dict(pair(text, option) for text in texts)
 
 
 def _value(tree: Mapping[str, Any], field: str) -> str:
