@@ -247,5 +247,6 @@ def test_the_sheet_for_mmbench(folder: Path) -> None:
         (1000003, "Which?", "=1", "red", None, None, "=B", "B", "dev"),
     ]
     assert openpyxl.load_workbook(file).active["G3"].data_type == "s"  # no formula
-    write_mmbench(file, {"3": "A\x00\x07\n", "1000003": "B"}, table)  # what no cell can hold, as the format has it
-    assert openpyxl.load_workbook(file).active["G2"].value == "A_x0000__x0007_\n"
+    odd = "A\x00\x07\n\uffff _x0007_"  # what no cell can hold, as the format has it, and what would be read as that
+    write_mmbench(file, {"3": odd, "1000003": "B"}, table)
+    assert openpyxl.load_workbook(file).active["G2"].value == "A_x0000__x0007_\n_xFFFF_ _x005F_x0007_"

@@ -14,6 +14,7 @@ from families import FAMILIES, save_family
 from safetensors.torch import load_file, save_file
 from tiny import save_data
 
+from dora_lab import inject, save_adapter
 from dora_lab.formats.shards import Shards
 from dora_lab.io.errors import CheckpointError, LoadError
 from dora_lab.launch.given import look
@@ -25,6 +26,7 @@ from dora_lab.models.open import open_as_saved, open_model
 from dora_lab.models.vl_bart import open_vl_bart
 from dora_lab.probing.saved_models import probe
 from dora_lab.probing.watched import watched
+from dora_lab.spec import Method
 
 # with weights, as they are saved, and without: what `run own` looks at before it says what it will do
 DOORS: dict[str, Callable[[Path], Any]] = {
@@ -197,3 +199,57 @@ def test_weights_of_another_name_are_refused(door: str, tmp_path: Path) -> None:
     folder = configured(save_family("qwen2", tmp_path / "model"), transformers_weights="other.safetensors")
     with pytest.raises((CheckpointError, LoadError), match=r"asks for other weights .*'other\.safetensors'"):
         (DOORS | {"shards": Shards})[door](folder)
+
+
+def test_weights_named_by_the_configuration_are_those_that_transformers_reads(tmp_path: Path) -> None:
+    folder = configured(save_family("qwen2", tmp_path / "model"), transformers_weights="model.safetensors")
+    assert open_model(folder, "float32") is not None and [*Shards(folder)]
+    shards = tmp_path / "shards"
+    open_model(folder, "float32").save_pretrained(shards, max_shard_size="20KB")
+    configured(shards, transformers_weights="model.safetensors.index.json")
+    save_file({"lm_head.weight": torch.zeros(1)}, shards / "model.safetensors")  # not read
+    assert open_model(shards, "float32") is not None and {*Shards(shards)} == {*Shards(folder)}
+
+
+def test_shards_are_read_whole_and_a_tensor_lies_in_one(tmp_path: Path) -> None:
+    base, folder = save_family("qwen2", tmp_path / "base"), tmp_path / "model"
+    open_model(base, "float32").save_pretrained(folder, max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    lost = next(name for name in table["weight_map"] if name.endswith("up_proj.weight"))
+    file = table["weight_map"].pop(lost)
+    index.write_text(json.dumps(table))  # transformers reads what it does not name
+    assert lost in Shards(folder) and lost in open_model(folder, "float32").state_dict()
+    other = next(name for name in table["weight_map"].values() if name != file)
+    save_file(load_file(folder / other) | {lost: load_file(folder / file)[lost]}, folder / other, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"'{lost}' is in .*, too; save the model again"):
+        Shards(folder)
+
+
+def test_an_adapter_made_for_another_base_is_refused_by_whatever_names_its_modules_have(tmp_path: Path) -> None:
+    """A model saved without its head has its modules' names without the first part."""
+    base, other = (save_family("qwen2", tmp_path / name) for name in ("base", "other"))
+    tensors = {name: part * 1.5 for name, part in load_file(other / "model.safetensors").items()}
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    model: Any = open_model(base, "float32")
+    inject(model, Method(name="lora", rank=2, alpha=4.0, target_modules=("q_proj",)), 0)
+    save_adapter(model, tmp_path / "adapter")
+    for folder, right in ((base, True), (other, False)):
+        headless = tmp_path / f"{folder.name} without a head"
+        open_model(folder, "float32").model.save_pretrained(headless)
+        for place in (folder, headless):
+            if right:
+                assert [*probe(place, [tmp_path / "adapter"])]
+                continue
+            with pytest.raises(CheckpointError, match="was made for another base"):
+                [*probe(place, [tmp_path / "adapter"])]
+
+
+def test_an_adapter_beside_a_pickled_model_is_ambiguous_too(tmp_path: Path) -> None:
+    base, folder = (save_family("qwen2", tmp_path / name) for name in ("base", "model"))
+    model: Any = peft.get_peft_model(open_model(folder, "float32"), peft.LoraConfig(r=2, target_modules=["q_proj"]))  # type: ignore[arg-type]
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(str(folder))
+    with pytest.raises(CheckpointError, match="lies beside the model"):
+        [*probe(base, [folder], allow_pickle=True)]

@@ -283,6 +283,8 @@ def test_the_same_command_goes_on_with_the_runs_that_there_are(done: tuple[Path,
     [
         (["--with", "seed=3"], "--with seed: run own chooses it by itself"),
         (["--with", "data.name=mini"], "--with data.name: run own chooses it by itself"),
+        (["--with", "optim.batch_size=abc"], "optim.batch_size = 'abc': expected a whole number"),
+        (["--with", "optim.batch_size=300000000"], "optim.batch_size = 300000000: more than the 32 items"),
         (["--only", "seed=0"], "run own reads no --only"),
         (["--tier", "small"], "run own reads no --tier"),
     ],

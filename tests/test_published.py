@@ -203,6 +203,7 @@ def test_a_hub_adapter_has_to_be_pinned(tmp_path: Path, monkeypatch: pytest.Monk
             ["--base", "/nowhere/base"],
             "--base /nowhere/base: no such folder; of a hub id give the commit, too",
         ),
+        (["--with", "data.name=mini"], "--with data.name: what is asked is what --data-dir holds"),
         (["--data-dir", "/nowhere/data"], "/nowhere/data: no such folder"),
     ],
 )
@@ -217,7 +218,7 @@ def test_what_cannot_be_compared_is_said_before_anything_is_evaluated(
 
 def test_an_adapter_of_several_ranks_is_no_cell_of_the_papers(tmp_path: Path) -> None:
     config = {"peft_type": "LORA", "r": 32, "rank_pattern": {"q_proj": 2}}
-    for pattern, rank in (({"q_proj": 2}, None), ({"q_proj": 32}, 32), ({}, 32)):
+    for pattern, rank in (({"q_proj": 2}, None), ({"q_proj": 32}, 32), ({}, 32), ({"q_proj": [2]}, None)):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": pattern}))
         assert released_adapter.describe(tmp_path) == released_adapter.Adapter("LoRA", rank)
     rows = comparison.compare(run_with(tmp_path, {}), "LoRA", None, "LLaMA-7B")

@@ -283,6 +283,19 @@ def test_an_image_that_cannot_be_read_for_a_while_costs_no_work(
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
+def test_an_image_that_is_cut_short_is_said_before_training(paths: Paths, tmp_path: Path) -> None:
+    data = save_data(tmp_path / "data")
+    here, spec = Paths(tmp_path / "results", data, paths.model_dir), small("lora", data__tasks="vizwiz_test")
+    spec = derive(spec, {"evaluation.task_new_tokens": ""})
+    image = next(iter((data / "eval" / "vizwiz" / "test").iterdir()))
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ItemError, match=r"llava_test\.jsonl, line \d: .* is no whole image .*; fetch it again"):
+        run_spec(spec, here)
+    image.write_bytes(whole[:-12])  # it can be opened without its end
+    assert run_spec(spec, here) == "complete"
+
+
 def test_two_questions_of_one_name_are_refused_where_a_server_scores_them(paths: Paths, tmp_path: Path) -> None:
     data = save_data(tmp_path / "data")
     file = data / "eval" / "vizwiz" / "llava_test.jsonl"

@@ -190,7 +190,10 @@ def verify_published(
         adapter_revision=hash_adapter(adapter_dir)[:12] if adapter_dir else revision,
     )
     spec = released_adapter.spec_of(protocol, model, data_dir)
-    spec = derive(spec, pairs(with_ or (), "--with"))
+    values = pairs(with_ or (), "--with")
+    if taken := sorted({*values} & {"data.name", "data.eval_name"}):
+        raise ValueError(f"--with {taken[0]}: what is asked is what --data-dir holds; leave it out")
+    spec = derive(spec, values)
     paths, runtime = Paths(results, data_dir, base_dir, adapter_dir), Runtime(allow_pickle=allow_pickle)
     found, run = released_adapter.evaluate(spec, paths, runtime)
     rows = comparison.compare(run, found.method, found.rank, paper_model or shapes.printed_name(base), name)

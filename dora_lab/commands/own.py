@@ -76,9 +76,14 @@ def conduct(
     size = module.QUICK if quick else module.FULL
     only = [name for name in values.get("data.tasks", "").split(",") if name]
     found = given.look(paths.model_dir, paths.data_dir, values.get("data.template", "cloze"), only)
-    # the micro-batch is chosen below; until then the largest that any batch has
-    batch = {MICRO: values["optim.batch_size"]} if "optim.batch_size" in values else {}
-    first = module.scaled(derive(module.first(found, size), batch | values), (*values,))
+    # the micro-batch is chosen below; until then one that divides every batch
+    first = derive(module.first(found, size), {MICRO: "1"} | values)
+    if first.optim.batch_size > first.data.train_items:  # type: ignore[union-attr]
+        raise SpecError(
+            f"optim.batch_size = {first.optim.batch_size}: more than the {first.data.train_items} items that are "  # type: ignore[union-attr]
+            "trained on; lower it"
+        )
+    first = module.scaled(first, (*values,))
     plan = Plan(module, first, module.methods(ft), size)
     given.refuse_unfit([plan.sweep[0], *plan.confirmation()], paths)
     for line in _of_given(found, plan):

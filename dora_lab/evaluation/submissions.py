@@ -6,6 +6,7 @@ What LLaVA's scripts send (c121f04): short answers normalised by rule m4c, MMBen
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def _openpyxl(file: Path) -> tuple[Any, Any]:
         from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
     except ImportError:
         raise ScoreError(f"{file}: sheets are written with openpyxl: pip install 'dora-lab[vision]'") from None
-    return Workbook, ILLEGAL_CHARACTERS_RE
+    # two that no XML can hold, and what would be read as one that is escaped
+    return Workbook, re.compile(rf"{ILLEGAL_CHARACTERS_RE.pattern}|[\ufffe\uffff]|_(?=x[0-9A-Fa-f]{{4}}_)")
 
 
 def _complete(file: Path, outputs: Mapping[str, str], asked: Sequence[str]) -> None:

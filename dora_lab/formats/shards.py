@@ -155,7 +155,10 @@ class Shards:
                 raise CheckpointError(f"{self.folder / file}: cannot be read: {error.strerror}") from None
             if lost := sorted(name for name in wanted if name not in there):
                 raise CheckpointError(f"{self.folder / file}: '{lost[0]}' should be in it and is not; fetch it again")
-            places |= {name: there[name] for name in wanted}
+            if twice := sorted(places.keys() & there):
+                other = places[twice[0]].file.name
+                raise CheckpointError(f"{self.folder / file}: '{twice[0]}' is in {other}, too; save the model again")
+            places |= there  # also what the index does not name: transformers reads whole shards
         return places
 
     def _pickles(self, allowed: bool) -> None:

@@ -147,14 +147,15 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder}: {ADAPTER} lies beside the model, and transformers would put that adapter on it; move the "
             "adapter's files to a folder of their own"
         )
+    other = None
     if (folder / "config.json").is_file():
         other = read_object(folder, "config.json").get("transformers_weights")
-        if other is not None:
+        if other not in (None, SINGLE, INDEX):
             raise CheckpointError(
                 f"{folder}: config.json asks for other weights (transformers_weights = {other!r:.80}); load the model "
                 "and save it in a folder of its own"
             )
-    if (single := inside(folder, SINGLE, folder)).is_file():
+    if other != INDEX and (single := inside(folder, SINGLE, folder)).is_file():
         return [single]
     if not inside(folder, INDEX, folder).is_file():
         return []

@@ -83,5 +83,5 @@ def describe(folder: Path) -> Adapter:
     if not isinstance(rank, int) or isinstance(rank, bool):
         raise LoadError(f"{file}: r = {rank!r} is no rank; fetch it again")
     others = config.get("rank_pattern") or {}
-    alike = isinstance(others, dict) and {*others.values()} <= {rank}
+    alike = isinstance(others, dict) and all(other == rank for other in others.values())
     return Adapter("DoRA" if dora else "LoRA", rank if alike else None)

@@ -26,8 +26,8 @@ PRINTED = {
 
 def models(experiment: str = "commonsense") -> list[str]:
     """The paper's names of the bases that an experiment's numbers are of."""
-    claims = read_claims(experiment)
-    return sorted({*claims.loc[claims["rank"].notna(), "model"]} - {""})
+    claims, (metric, _) = read_claims(experiment), PRINTED[experiment]
+    return sorted({*claims.loc[claims["rank"].notna() & (claims["metric"] == metric), "model"]} - {""})
 
 
 def compare(

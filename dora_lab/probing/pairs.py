@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -140,7 +141,7 @@ def open_tuned(
     Raises CheckpointError, naming tensor and file, for what is missing or of another shape, a kind of no matrix, and
     for tensors that are no part of the model.
     """
-    if any((folder / name).is_file() for name in (SINGLE, INDEX)):
+    if any((folder / name).is_file() for name in (SINGLE, INDEX)) or any(folder.glob(PICKLES)):
         weight_files(folder)  # both a model and an adapter: which of them is meant?
     if folder.is_file() or (folder / CONFIG).is_file():
         manifest = read_manifest(folder)  # its files are compared with it
@@ -335,9 +336,15 @@ def _low_rank(where: Path, module: str, matrix: Matrix, factors: Factors) -> Low
 
 def _refuse_other_base(base: Base, where: Path, manifest: dict[str, Any] | None, found: Sequence[Matrix]) -> None:
     """Compare the base with what the adapter's manifest says of it, matrix by matrix."""
-    made_for = (manifest or {"base": {"tensors": {}}})["base"]["tensors"]
+    told = (manifest or {"base": {"tensors": {}}})["base"]["tensors"]
+    made_for = {}  # by tensor: a model saved without its head calls its modules otherwise than the one with it
+    for module, wanted in told.items():
+        with suppress(CheckpointError):  # of a module that the base has not: none of `found`
+            made_for[base.of(module, where)[0].name] = wanted
+    if found and told and not any(matrix.name in made_for or matrix.module in told for matrix in found):
+        raise CheckpointError(f"{where}: its manifest is of other modules than the adapter; save the adapter again")
     for matrix in found:
-        wanted = made_for.get(matrix.module)
+        wanted = made_for.get(matrix.name, told.get(matrix.module))
         if wanted is not None and digest(base.shape(matrix.name), base.raw(matrix.name)) != wanted:
             if _rescaled(where):
                 raise CheckpointError(

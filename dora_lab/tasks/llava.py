@@ -8,6 +8,7 @@ In it lie ``llava_v1_5_mix665k.json``, the folders of images that it names, and 
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dora_lab.io.files import hash_files
 from dora_lab.spec import Data
 from dora_lab.tasks import easy_vqa, family, load_task, mini_llava, vl_adapter
 from dora_lab.tasks.conversations import Item, read_conversations
+from dora_lab.tasks.items import ItemError
 from dora_lab.tasks.visual_instruction.benchmarks import FILES, right_answer
 
 NAME = "llava_v1_5"
@@ -65,14 +67,42 @@ def identity(data: Data, data_dir: Path | None) -> dict[str, Any]:
 def images(pools: Iterable[Pools], root: Path) -> dict[str, Any]:
     """Number, bytes and a hash of the image files that items show, the hash over their names and sizes alone.
 
-    Their contents are hundreds of gigabytes; images that are in a file of questions are of that file's hash.
+    Their contents are hundreds of gigabytes; images that are in a file of questions are of that file's hash. Raises
+    ItemError for one that is cut short: a run would meet it after days, and could not go on with a whole one.
     """
-    shown = {item["image"] for pool in pools for items in pool.values() for item in items}
+    shown = {item["image"]: item["where"] for pool in pools for items in pool.values() for item in items}
+    for image, where in shown.items():
+        _refuse_cut(image, where)
     sizes = {
         file.relative_to(root).as_posix(): file.stat().st_size for file in shown if isinstance(file, Path)
     }  # fmt: skip
     names = "".join(f"{name}\0{sizes[name]}\n" for name in sorted(sizes))
     return {"files": len(sizes), "bytes": sum(sizes.values()), "sha256": hashlib.sha256(names.encode()).hexdigest()}
+
+
+ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")  # of a JPEG, of a PNG
+
+
+def _refuse_cut(image: Path | bytes | None, where: str) -> None:
+    """Only a file that does not end as one should is opened: of half a million every other takes one short read."""
+    if image is None:
+        return
+    try:
+        with io.BytesIO(image) if isinstance(image, bytes) else image.open("rb") as file:
+            file.seek(-min(64, file.seek(0, io.SEEK_END)), io.SEEK_END)
+            tail = file.read()
+            if any(end in tail for end in ENDS):
+                return
+            from PIL import Image
+
+            file.seek(0)
+            with Image.open(file) as opened:
+                opened.load()
+    except Exception as error:  # of any kind: every format has its own
+        name = "its image" if isinstance(image, bytes) else str(image)
+        raise ItemError(
+            f"{where}: {name} is no whole image ({type(error).__name__}: {error!s:.200}); fetch it again"
+        ) from None
 
 
 def describe(task: str, split: str, items: list[Item]) -> dict[str, Any]:
