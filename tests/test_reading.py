@@ -101,7 +101,7 @@ def test_more_patterns_than_modules_could_need_are_refused(tmp_path: Path) -> No
 
 
 def test_an_index_of_more_shards_than_files_is_refused_at_once(tmp_path: Path) -> None:
-    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model-0.safetensors")
     names = {f"t{i}.weight": f"model-{i}.safetensors" for i in range(100_000)}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     with pytest.raises(CheckpointError, match=r"names 100000 shards, the folder has 2 files"):

@@ -68,7 +68,7 @@ def _remarks(rows: list[dict[str, Any]]) -> list[str]:
 def save(rows: list[dict[str, Any]], path: Path) -> Path:
     """Write the rows in the format of the file's ending; returns the path."""
     frame = pd.DataFrame(rows)
-    for name in ("step", "layer", "expert"):  # whole numbers, though some rows have none
+    for name in {"step", "layer", "expert"} & {*frame}:  # whole numbers, though some rows have none
         frame[name] = frame[name].astype("Int64")
     if path.suffix == ".csv":
         write_text(path, csv_text(frame))
