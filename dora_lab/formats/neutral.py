@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dora_lab.io.errors import CheckpointError
+from dora_lab.io.files import ADAPTER
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CONFIG, WEIGHTS, PICKLE = ADAPTER, "adapter_model.safetensors", "adapter_model.bin"
 OWN = "DORA_LAB"  # peft_type of "tensors": PEFT knows no such type and says so
 PREFIX = "base_model.model."  # of every key in a PEFT file
 

