@@ -187,6 +187,70 @@ def test_flips_do_not_excuse_another_magnitude(two: tuple[Path, Path]) -> None:
     assert not found.agrees and "delta_m is off by" in of_dora(found)["why"][0]
 
 
+def parting(seed: int, steps: int = 60) -> dict[str, list[Row]]:
+    """A run whose rounding is amplified until nothing single is as in a run of another `seed`, but every mean is."""
+    rng, common = np.random.default_rng(seed), np.random.default_rng(100)
+    unlike = np.minimum(1e-7 * 1.6 ** np.arange(steps), 0.1)  # 0.6 % at step 25, 6 % at step 30
+    losses, gradients = common.gamma(9, 0.1, (2, steps)) * (1 + unlike * rng.normal(0, 1, (2, steps)))
+    found = {"metrics": [], "probe": [], "eval": []}
+    for step, (loss, gradient) in enumerate(zip(losses, gradients, strict=True), start=1):
+        row = {"step": step, "loss": float(loss), "grad_norm": float(gradient), "learning_rate": 1e-3, "tokens": 64}
+        found["metrics"].append(row)
+    for step, noise in ((10, 1e-5), (60, 0.25)):
+        for layer, common_m in enumerate(common.gamma(9, 0.1, 36)):
+            of_layer = {"step": step, "fraction": step / 60, "module": f"layers.{layer}", "axis": "out"}
+            m, d, share = (common_m * np.exp(noise * rng.normal(0, 1, 3))).tolist()
+            found["probe"].append(of_layer | {"delta_m": m, "delta_d": d, "delta_m_signed": 0.3 * share})
+    for task in ("vqa", "gqa"):
+        nll = common.gamma(1, 0.4, 200) * np.exp(0.2 * rng.normal(0, 1, 200))
+        of_task = {
+            "task": task,
+            "protocol": "generate",
+            "metric": "accuracy",
+            "n": 200,
+            "answer_nll": float(nll.mean()),
+        }
+        found["eval"].append(of_task | {"per_item": {"answer_nll": pack("answer_nll", nll.tolist())}})
+    return found
+
+
+PARTED: dict[str, tuple[str, Callable[[list[Row]], Any], str]] = {
+    "rounding alone": ("metrics", lambda rows: None, "within the interval"),
+    "a magnitude times three": ("probe", lambda rows: times(3, "delta_m")(rows[36:]), "differs"),
+    "a magnitude times 1.6": ("probe", lambda rows: times(1.6, "delta_m")(rows[36:]), "differs"),
+    "a direction by half": ("probe", lambda rows: times(0.5, "delta_d")(rows[36:]), "differs"),
+    "a sign, all layers together": ("probe", lambda rows: move_signed(rows[36:]), "differs"),
+    "a magnitude before they part": ("probe", lambda rows: times(1.05, "delta_m")(rows[:36]), "differs"),
+    "losses that stay higher": ("metrics", lambda rows: times(1.15, "loss")(rows[25:]), "differs"),
+    "gradients of twice the size": ("metrics", lambda rows: times(2, "grad_norm")(rows[25:]), "differs"),
+    "likelihoods twice as far": ("eval", times(2, "answer_nll"), "differs"),
+    "apart from the start": ("metrics", lambda rows: times(1.007, "loss")(rows[:1]), "differs"),
+    "another rate": ("metrics", lambda rows: times(1.001, "learning_rate")(rows[50:]), "differs"),
+    "another batch": ("metrics", lambda rows: times(2, "tokens")(rows[50:]), "differs"),
+}
+
+
+def move_signed(rows: list[Row]) -> None:
+    for row in rows:
+        row["delta_m_signed"] = -row["delta_m"]
+
+
+@pytest.mark.parametrize("name", PARTED)
+def test_runs_that_part(name: str) -> None:
+    """Another processor, training that amplifies rounding: the beginning alike, then the means."""
+    stream, change, level = PARTED[name]
+    ours, theirs = parting(1), parting(2)
+    change(ours[stream])
+    found = agreement(ours, theirs)
+    assert found.level == level, found.why
+    assert found.why and (level == "differs" or "part at step" in found.why)
+
+
+def test_runs_that_part_before_they_could_are_no_runs_of_one_spec() -> None:
+    ours, theirs = ({**parting(seed), "metrics": parting(seed)["metrics"][12:]} for seed in (1, 2))
+    assert agreement(ours, theirs).level == "differs"
+
+
 def test_a_part_of_the_runs_agrees_and_is_said_to_be_a_part(tmp_path: Path) -> None:
     for root, seeds in (("mine", (0,)), ("theirs", (0, 1, 2))):
         for seed in seeds:

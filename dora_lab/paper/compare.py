@@ -124,7 +124,8 @@ def compare(
 NOTE = (
     "Average accuracy in percent over tasks and the runs that both have; tolerance: two binomial standard errors of "
     "the difference; flipped: items answered otherwise. Same bytes: every stream, wall time aside; same answers: every "
-    "item alike and the other streams within their tolerances; within the interval: items flipped, or ten tolerances."
+    "item alike and the other streams within their tolerances; within the interval: items flipped, ten tolerances, or "
+    "training that parts late, by rounding, with means as near as those of two seeds."
 )
 
 
