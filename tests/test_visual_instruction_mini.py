@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import easy_vqa as easy_vqa_package
 import numpy as np
@@ -14,18 +16,22 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from analysis.tables import visual_instruction as table
+from dora_lab.evaluation import instructed
 from dora_lab.evaluation.bounds import bounds
+from dora_lab.forms.llava import Llava
 from dora_lab.io.errors import LoadError
 from dora_lab.launch import select
 from dora_lab.launch.run import run_spec
 from dora_lab.launch.runtime import Paths
 from dora_lab.mini.llava import families, pretrain, pretrain_chat, pretrain_vision
+from dora_lab.models.llava import open_llava
 from dora_lab.paper.registered import registered
 from dora_lab.report.items import item_values
 from dora_lab.runs import doctor
+from dora_lab.runs.item_values import unpack
 from dora_lab.runs.record import read_record, run_path
 from dora_lab.runs.streams import read_rows
-from dora_lab.spec import Spec, SpecError, derive, validate
+from dora_lab.spec import Data, Spec, SpecError, derive, validate
 from dora_lab.tasks import easy_vqa, load_task, mini_llava, sources
 from experiments import visual_instruction
 from experiments.visual_instruction import MINI_TASKS, ROWS
@@ -217,6 +223,44 @@ def test_the_second_source_from_start_to_end_and_its_block(base: Path, tmp_path:
     for row, key in ((shown["DoRA"], "value"), (shown["floor"], "floor")):
         whole = (7136 * rows["easy_vqa_yes_no"][key] + 2537 * rows["easy_vqa_other"][key]) / 9673
         assert float(row["Whole"]) == pytest.approx(100 * whole, abs=0.06)
+
+
+def test_an_answer_is_likely_however_its_first_letter_is_written(base: Path, tmp_path: Path) -> None:
+    """Files have "yes" and "unanswerable", training "Yes": metrics count both, so that both are one likelihood."""
+    made = visual_instruction.untrained(small("ft"))
+    assert run_spec(made, Paths(tmp_path, model_dir=base)) == "complete"
+    found = {
+        row["task"]: unpack("answer_nll", row["per_item"]["answer_nll"])
+        for row in read_rows(run_path(tmp_path, made), "eval")
+    }
+    model, processor = open_llava(base)
+    form = Llava(processor)
+    small_letters = 0
+    for task, pool in sources.items(made).test.items():
+        for item, nll in zip(pool, found[task], strict=True):
+            right = Counter(item["answers"]).most_common(1)[0][0] if "answers" in item else item["answer"].capitalize()
+            writings = {right, right.capitalize(), right.lower()} if "answers" in item else {right}
+            small_letters += len(writings) - 1
+            logs, tokens = zip(
+                *(likelihood(model, form, item, made.data, text) for text in sorted(writings)), strict=True
+            )
+            per_token = -np.logaddexp.reduce(logs) / tokens[int(np.argmax(logs))]
+            assert nll == pytest.approx(per_token, rel=2e-3), (task, right)
+    assert small_letters > 12
+    nats, tokens = instructed._any([(2.5, 4), (2.0, 3)])  # untrained, one writing has all but the whole likelihood
+    assert (nats, tokens) == (pytest.approx(-np.log(np.exp(-2.5) + np.exp(-2.0))), 3)
+
+
+def likelihood(model: Any, form: Llava, item: Any, data: Data, answer: str) -> tuple[float, int]:
+    """log p of an answer, and its tokens: the logits of one forward pass, read by hand."""
+    batch = form.collate(
+        form.encode({"a": [{**item, "turns": [(item["text"], answer)]}]}, replace(data, cutoff=4096)).examples
+    )
+    labels = batch.pop("labels")[0].tolist()
+    with torch.no_grad():
+        logs = torch.log_softmax(model.eval()(**batch).logits[0].double(), -1)
+    at = [place for place, label in enumerate(labels) if label >= 0]
+    return sum(float(logs[place - 1, labels[place]]) for place in at), len(at)
 
 
 def test_a_swept_run_is_scored_on_validation_items(base: Path, tmp_path: Path) -> None:

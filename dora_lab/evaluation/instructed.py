@@ -43,7 +43,8 @@ class Part:
 
     task: Task
     items: list[Item]
-    options: list[list[Example]]  # of each item the answers whose likelihood is asked for, the right one first
+    options: list[list[list[Example]]]  # of each item the answers whose likelihood is asked for, the right one first,
+    # and each of them in all its writings
     new_tokens: int
     submitted: bool
 
@@ -59,7 +60,8 @@ class Part:
         return {**shared, "prompt_sha256": asked.hexdigest()}
 
     def batches(self, size: int) -> int:
-        return math.ceil(len(self.items) / size) + math.ceil(sum(map(len, self.options)) / size)
+        asked = sum(len(writings) for some in self.options for writings in some)
+        return math.ceil(len(self.items) / size) + math.ceil(asked / size)
 
 
 def evaluate(
@@ -77,9 +79,9 @@ def evaluate(
     tokenizer: the model's processor. home: the folder of the benchmarks. Appends to the stream eval of `run` one row
     per task: `metric` and `value`, its headline, a fraction; what all numbers of its rule say (`rules`), the standard
     error over items where the value is their mean, n, n_unparsed, the hash of what was asked, and over the items in
-    nats: answer_nll, -log p per token of the right answer (of ten people's, the most frequent), and choice_nll, -log of
-    what the right option has of the likelihood of all. With these the values of single items, and of the embedded world
-    `floor` and `ceiling` (see `bounds`). Writes samples, and for a
+    nats: answer_nll, -log p per token of the right answer (of ten people's, the most frequent; with a small first
+    letter or a capital), and choice_nll, -log of what the right option has of the likelihood of all. With these the
+    values of single items, and of the embedded world `floor` and `ceiling` (see `bounds`). Writes samples, and for a
     task that a server scores its file, if all of its questions were asked. Raises ItemError as `prepare`, Stopped if
     `stop` is set.
     """
@@ -143,33 +145,42 @@ def _refuse_long(prompt: Example, new_tokens: int, most: Limits) -> None:
         )
 
 
-def _options(form: Llava, spec: Spec, task: Task, pool: list[Item], most: Limits) -> list[list[Example]]:
+def _options(form: Llava, spec: Spec, task: Task, pool: list[Item], most: Limits) -> list[list[list[Example]]]:
     """Of each item the answers whose likelihood is asked for, the right one first; none where it is not known."""
     if not task.metrics:
         return [[] for _ in pool]
     whole = replace(spec.data, cutoff=most.positions or 1 << 30)  # a prompt is never cut
-    sizes = [_answers_of(item) for item in pool]
+    asked = [_answers_of(item) for item in pool]
     turned = [
-        {**item, "turns": [(item["text"], answer)]} for item, some in zip(pool, sizes, strict=True) for answer in some
+        {**item, "turns": [(item["text"], writing)]}
+        for item, answers in zip(pool, asked, strict=True)
+        for writings in answers
+        for writing in writings
     ]
     examples = iter(form.encode({task.name: turned}, whole, None, most).examples)
-    return [[next(examples) for _ in some] for some in sizes]
+    return [[[next(examples) for _ in writings] for writings in answers] for answers in asked]
 
 
-def _answers_of(item: Item) -> list[str]:
-    """The right answer, then the others that the item offers: letters; of POPE Yes and No, as LLaVA is trained."""
+def _answers_of(item: Item) -> list[list[str]]:
+    """The right answer, then the others that the item offers: letters; of POPE Yes and No, as LLaVA is trained.
+
+    What is offered is written in one way. Where nothing is, files have "yes" and what LLaVA is trained on "Yes": the
+    metrics do not tell them apart, so that both are asked for.
+    """
     right = right_answer(item)
     offered = ["Yes", "No"] if "category" in item else [*(item.get("letters") or item.get("options") or ())]
-    return [right, *(one for one in offered if one != right)]
+    if not offered:
+        return [[*dict.fromkeys([right, right[:1].upper() + right[1:], right[:1].lower() + right[1:]])]]
+    return [[right], *([one] for one in offered if one != right)]
 
 
 def _answers(
     spec: Spec, model: Any, form: Llava, part: Part, tick: Tick
 ) -> tuple[list[str], list[list[tuple[float, int]]]]:
-    """Of each item what the model said, and (nats, tokens) of each of its options."""
+    """Of each item what the model said, and (nats, tokens) of each of its options, of whose writings any would do."""
     outputs: list[str] = []
     found: list[tuple[float, int]] = []
-    size, every = spec.evaluation.batch_size, [example for some in part.options for example in some]
+    size, every = spec.evaluation.batch_size, [one for some in part.options for writings in some for one in writings]
     with undisturbed(model, form.tokenizer), quiet():
         model.eval()
         for start in range(0, len(part.items), size):
@@ -179,7 +190,7 @@ def _answers(
             tick()
             found += form.nll(model, every[start : start + size], size)
     nlls = iter(found)
-    return outputs, [[next(nlls) for _ in some] for some in part.options]
+    return outputs, [[_any([next(nlls) for _ in writings]) for writings in some] for some in part.options]
 
 
 def _row(part: Part, said: dict[str, str], nlls: Sequence[Sequence[tuple[float, int]]]) -> dict[str, Any]:
@@ -209,6 +220,12 @@ def _row(part: Part, said: dict[str, str], nlls: Sequence[Sequence[tuple[float, 
     if name == "accuracy" and {*first.values} <= {0.0, 1.0}:
         row["correct"] = "".join(str(int(right)) for right in first.values)
     return row
+
+
+def _any(writings: Sequence[tuple[float, int]]) -> tuple[float, int]:
+    """(-log of the likelihoods' sum, tokens of the likeliest) of the writings of one answer."""
+    nats, tokens = min(writings)
+    return nats - math.log(math.fsum(math.exp(nats - one) for one, _ in writings)), tokens
 
 
 def _choice(nats: Sequence[float]) -> float:
