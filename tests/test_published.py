@@ -205,6 +205,7 @@ def test_a_hub_adapter_has_to_be_pinned(tmp_path: Path, monkeypatch: pytest.Monk
         ),
         (["--with", "data.name=mini"], "--with data.name: what is asked is what --data-dir holds"),
         (["--data-dir", "/nowhere/data"], "/nowhere/data: no such folder"),
+        (["--data-dir", __file__], "test_published.py is a file; give the folder that it is in"),
     ],
 )
 def test_what_cannot_be_compared_is_said_before_anything_is_evaluated(

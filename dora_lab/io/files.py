@@ -38,6 +38,11 @@ _OTHERS = (
 )
 
 
+def no_folder(path: Path) -> str:
+    """What is wrong with a path that should be a folder and is none."""
+    return f"{path} is a file; give the folder that it is in" if Path(path).is_file() else f"{path}: no such folder"
+
+
 def sha256(file: Path) -> str:
     """SHA-256 (64 hex digits) of a file's content."""
     content = hashlib.sha256()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_lab.io.errors import LoadError
-from dora_lab.io.files import hash_files
+from dora_lab.io.files import hash_files, no_folder
 from dora_lab.spec import Data
 from dora_lab.tasks import easy_vqa, family, load_task, mini_llava, vl_adapter
 from dora_lab.tasks.conversations import Item, read_conversations
@@ -135,7 +135,7 @@ def tasks_in(root: Path) -> list[str]:
 def hash_files_of(root: Path) -> str:
     """SHA-256 of the conversations and of every benchmark's files that are there: their names and contents."""
     if not root.is_dir():
-        raise LoadError(f"{root}: no such folder")
+        raise LoadError(no_folder(root))
     names = [f"eval/{name}" for files in FILES.values() for name in files]
     found = {name: root / name for name in (MIX, *names) if (root / name).is_file()}
     if not found:

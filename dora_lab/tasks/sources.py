@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from dora_lab import mini
 from dora_lab.io.errors import LoadError
-from dora_lab.io.files import hash_files
+from dora_lab.io.files import hash_files, no_folder
 from dora_lab.io.hub import snapshot
 from dora_lab.spec import Data, Spec, did_you_mean
 from dora_lab.tasks import Task, all_tasks, check_items, llava, load_task, read_items, value, vl_adapter
@@ -123,7 +123,7 @@ def _described(data: Data, task: str, split: str, items: list[Item]) -> dict[str
 def hash_data(folder: Path) -> str:
     """SHA-256 (64 hex digits) of the data files of a folder in the LLM-Adapters layout: their names and contents."""
     if not Path(folder).is_dir():
-        raise LoadError(f"{folder}: no such folder")
+        raise LoadError(no_folder(folder))
     found = _files(folder)
     if not found:
         wanted = ", ".join(task.folder for task in _asked())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_lab.io.errors import LoadError
-from dora_lab.io.files import hash_files
+from dora_lab.io.files import hash_files, no_folder
 from dora_lab.spec import Data
 from dora_lab.tasks import family, load_task
 from dora_lab.tasks.annotations import Item
@@ -75,6 +75,6 @@ def folder(data_dir: Path | None) -> Path:
     if data_dir is None:
         raise LoadError(f"data '{NAME}' is a local folder, VALUE's release: give it with --data-dir")
     if not Path(data_dir).is_dir():
-        raise LoadError(f"{data_dir}: no such folder")
+        raise LoadError(no_folder(Path(data_dir)))
     below = Path(data_dir) / "video"
     return below if below.is_dir() else Path(data_dir)
