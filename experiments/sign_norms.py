@@ -1,7 +1,7 @@
 """The test of the law of figure 2: the norms of a base set by hand, its function left as it was.
 
     dora-lab run sign_norms                                              # the embedded base, 288 runs of 25 s
-    dora-lab run sign_norms --only model.name=NAME --model-dir FOLDER    # another base of `_sign_norms.BASES`
+    dora-lab run sign_norms --only model.name=NAME --model-dir FOLDER    # another base of `_sign_norms.BASES`, 54 runs
 
 Layers of query, value and up are rescaled so that their norms go with the length |E| of the method's own step (n ∝
 |E|^½), are flat, go against it (n ∝ 1/|E|), or stay as found; key, output and down take the inverse, so that every
@@ -10,7 +10,8 @@ paper's panel lies at 2.4), eight seeds. Training as in `sign`. What is predicte
 written before.
 
 Another base: `python -m dora_lab.mini.pretrain --seed N --out FOLDER` (52 minutes), six runs of it without decay, an
-entry of `_sign_norms.BASES` as its script prints it, with the fingerprint of its folder as revision.
+entry of `_sign_norms.BASES` as its script prints it, with the fingerprint of its folder as revision. Its runs are 54:
+norms with |E| and against it, three seeds.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ TIERS = ("mini",)
 NORMS = ("found", "with", "flat", "against")
 RATIOS = (0.0, 2.4, 20.0)  # Σ η λ / ΔD
 SCALED = ("q_proj", "v_proj", "up_proj")
+OTHER_NORMS, OTHER_SEEDS = ("with", "against"), MINI_SEEDS[:3]  # of another base: seeds of one repeat, bases test
 FRACTIONS = (0.7, 0.8, 0.9, 1.0)  # late ones alone, fewer than `sign` has: 288 runs are a tenth of all records
 
 
@@ -57,12 +59,18 @@ def decay(base: Base, method: str, ratio: float) -> float:
     return 1 - math.exp(-ratio * delta_d(base, method))
 
 
+def grid(base: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """(norms, seeds) of a base's runs."""
+    return (NORMS, MINI_SEEDS) if base == "mini" else (OTHER_NORMS, OTHER_SEEDS)
+
+
 def _runs() -> Iterator[tuple[Cell, Spec]]:
     for name, base in BASES.items():
-        for seed in MINI_SEEDS:
+        all_norms, seeds = grid(name)
+        for seed in seeds:
             for method, rank in MINI_CELLS:
                 spec = replace(of_mini("sign_norms", method, rank, seed), probe=Probe(fractions=FRACTIONS))
-                for norms in NORMS:
+                for norms in all_norms:
                     model = replace(
                         spec.model, name=name, revision=base.revision, rescale=_rescale(base, method, norms)
                     )

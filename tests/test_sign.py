@@ -65,7 +65,8 @@ def test_another_base_is_an_entry_with_the_fingerprint_of_its_folder(monkeypatch
     monkeypatch.setattr(sign_norms, "BASES", base.BASES | {"mini-seed1": other})
     specs = sign_norms.specs("mini")
     mine = [spec for spec in specs if spec.model.name == "mini-seed1"]
-    assert len(mine) == 288 and {spec.model.revision for spec in mine} == {"0123456789ab"}
+    assert len(mine) == 54 and {spec.model.revision for spec in mine} == {"0123456789ab"}
+    assert len(specs) == 288 + 54 and {spec.seed for spec in mine} == {0, 1, 2} and all(s.model.rescale for s in mine)
     assert not {spec.model.rescale for spec in mine if spec.model.rescale} & {s.model.rescale for s in specs[:288]}
 
 

@@ -184,6 +184,22 @@ def test_norms_set_by_hand_are_judged_by_what_is_registered(tmp_path: Path, monk
     assert "−0.83 [−0.94, −0.68]" in text  # the law's, beside r
 
 
+def test_another_base_is_judged_by_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = BASES | {"mini-seed1": replace(BASES["mini"], revision="0123456789ab")}
+    for module in (sign_norms, norms_table):
+        monkeypatch.setattr(module, "BASES", known)
+    sign_norms.cells.cache_clear()
+    specs = [spec for spec in sign_norms.specs("mini") if spec.model.name == "mini-seed1"]
+    write(
+        tmp_path, specs, sign_norms.cells(), lambda cell, kind: _by_law(cell._replace(base="mini"), kind), monkeypatch
+    )
+    rows = outcomes(tmp_path, norms_table)
+    sign_norms.cells.cache_clear()
+    assert set(rows["base"]) == {"mini-seed1"} and set(rows["outcome"]) == {"holds"} and len(rows) == 12 + 24 + 2 + 1
+    assert parts(tmp_path, "sign_norms") == ["holds"] * 5
+    assert "base mini-seed1" in (tmp_path / "tables" / "sign_norms.md").read_text(encoding="utf-8")
+
+
 def _as_registered(cell: sign.SmallCell, kind: str) -> float:
     """Half a tilt is r near 0; beyond it r falls with ΔD."""
     if cell.method == "lora" or cell.norms == "with":

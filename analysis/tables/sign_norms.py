@@ -21,8 +21,7 @@ from dora_lab.paper.predicted import Prediction, judge
 from dora_lab.report import Block, number
 from experiments import sign_norms
 from experiments._sign_norms import BASES, predicted
-from experiments.sign import MINI_SEEDS
-from experiments.sign_norms import NORMS, RATIOS, SCALED, Cell
+from experiments.sign_norms import NORMS, RATIOS, SCALED, Cell, grid
 
 TITLE = "The sign of ΔD and ΔM set by hand: experiment sign_norms, tier mini"
 PARTS = {
@@ -48,7 +47,7 @@ def build(results: Path) -> list[Path]:
         mine = probes[probes["model.name"] == base]
         if not len(mine):
             continue
-        made, outcomes = judged(judge(list(predictions(base, zs(mine))), len(MINI_SEEDS)), PARTS)
+        made, outcomes = judged(judge(list(predictions(base, zs(mine))), len(grid(base)[1])), PARTS)
         rows = [row | row["cell"]._asdict() for row in measured(mine)]
         rows = [row | _by_law(row) for row in sorted(rows, key=_place)]
         for method, look in report.METHODS.items():
@@ -65,6 +64,7 @@ def build(results: Path) -> list[Path]:
 def predictions(base: str, z: ZS) -> Iterator[Prediction]:
     """Those of experiments/registered/sign_norms.md, for one base."""
     none: Mapping[int, float] = {}
+    of_base, _ = grid(base)
 
     def at(method: str, norms: str, ratio: float, kind: str) -> Mapping[int, float]:
         return z.get((Cell(base, method, norms, ratio), kind, "late"), none)
@@ -73,7 +73,7 @@ def predictions(base: str, z: ZS) -> Iterator[Prediction]:
         return less(at(method, "with", ratio, kind), at(method, "against", ratio, kind))
 
     for kind in ("q_proj", "v_proj"):
-        for norms in NORMS:
+        for norms in of_base:
             for ratio in RATIOS:
                 yield Prediction(part="1", statement=f"LoRA, {norms}, {ratio:g}: r of {LETTERS[kind]} is positive",
                                  unit="r", per_seed=at("lora", norms, ratio, kind), low=0, refutes=True)  # fmt: skip
@@ -91,7 +91,7 @@ def predictions(base: str, z: ZS) -> Iterator[Prediction]:
             yield above(part="3", statement=f"{label}, 2.4: z of {name} with above against", per_seed=near)
             yield above(part="4", statement=f"{label}, {name}: with less against is larger at 20 than at 0",
                         per_seed=less(far, without))  # fmt: skip
-    for norms in NORMS:
+    for norms in of_base:
         yield Prediction(part="3", statement=f"FT, {norms}, 2.4: r of up is positive", unit="r", low=0,
                          per_seed=at("ft", norms, 2.4, "up_proj"))  # fmt: skip
     yield Prediction(part="5", statement=f"share of cells with the predicted sign, above {SHARE:g}", unit="share",
@@ -104,7 +104,8 @@ def _right(base: str, at: Any) -> dict[int, float]:
     The cells are those whose predicted range excludes 0. One number, given for each of its seeds.
     """
     expected = []
-    for method, kind, norms, ratio in product(DECAYED, SCALED, ("found", "with", "against"), RATIOS):
+    signed = [norms for norms in grid(base)[0] if norms != "flat"]
+    for method, kind, norms, ratio in product(DECAYED, SCALED, signed, RATIOS):
         decay = sign_norms.decay(BASES[base], method, ratio)
         r, low, high = predicted(BASES[base], method, kind, norms, decay)
         if low * high > 0:
