@@ -64,7 +64,11 @@ def build(results: Path) -> list[Path]:
     printed = table_12()
     grey = evals[evals["data"] == BLIND]
     shown = evals if len(grey) == len(evals) else evals[evals["data"] != BLIND]
-    blocks = [_block(rows, grey) for _, rows in report.groups(shown)]
+    blocks = []
+    for _, rows in report.groups(shown):
+        blocks.append(_block(rows, grey))
+        if rows.iloc[0]["data"] == EMBEDDED:
+            blocks.append(_nlls(rows, grey))
     return report.save_table(
         results / "tables",
         "visual_instruction",
@@ -126,6 +130,21 @@ def _mini(evals: pd.DataFrame, grey: pd.DataFrame) -> Block:
     return Block(
         title=f"visual_instruction, tier mini, model {evals.iloc[0]['model']}, data {EMBEDDED}",
         cells=pd.DataFrame(rows), text=("Method",), notes=BOUNDED, isnt=isnt(["mini"]),
+    )  # fmt: skip
+
+
+def _nlls(evals: pd.DataFrame, grey: pd.DataFrame) -> Block:
+    """The answer NLL of tier mini, task by task: a mean over tasks may be one task's."""
+    tasks, rows = [task for task in MINI if task in set(evals["task"])], []
+    for blind, some in (("", evals), ("Blind ", grey)):
+        for label in ordered_labels(some) if len(some) else ():
+            runs = some[some["label"] == label]
+            found = {task: runs.loc[runs["task"] == task, "answer_nll"].astype(float).tolist() for task in tasks}
+            cells = {MINI[task]: number(*mean_sd(values), digits=3) for task, values in found.items()}
+            rows.append({"Method": f"{blind}{label}"} | cells | {"Seeds": str(runs["seed"].nunique())})
+    return Block(
+        title=f"visual_instruction, tier mini, model {evals.iloc[0]['model']}, data {EMBEDDED}: answer NLL by task",
+        cells=pd.DataFrame(rows), text=("Method",), notes=(BOUNDED[-1],), isnt=isnt(["mini"]),
     )  # fmt: skip
 
 

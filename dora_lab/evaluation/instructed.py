@@ -80,8 +80,9 @@ def evaluate(
     per task: `metric` and `value`, its headline, a fraction; what all numbers of its rule say (`rules`), the standard
     error over items where the value is their mean, n, n_unparsed, the hash of what was asked, and over the items in
     nats: answer_nll, -log p per token of the right answer (of ten people's, the most frequent; with a small first
-    letter or a capital), and choice_nll, -log of what the right option has of the likelihood of all. With these the
-    values of single items, and of the embedded world `floor` and `ceiling` (see `bounds`). Writes samples, and for a
+    letter or a capital, by the tokens of the shorter), and choice_nll, -log of what the right option has of the
+    likelihood of all. With these the values of single items, and of the embedded world `floor` and `ceiling` (see
+    `bounds`). Writes samples, and for a
     task that a server scores its file, if all of its questions were asked. Raises ItemError as `prepare`, Stopped if
     `stop` is set.
     """
@@ -223,9 +224,14 @@ def _row(part: Part, said: dict[str, str], nlls: Sequence[Sequence[tuple[float, 
 
 
 def _any(writings: Sequence[tuple[float, int]]) -> tuple[float, int]:
-    """(-log of the likelihoods' sum, tokens of the likeliest) of the writings of one answer."""
-    nats, tokens = min(writings)
-    return nats - math.log(math.fsum(math.exp(nats - one) for one, _ in writings)), tokens
+    """(-log of the likelihoods' sum, tokens of the shortest) of the writings of one answer.
+
+    Of the shortest, which is the same whatever model is asked: of the likeliest, one that turns from "unanswerable", of
+    five tokens, to "Unanswerable", of two, would have got worse by being right.
+    """
+    least = min(nats for nats, _ in writings)
+    tokens = min(count for _, count in writings)
+    return least - math.log(math.fsum(math.exp(least - nats) for nats, _ in writings)), tokens
 
 
 def _choice(nats: Sequence[float]) -> float:

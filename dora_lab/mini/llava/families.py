@@ -78,19 +78,23 @@ def vizwiz(split: str) -> tuple[Item, ...]:
 
     def made(seen: View, asked: Asked, rng: Random, number: int) -> tuple[Fault, Turn] | None:
         hidden = number % 2 == 0
-        fault = _fault(seen, asked.evidence[0].bit_length() - 1, hidden, rng)
+        places = " at the " in asked.text or (not hidden and asked.kind == "where")
+        fault = _fault(seen, asked.evidence[0].bit_length() - 1, hidden, places, rng)
         return fault and (fault, talk.unanswerable(asked) if hidden else talk.short(asked))
 
     return tuple(_items("vizwiz", split, PICKING, made))
 
 
-def _fault(seen: View, about: int, hidden: bool, rng: Random) -> Fault | None:
-    """One that hides the thing of that number, or hides nothing; None where this view has no such."""
+def _fault(seen: View, about: int, hidden: bool, places: bool, rng: Random) -> Fault | None:
+    """One that hides the thing of that number, or hides nothing; None where this view has no such.
+
+    places: question or answer name a place. It would be another one if the frame moved.
+    """
     one = seen.pieces[about]
     rows, columns = {piece.row for piece in seen.pieces}, {piece.column for piece in seen.pieces}
     free = [(row, column) for row in range(3) for column in range(3)]
     free = [place for place in free if place not in {(piece.row, piece.column) for piece in seen.pieces}]
-    kind = rng.choice(("thumb", "frame", "light"))
+    kind = rng.choice(("thumb", "light") if places else ("thumb", "light", "frame", "frame"))
     if kind == "thumb":
         return Fault(thumb=(one.row, one.column) if hidden else rng.choice(free))
     if kind == "light":
