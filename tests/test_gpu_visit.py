@@ -55,7 +55,7 @@ def test_the_dry_run_does_every_stage(dry: tuple[Path, str]) -> None:
     assert {row["stage"] for row in found} == set(gpu_visit.STAGES)
     assert not [row for row in found if "error" in row or "out_of_memory" in row]
     skipped = {row["cell"] for row in found if "skipped" in row}
-    assert all("triton" in cell or cell in ("weights", "sign", "small") for cell in skipped), skipped
+    assert all("triton" in cell or cell in ("weights", "sign", "autocast", "small") for cell in skipped), skipped
     assert not [row for row in found if row.get("ok") is False]
     assert {"right", "fast", "probe", "merge"} <= {row["stage"] for row in found if "seconds" in row or "ok" in row}
     for row in found:
@@ -173,8 +173,9 @@ def test_the_runs_of_a_real_model_come_back_as_records(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = {row["cell"]: row for row in rows(tmp_path)}
     assert "skipped" in found["weights"], "a dry run has the embedded base"
-    for name in ("sign", "small"):
+    for name in ("sign", "autocast", "small"):
         assert (found[name].get("complete"), found[name].get("left")) == (1, 0), found[name]
         with tarfile.open(tmp_path / f"{name}-records.tar.gz") as archive:
             kept = {Path(entry).name for entry in archive.getnames()}
-        assert kept == {"record.json", "metrics.jsonl", "probe.jsonl", "timing.jsonl", "eval.jsonl"}
+        probed = {"probe.jsonl"} if name != "autocast" else set()
+        assert kept == {"record.json", "metrics.jsonl", "timing.jsonl", "eval.jsonl"} | probed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dora_lab.house import REGISTERED
+from dora_lab.launch.experiments import load_experiment
 from dora_lab.paper.judged import judge
 from dora_lab.paper.registered import Registered, registered
 from dora_lab.report.items import clusters, item_values
 from dora_lab.runs.item_values import number_of, pack
+from dora_lab.spec import Spec, to_dict
 
 PLAN: dict[str, Any] = {
     "experiment": "commonsense", "tier": "mini", "data": "mini2", "metric": "choice_nll", "margin": 5, "seeds": 4,
@@ -142,3 +146,33 @@ def test_values_and_clusters_of_a_row() -> None:
         item_values(row | {"n": 4}, "accuracy")
     alone = [clusters(row | {"task": task}) for task in ("boolq", "piqa")]
     assert len({*alone[0].tolist(), *alone[1].tolist()}) == 6 and max(map(max, alone)) < 0
+
+
+@pytest.mark.parametrize("file", sorted(REGISTERED.glob("*.md")), ids=lambda file: file.stem)
+def test_every_condition_has_the_seeds_that_are_registered(file: Path) -> None:
+    """In the specs of the experiment and of those beside it: a claim about runs that nobody makes is never judged."""
+    plan = registered(file.stem)
+    if plan is None:
+        return
+    modules = [load_experiment(name) for name in (plan.experiment, *plan.beside)]
+    if any(getattr(module, "RATES", None) == {} for module in modules):
+        pytest.skip("its rates are not chosen yet")
+    made = [spec for module in modules for spec in module.specs(plan.tier)]
+    made = [spec for spec in made if spec.data.name == plan.data and spec.evaluation.split == "test"]
+    for term in (term for claim in plan.claims for term in claim.terms):
+        seeds = Counter(
+            spec.seed
+            for spec in made
+            if (spec.method.name, spec.method.rank) == (term.method, term.rank)
+            and all(asked(spec, field) == value for field, value in term.where.items())
+        )
+        seeds = {seed: count for seed, count in seeds.items() if seed < plan.seeds}
+        assert seeds == dict.fromkeys(range(plan.seeds), 1), term
+
+
+def asked(spec: Spec, field: str) -> object:
+    """The value of a dotted field, as JSON has it."""
+    value: object = to_dict(spec)
+    for name in field.split("."):
+        value = value[name]  # type: ignore[index]
+    return value

@@ -26,7 +26,7 @@ from dora_lab.runs import packs
 from dora_lab.spec import derive, spec_id
 from experiments.gpu.visit import Visit
 
-EXPERIMENTS = ("sign", "small")  # the shorter one first
+EXPERIMENTS = ("sign", "autocast", "small")  # the shorter ones first
 JOBS = 12  # a step of so small a model is the processor's work: several fill the card
 BEFORE_THE_END = 25.0  # seconds that are kept for stopping and packing
 TINY = {
