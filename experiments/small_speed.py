@@ -12,6 +12,11 @@ model, optimiser and data at rest, each contender in a process of its own.
     plain       this lab's layers in a loop that anybody would write: all 16 padded to the longest, logits of all tokens
     trainer     transformers' Trainer and PEFT's layers, all 16 padded to the longest
 
+and scores the four options of as many questions by the base, as protocol `cloze` does:
+
+    shared      this lab's way: the prompt is read once (`evaluation.reuse`)
+    lm-eval     lm-eval's own: every option with its prompt
+
 It trains nothing to keep, so it has no specs.
 """
 
@@ -51,8 +56,9 @@ LENGTHS, ANSWER = (40, 150), 4
 ROUNDS = 5
 CONTENDERS = (
     *(f"{who}/{method}" for method in ("lora", "dora") for who in ("lab-4", "lab-16", "plain", "trainer")),
-    "lab-4/dora-dropout", "trainer/dora-dropout",
+    "lab-4/dora-dropout", "trainer/dora-dropout", "shared/options", "lm-eval/options",
 )  # fmt: skip
+OPTIONS, OPTION = 4, (1, 8)  # of a question, and tokens of one
 DROPOUT = 0.05
 
 
@@ -67,13 +73,15 @@ def items(updates: int) -> list[Example]:
     return found
 
 
-def contender(name: str, shape: dict[str, Any] | None = None) -> Callable[[list[Example]], None]:
-    """What makes one update of the contender on 16 items."""
+def contender(name: str, shape: dict[str, Any] | None = None) -> Callable[[list[Example]], Any]:
+    """What makes one update of the contender on 16 items, or scores the options of as many questions."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(LlamaConfig(**(shape or SHAPE)))
     who, _, method = name.partition("/")
+    if method == "options":
+        return _options(model, reuse=who == "shared")
     kind, _, dropped = method.partition("-")
     dropout = DROPOUT if dropped else 0.0
     if who == "trainer":
@@ -132,6 +140,30 @@ def _trainer(model: Any, kind: str, dropout: float) -> Callable[[list[Example]],
             Trainer(adapted, arguments, collate, cast(Any, rows)).train()
 
     return update
+
+
+def _options(model: Any, reuse: bool) -> Callable[[list[Example]], list[tuple[float, bool]]]:
+    """Likelihoods of the options of questions, whose prompts are the items'."""
+    from dora_lab import mini
+    from dora_lab.evaluation.lm_eval_model import Model, quiet
+    from dora_lab.models.open import open_tokenizer
+
+    with quiet():
+        wrapped = Model(model.eval(), open_tokenizer(mini.folder()), UPDATE, lambda: None, reuse=reuse)
+
+    def asked(some: list[Example]) -> list[tuple[float, bool]]:
+        draw = random.Random(len(some[0].ids))
+        texts = [
+            [*draw.choices(range(3, model.config.vocab_size), k=draw.randint(*OPTION))]
+            for _ in range(OPTIONS * len(some))
+        ]
+        prompts = [list(item.ids[:-ANSWER]) for item in some for _ in range(OPTIONS)]
+        with quiet():
+            return wrapped._loglikelihood_tokens(
+                [(("", str(n)), *pair) for n, pair in enumerate(zip(prompts, texts, strict=True))], disable_tqdm=True
+            )
+
+    return asked
 
 
 def seconds(rounds: int, shape: dict[str, Any] | None = None) -> dict[str, list[float]]:

@@ -51,3 +51,11 @@ def test_the_table_counts_tokens_products_and_ratios(tmp_path: Path) -> None:
     assert table.measured(common | {"contender": "", "seconds": [1.0, 2.0]})["share"] == 4 * weights * 100 / 1e6
     assert "1.40 [1.40, 1.40]" in text and "| ≥ 1.35 | yes" in text and "1.20 [1.20, 1.20]" in text
     assert "| ≥ 1.3 | no" in text
+
+
+def test_both_ways_to_score_options_have_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(small_speed.SHAPE, "vocab_size", 60)
+    some = small_speed.items(1)
+    ours, theirs = (small_speed.contender(f"{who}/options", TINY)(some) for who in ("shared", "lm-eval"))
+    assert len(ours) == 64 and len({round(nats, 3) for nats, _ in ours}) > 50
+    assert [nats for nats, _ in ours] == pytest.approx([nats for nats, _ in theirs], rel=1e-4)
