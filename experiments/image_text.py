@@ -20,7 +20,7 @@ file of about 45 GB (TMPDIR). Rows, each with three seeds (the paper has one run
 
     ft              as VL-Adapter's script has it, which the paper quotes: learning rate 1e-4, batch 500, and no word
                     before a text that says its task
-    lora, quoted    as VL-Adapter's: scale 32 / 128, dropout 0.1 on the branch, layer norms frozen
+    lora, quoted    as VL-Adapter's: scale 32 / 128, dropout 0.1 on the branch, weights of layer norms frozen
     lora, matched   as DoRA's: scale 1, no dropout, layer norms trained; what can be compared with DoRA
     dora            r 128 on query and value of every attention, biases, visual embedding and layer norms
     dora, norm in the graph (table 7)

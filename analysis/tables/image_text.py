@@ -24,13 +24,14 @@ EXPERIMENT, EMBEDDED, BLIND = "image_text", "mini_vl", "mini_vl_blind"
 PAPER = "The paper's table 2 (arXiv 2402.09353 v6; VL-BART on the real data, single runs)"
 NOTES = (
     MEANS,
-    "LoRA, quoted: scale 1/4, dropout, layer norms frozen, as in the runs that the paper quotes. LoRA, matched: all as "
-    "DoRA has it.",
+    "LoRA, quoted: scale 1/4, dropout, weights of layer norms frozen (biases are trained in all rows), as in the runs "
+    "that the paper quotes. LoRA, matched: all as DoRA has it.",
 )
 BOUNDED = (
     "Normalised: mean over tasks of (score - floor) / (ceiling - floor), in percent. Floor: the answer that training "
-    "items of the kind have most often, one caption for all. Ceiling: the truth; of captions a person's, against the "
-    "other four. Blind: FT whose features are all zero, in training and test."
+    "items of the kind have most often, one caption for all. Ceiling: the truth; of captions one person's, against the "
+    "other four, which a model that says what most would say can pass. Two forms of NLVR2 are about left and right, "
+    "which no row can tell apart: see findings.md. Blind: FT whose features are all zero, in training and test."
 )
 
 
