@@ -246,6 +246,17 @@ def test_runs_that_part(name: str) -> None:
     assert found.why and (level == "differs" or "part at step" in found.why)
 
 
+def test_a_likelihood_that_rows_have_not_is_no_number_to_compare() -> None:
+    """Rows of LLaVA have choice_nll, None where an item offers no options."""
+    ours, theirs = parting(1), parting(2)
+    for row in (*ours["eval"], *theirs["eval"]):
+        row["choice_nll"] = None
+    assert agreement(ours, theirs).level == "within the interval"
+    ours["eval"][0]["choice_nll"] = 0.5
+    found = agreement(ours, theirs)
+    assert found.level == "differs" and "choice_nll 0.5" in str(found.why)
+
+
 def test_runs_that_part_before_they_could_are_no_runs_of_one_spec() -> None:
     ours, theirs = ({**parting(seed), "metrics": parting(seed)["metrics"][12:]} for seed in (1, 2))
     assert agreement(ours, theirs).level == "differs"

@@ -24,14 +24,17 @@ TITLE = "Visual instruction tuning of LLaVA-1.5: scores in percent"
 PAPER = "The paper's table 12 (arXiv 2402.09353 v6)"
 PRINTED = "measured here. Single runs, as the paper prints them; FT and LoRA it quotes from LLaVA."
 ORDER = [task.name for task in TASKS]
+NLL = (
+    "Answer NLL: -log p per token of the right answer, its first letter small or capital, in nats, a mean over {}; "
+    "lower is better."
+)
 NOTES = (
     "Mean ± standard deviation over seeds. SQA: right answers of the questions with an image. POPE: F1 of yes, mean "
     "of its three parts. MMBench: right in every rotation, by what can be read here; the paper's is its server's, "
     "which asks a language model about what cannot.",
     "Nothing stands where a server has the right answers (VQAv2 test-dev, VizWiz test): what was said is in the run's "
     "samples/*.submission.json. The average is over all tasks of a run, and missing where one of them is.",
-    "Answer NLL: -log p per token of the right answer, its first letter small or capital, in nats, a mean over tasks; "
-    "lower is better.",
+    NLL.format("tasks"),
 )
 
 RATE = "optim.learning_rate"
@@ -43,15 +46,14 @@ BOUNDED = (
     "Normalised: mean over tasks of (share of right answers - floor) / (1 - floor), in percent; of mini-SQA with the "
     "questions in prose. Floor: mini-VQA's most frequent answer of the kind in training, Unanswerable, A, Yes. Blind: "
     "all pictures grey, in training and test.",
-    "Answer NLL: -log p per token of the right answer, its first letter small or capital, in nats, a mean over tasks; "
-    "lower is better.",
+    NLL.format("tasks"),
 )
 EASY = "easy_vqa"
 SECOND = (
     "Pictures and questions of the package easy-vqa, not this lab's, at the rates of the embedded world; no claim. "
     "Whole: of all its test questions, yes or no and other as they come (7,136 and 2,537), 1,000 of each asked. Floor: "
     "what is right of the very question most often in training.",
-    "Answer NLL: as above, a mean over both kinds; lower is better.",
+    NLL.format("both kinds"),
 )
 
 

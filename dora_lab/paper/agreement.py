@@ -54,9 +54,7 @@ STEADY = 20  # steps that have to agree within their tolerances before two runs 
 MEANS = {
     "loss": 0.07,
     **dict.fromkeys(("eval_loss", "choice_nll", "answer_nll", "margin", "grad_norm"), 0.4),
-    **{
-        name: 0.3 for name in TOLERANCES if name.startswith("delta_m") or name.startswith(("grown", "growth", "radial"))
-    },
+    **{name: 0.3 for name in TOLERANCES if name.startswith(("delta_m", "grown", "growth", "radial"))},
     **{name: 0.45 for name in TOLERANCES if name.startswith(("delta_d", "rotation", "relative_change"))},
 }
 _SCALE = {
@@ -200,14 +198,14 @@ def _of_rows(
     """As `_distances`, of two rows; by_mean: without what is compared by means."""
     for field in set(mine) & set(other) - set(_WALL):
         a, b = mine[field], other[field]
-        if a == b or (by_mean and field in MEANS):
+        if a == b or (by_mean and field in MEANS and _numbers(a, b)):
             continue
         if name == "eval" and not alike and field in _ANSWERS:
             continue  # `_flips` and the interval of the averages speak of them
         if field == "per_item" and isinstance(a, Mapping) and isinstance(b, Mapping):
             yield from _of_items(a, b, alike, by_mean, _where(name, other))
             continue
-        if field not in TOLERANCES or not all(type(v) in (int, float) for v in (a, b)):
+        if field not in TOLERANCES or not _numbers(a, b):
             yield math.inf, f"{_where(name, other)}: {field} {a!r:.20}, the committed run has {b!r:.20}"
             continue
         size = max(abs(v[key]) for v in (mine, other) for key in (field, _SCALE.get(field, field)) if key in v)
@@ -225,6 +223,8 @@ def _of_means(name: str, pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, A
         return float(np.mean([pair[side][field] for pair in pairs]))
 
     for field in MEANS.keys() & pairs[0][0].keys() & pairs[0][1].keys():
+        if not _numbers(*(row[field] for pair in pairs for row in pair)):
+            continue  # a likelihood that rows of this kind have not; where one has it, `_of_rows` says so
         scale = _SCALE.get(field, field)
         size = max(abs(mean(side, key)) for side in (0, 1) for key in {field, scale} & pairs[0][side].keys())
         off = abs(mean(0, field) - mean(1, field)) / size if size else 0.0
@@ -248,6 +248,10 @@ def _of_items(
             continue
         off, spread = math.sqrt(float(((first - second) ** 2).mean())), float(second.std())
         yield _told(what, off / spread if spread else math.inf, ITEMS)
+
+
+def _numbers(*values: Any) -> bool:
+    return all(type(value) in (int, float) for value in values)
 
 
 def _told(what: str, off: float, limit: float) -> tuple[float, str]:
