@@ -16,7 +16,7 @@ from dora_lab.commands.own import conduct
 from dora_lab.commands.show import Format, FormatOption, show
 from dora_lab.launch.experiments import experiment_names, load_experiment
 from dora_lab.launch.pool import Outcome, describe, run_many
-from dora_lab.launch.runtime import Device, Paths, Runtime
+from dora_lab.launch.runtime import TIERS, Device, Paths, Runtime
 from dora_lab.launch.select import chosen, pairs
 from dora_lab.runs.caveats import caveats
 from dora_lab.runs.errors import StoreError
@@ -43,7 +43,8 @@ def list_command(form: FormatOption = Format.text) -> None:
         module = load_experiment(name)
         about = (module.__doc__ or "").strip().splitlines()[0]
         rows.append({"experiment": name, "about": about} | {tier: len(module.specs(tier)) for tier in module.TIERS})
-    found = pd.DataFrame(rows).astype({tier: "Int64" for row in rows for tier in [*row][2:]})
+    there = [tier for tier in TIERS if any(tier in row for row in rows)]
+    found = pd.DataFrame(rows, columns=["experiment", "about", *there]).astype(dict.fromkeys(there, "Int64"))
     show({"list": found}, [("Experiments, with the number of their runs in each tier", found)], form)
 
 
