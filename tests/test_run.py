@@ -328,8 +328,8 @@ def test_killed_worker_is_reported_and_the_others_go_on(paths: Paths) -> None:
     assert "signal 9" in err
 
 
-def test_importing_the_command_line_imports_no_torch() -> None:
-    heavy = {"torch", "transformers", "lm_eval", "datasets"}
+def test_importing_the_command_line_imports_nothing_heavy() -> None:
+    heavy = {"torch", "transformers", "lm_eval", "datasets", "pandas", "scipy", "matplotlib"}
     code = f"import sys, dora_lab.__main__; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HOUSE, check=True)
     assert done.stdout.strip() == "[]"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -20,11 +20,13 @@ from dora_lab.launch.experiments import house_first, published_specs
 from dora_lab.launch.pool import Outcome, run_many
 from dora_lab.launch.runtime import Paths, Runtime
 from dora_lab.launch.select import pairs
-from dora_lab.report.rates import Choice, choose
 from dora_lab.runs.record import run_path, spec_of
 from dora_lab.runs.streams import read_stream
 from dora_lab.runs.survey import survey
 from dora_lab.spec import Spec, SpecError, derive, spec_id
+
+if TYPE_CHECKING:
+    from dora_lab.report.rates import Choice  # with it comes all of pandas and scipy: half the start of any command
 
 MICRO = "optim.micro_batch_size"
 
@@ -218,6 +220,8 @@ def _rates(plan: Plan, paths: Paths, runtime: Runtime, jobs: int | None) -> dict
 
 def _choice(name: str, specs: Sequence[Spec], results: Path) -> Choice | None:
     """Of a method, by the logarithm of the choice NLL on validation items, or by errors where answers are generated."""
+    from dora_lab.report.rates import choose
+
     losses: dict[float, list[float]] = {}
     for spec in specs:
         if spec.method.name == name and spec.optim is not None:

@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def frame(
             runs.append((path, record, _run_columns(record)))
         else:
             left_out.append(_run_columns(record) | {"status": record["status"]})
-    named = [_spec_columns(to_dict(spec)) for spec in declared]
+    named = [_spec_columns(spec) for spec in declared]
     statuses = _statuses([columns for _, _, columns in runs], left_out, named)
     if found.left_out:
         statuses[REFUSED] = len(found.left_out)
@@ -97,7 +98,7 @@ def _beside(runs: Sequence[Mapping[str, Any]], streams: Sequence[Sequence[Mappin
 
 
 def _statuses(
-    complete: Sequence[dict[str, Any]], left_out: Sequence[dict[str, Any]], named: Sequence[dict[str, Any]]
+    complete: Sequence[dict[str, Any]], left_out: Sequence[dict[str, Any]], named: Sequence[Mapping[str, Any]]
 ) -> dict[str, int]:
     """How many of the runs that were left out ended how, by the labels that they would have beside the complete."""
     others = [dict(columns) for columns in left_out]
@@ -106,10 +107,11 @@ def _statuses(
 
 
 def _run_columns(record: Mapping[str, Any]) -> dict[str, Any]:
-    flat = _spec_columns(to_dict(spec_of(record)))  # with the fields that came after it
+    flat = _spec_columns(spec_of(record))  # with the fields that came after it
     params, code = record.get("params") or {}, record.get("code") or {}
     trainable, total = params.get("trainable"), params.get("total")
-    return flat | {
+    return {
+        **flat,
         "spec_id": record["spec_id"],
         "trainable_percent": 100 * trainable / total if trainable is not None and total else None,
         "commit": code.get("commit") or (f"files {code['files']}" if code.get("files") else None),
@@ -117,9 +119,10 @@ def _run_columns(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _spec_columns(spec: Mapping[str, Any]) -> dict[str, Any]:
+@cache  # a report asks for the same specs, a few thousand, once for each of its tables and figures
+def _spec_columns(spec: Spec) -> Mapping[str, Any]:
     """A spec flattened, and short names of what everybody asks for."""
-    flat = _cells(spec)
+    flat = _cells(to_dict(spec))
     return flat | {
         "method": flat["method.name"],
         "rank": flat.get("method.rank"),

@@ -27,7 +27,7 @@ _LIKE = (
 )
 
 
-def add_labels(runs: Sequence[Columns], declared: Sequence[Columns] = ()) -> None:
+def add_labels(runs: Sequence[Columns], declared: Sequence[Mapping[str, Any]] = ()) -> None:
     """Set `label` of each run; runs that differ in more than the seed get different ones. Without `declared` the runs
     of a group are called by what they are among each other."""
     named = [dict(spec) for spec in declared]
