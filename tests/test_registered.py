@@ -113,6 +113,28 @@ def test_fewer_seeds_than_registered_are_no_verdict(tmp_path: Path) -> None:
     assert set(judge(plan, pd.concat([_evals(), evals.assign(seed=evals["seed"] + 4)]))["n"]) == {4}
 
 
+def test_a_run_that_lacks_a_task_is_no_seed_and_leaves_the_other_tasks_no_verdict(tmp_path: Path) -> None:
+    plan = registered("commonsense", _write(tmp_path, PLAN))
+    asked = registered("commonsense", _write(tmp_path, PLAN | {"tasks": ["boolq", "piqa"]}))
+    assert plan is not None and asked is not None
+    evals = _evals()
+    lacking = evals[(evals["task"] != "piqa") | (evals["label"] != "dora 8") | (evals["seed"] > 0)]
+    none = evals[(evals["task"] != "piqa") | (evals["label"] != "dora 8")]
+    row = judge(plan, lacking).set_index(["claim", "metric"]).loc[("above", "choice_nll")]
+    assert (row["verdict"], row["items"]) == ("3 of 4", 80)
+    for plans, left in ((plan, none), (asked, none), (asked, evals[evals["task"] != "piqa"])):
+        assert judge(plans, left).set_index(["claim", "metric"]).loc[("above", "choice_nll"), "verdict"] == "0 of 4"
+
+
+def test_a_hypothesis_without_runs_is_still_one_of_its_family(tmp_path: Path) -> None:
+    plan = registered("commonsense", _write(tmp_path, PLAN))
+    assert plan is not None
+    rows = judge(plan, _evals().query("rank != 4 or method != 'dora'")).set_index(["claim", "metric"])
+    assert rows.loc[("half", "choice_nll"), "verdict"] == "0 of 4"
+    row = rows.loc[("above", "choice_nll")]
+    assert row["p_adjusted"] == pytest.approx(2 * row["p"])
+
+
 def test_conditions_of_other_experiments_stand_beside(tmp_path: Path) -> None:
     """`detach` beside `commonsense`: of one method and rank, told apart by a field of the spec."""
     terms = [[1, "dora", 8, {"method.detach_norm": True}], [-1, "dora", 8, {"method.detach_norm": False}]]

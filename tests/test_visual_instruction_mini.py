@@ -15,10 +15,12 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from analysis import frame
 from analysis.tables import visual_instruction as table
 from dora_lab.evaluation import instructed
 from dora_lab.evaluation.bounds import bounds
 from dora_lab.forms.llava import Llava
+from dora_lab.house import HOUSE
 from dora_lab.io.errors import LoadError
 from dora_lab.launch import select
 from dora_lab.launch.run import run_spec
@@ -28,7 +30,7 @@ from dora_lab.models.llava import open_llava
 from dora_lab.paper.registered import registered
 from dora_lab.report.items import item_values
 from dora_lab.runs import doctor
-from dora_lab.runs.item_values import unpack
+from dora_lab.runs.item_values import pack, unpack
 from dora_lab.runs.record import read_record, run_path
 from dora_lab.runs.streams import read_rows
 from dora_lab.spec import Data, Spec, SpecError, derive, validate
@@ -156,6 +158,34 @@ def test_rows_from_start_to_end_and_their_table(base: Path, tmp_path: Path) -> N
     line = next(line for line in by_task if line.startswith("| DoRA"))  # the paper's come later
     wanted = [f"{row['answer_nll']:.3f}" for row in ours]
     assert [cell.strip().split(" ")[0] for cell in line.strip("|").split("|")[1:5]] == wanted
+    of_mean = text.partition("normalised by task")[2].splitlines()
+    line = next(line for line in of_mean if line.startswith("| DoRA")).replace("−", "-")
+    wanted = [f"{100 * item_values(row, 'normalised').mean():.1f}" for row in ours]  # type: ignore[arg-type]
+    assert [cell.strip() for cell in line.strip("|").split("|")[1:5]] == wanted
+    line = next(line for line in of_mean if line.startswith("| floor"))
+    assert [cell.strip() for cell in line.strip("|").split("|")[1:5]] == [f"{100 * row['floor']:.1f}" for row in ours]
+
+
+def of_task(task: str, method: str, seed: int, right: int) -> dict[str, object]:
+    """A row of the stream eval: of 20 items so many right, floor one half."""
+    score = pack("score", np.arange(20) < right)
+    told: dict[str, object] = {"task": task, "method": method, "label": method, "seed": seed, "floor": 0.5}
+    return told | {"ceiling": 1.0, "n": 20, "per_item": {"score": score}}
+
+
+def test_a_task_at_its_floor_in_every_row_is_found() -> None:
+    """LoRA's POPE is above it in the mean, not by twice its standard error; FT's SQA is; a base is no row."""
+    rights = {("pope", "ft"): (10, 10, 10), ("pope", "lora"): (9, 10, 13), ("science_qa", "ft"): (12, 12, 13)}
+    rights |= {("science_qa", "lora"): (10, 10, 10), ("pope", "base"): (20, 20, 20)}
+    rows = [of_task(*at, seed, right) for at, all_ in rights.items() for seed, right in enumerate(all_)]
+    assert table.at_floor(pd.DataFrame(rows), ["pope", "science_qa"]) == ["pope"]
+
+
+def test_no_task_that_is_registered_is_at_its_floor() -> None:
+    evals = frame(HOUSE / "results", "visual_instruction")
+    rows = evals[(evals["data"] == "mini_llava") & (evals["split"] == "test")]
+    plan = registered("visual_instruction")
+    assert plan is not None and {*plan.tasks} == {*MINI_TASKS} - {*table.at_floor(rows, MINI_TASKS)}
 
 
 @pytest.fixture(scope="module")

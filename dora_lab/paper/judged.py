@@ -46,7 +46,7 @@ def judge(plan: Registered, evals: pd.DataFrame) -> pd.DataFrame:
     metrics = sorted(together, key=lambda metric: metric != plan.metric)
     for metric in metrics:
         for claim in plan.claims:
-            here = paired([(term.coefficient, _of(term, rows)) for term in claim.terms], metric)
+            here = paired([(term.coefficient, _of(term, rows)) for term in claim.terms], metric, plan.tasks)
             margin = plan.margin if metric == plan.metric else MARGINS[metric]
             found.append(_row(claim, metric, plan, here, margin))
     _adjust(found)
@@ -74,9 +74,10 @@ def _row(claim: Claim, metric: str, plan: Registered, here: Contrast | None, mar
 def _adjust(found: Sequence[dict[str, Any]]) -> None:
     """Set p_adjusted and the verdict of each row, in place."""
     for family, adjusted in (("primary", holm), ("exploratory", benjamini_hochberg)):
-        known = [row for row in found if row["family"] == family and row["p"] is not None]
-        for row, p in zip(known, adjusted([row["p"] for row in known]), strict=True):
-            row["p_adjusted"] = p
+        # a hypothesis without a p is still one of the family: the others' must not change once its runs are in
+        every = [row for row in found if row["family"] == family]
+        for row, p in zip(every, adjusted([1.0 if row["p"] is None else row["p"] for row in every]), strict=True):
+            row["p_adjusted"] = None if row["p"] is None else p
     for row in found:
         here = row.pop("_found")
         if here is None or row["n"] < row["of"]:

@@ -18,18 +18,19 @@ from dora_lab.report.items import clusters, item_values
 LOWER_IS_BETTER = ("choice_nll", "answer_nll")  # likelihoods: compared as ratios, and so that more is better
 
 
-def paired(terms: Sequence[tuple[float, pd.DataFrame]], metric: str) -> Contrast | None:
-    """The contrast of conditions over the tasks that all of them have, and the seeds that have all these tasks.
+def paired(terms: Sequence[tuple[float, pd.DataFrame]], metric: str, tasks: Sequence[str] = ()) -> Contrast | None:
+    """The contrast of conditions over tasks, of the seeds whose runs have a value of every task in every condition.
 
     Args: terms: (coefficient, rows of `report.frame`, stream eval, one per task and seed) of each condition; metric: as
-        `report.items.item_values`. Items of one fact are together where the rows say so.
+        `report.items.item_values`; tasks: none: all that any condition has. Items of one fact are together where the
+        rows say so.
     Returns None where no seed is shared. Raises ValueError for runs that answered different items.
     """
     cells = [
         {(row["task"], int(row["seed"])): row for row in part[part["value"].notna()].to_dict("records")}
         for _, part in terms
     ]
-    tasks = sorted(set.intersection(*({task for task, _ in by} for by in cells)))
+    tasks = sorted(tasks or {task for by in cells for task, _ in by})
     shared = [{seed for at, seed in by if at == task} for by in cells for task in tasks]
     seeds = sorted(set.intersection(*shared)) if shared else []
     if not seeds:
