@@ -185,7 +185,8 @@ def _agreement(row: dict[str, Any]) -> str:
     if said == MISSING:
         there = f"; the others: {row['others']}" if row["runs"] else ""
         said += f" ({row['of'] - row['runs']} of {row['of']}{there})"
-    return "\n".join([said, *row["why"][:3]])
+    more = len(row["why"]) - 3
+    return "\n".join([said, *row["why"][:3], *([f"and {more} more"] if more > 0 else [])])
 
 
 def _two(value: float) -> str | None:

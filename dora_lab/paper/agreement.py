@@ -3,19 +3,21 @@
 - "same bytes": every row of metrics, probe and eval is alike to the last digit; wall time alone may differ, and columns
   that the other record is too old to have.
 - "same answers": every item is answered alike, and every other number lies within its `TOLERANCES`.
-- "within the interval": items may be answered otherwise, though fewer than by unrelated runs, and every other number
-  lies within `WIDE` times its tolerance; or the training parts (below), and the means agree.
-- "differs": anything else.
+- "within the interval": items may be answered otherwise, though far fewer than by unrelated runs, and each task's score
+  lies within `SCORE` standard errors; every other number lies within `WIDE` times its tolerance, or the training parts
+  (below) and the means agree.
+- "differs": anything else; a field that the committed run has and the other lacks, too.
 
 Another kind of processor adds up floats in another order. Measured between two (AVX2 alone against the wider units that
 the records were made on): every item alike, ΔM within 0.03 %, ΔD 0.13 %, its percentiles 0.9 %, losses 0.6 %; per
 input feature ΔM 0.12 and ΔD 0.15 %; norms of gradients 1.2 %; mean likelihoods 0.06 %, their margin 0.11 % of the mean
 choice_nll; those of single items 0.83 % of what they spread over (root mean square by standard deviation).
 
-Some training amplifies that rounding: VL-BART's losses agree to 1e-6 for eight steps and leave their tolerance at step
-28 to 47; after it single steps, layers and likelihoods are nothing alike. Such runs *part* at the first step whose loss
-or gradient is off by more than `WIDE` tolerances, if that is none of the first `STEADY`, which another rate, seed or
-batch moves. What comes after is compared by its means, which are to be as near as those of two seeds (`MEANS`).
+The first `EARLY` steps are alike to six digits on any processor, which other methods, rates, decays and seeds are not.
+Some training amplifies rounding then: VL-BART's losses agree to 1e-6 for eight steps and leave their tolerance at step
+28 to 47; after it single steps, layers and likelihoods are nothing alike. Such runs *part* at the first step from which
+on most losses or gradients are off by more than a tolerance, if that is none of the first `STEADY`. What comes after is
+compared by means, which are to be as near as those of two seeds (`WHOLE`, `PART`), and by r of ΔM and ΔD over layers.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -32,10 +35,11 @@ from dora_lab.report.items import item_values
 from dora_lab.runs.item_values import unpack
 
 LEVELS = ("same bytes", "same answers", "within the interval", "differs")  # from the best to the worst
-STREAMS = ("eval", "probe", "metrics")
+STREAMS = ("metrics", "probe", "eval")  # in the order in which a run makes them: the first that is off, is told
 WIDE = 10.0
 _M, _D, _SPREAD, _LOSS = 3.5e-4, 1.35e-3, 9e-3, 6e-3  # what was measured, and what rounds to it
 ITEMS = 1e-2  # likelihoods of single items: root mean square of the difference, by their standard deviation
+_EXACT = 1e-9  # the last digits of a sum of floats
 TOLERANCES = {  # relative to the larger of the two; a number that is not here has to be equal
     **dict.fromkeys(("delta_m", "delta_m_share"), _M),
     **dict.fromkeys(("delta_d", "relative_change"), _D),
@@ -45,17 +49,34 @@ TOLERANCES = {  # relative to the larger of the two; a number that is not here h
     "rotation": _D,
     **dict.fromkeys(("loss", "eval_loss", "choice_nll", "answer_nll", "margin"), _LOSS),
     "grad_norm": 2e-2,
-    "learning_rate": 1e-9,
+    "learning_rate": _EXACT,
 }
+EARLY = 8  # steps in which rounding moves losses by 4e-7 and gradients by 4e-6 at the most
+AT_FIRST = {"loss": 1e-5, "grad_norm": 1e-4}  # the most that two runs of one spec may differ by in them
 STEADY = 20  # steps that have to agree within their tolerances before two runs may part
-# Of means over the steps, over a checkpoint's layers or over a task's items, after two runs have parted; relative to
-# the larger. Rounded up from the most that two of ten seeds of FT, LoRA or DoRA differ by on VL-BART (800 steps); two
-# processors, seven runs: 0.05 (loss), 0.14 (grad_norm), 0.20 (answer_nll), 0.18 (ΔM, its percentiles), 0.21 (ΔD).
-MEANS = {
-    "loss": 0.07,
-    **dict.fromkeys(("eval_loss", "choice_nll", "answer_nll", "margin", "grad_norm"), 0.4),
+SCORE = 3.0  # standard errors of the difference of two scores
+# Items answered otherwise, as a share of those that two unrelated runs with these scores answer otherwise: of two of
+# ten seeds on VL-BART .42 (LoRA), .38 (DoRA), .55 (FT; .94 of FT that saw nothing).
+ANSWERS, ANSWERS_OF_TASK, ANSWERS_PARTED = 0.25, 0.5, 0.7
+_COUNTED = 11  # values that a score can have for an item to be answered alike or otherwise; CIDEr has any
+# Of means after two runs have parted, relative to the larger. Rounded up from the most that two of ten seeds of FT,
+# LoRA or DoRA differ by on VL-BART (800 steps, 18 layers of a kind). First over all steps, a checkpoint's layers
+# or all tasks, then over a quarter of the steps, a kind of matrix or a task.
+_ONE_STEP = {"loss": 0.3, "eval_loss": 0.3, "grad_norm": 0.9}  # of one step, besides; of n steps, by √n less
+_LAYERS = 18  # of fewer, the means of a kind may differ by more
+WHOLE = {
+    "loss": 0.06,
+    **dict.fromkeys(("eval_loss", "grad_norm"), 0.3),
+    **dict.fromkeys(("choice_nll", "answer_nll", "margin"), 0.1),
     **{name: 0.3 for name in TOLERANCES if name.startswith(("delta_m", "grown", "growth", "radial"))},
     **{name: 0.45 for name in TOLERANCES if name.startswith(("delta_d", "rotation", "relative_change"))},
+}
+PART = {
+    "loss": 0.15,
+    **dict.fromkeys(("eval_loss", "grad_norm"), 0.4),
+    **dict.fromkeys(("choice_nll", "answer_nll", "margin"), 0.4),
+    **{name: 0.4 for name, most in WHOLE.items() if most == 0.3},
+    **{name: 0.55 for name, most in WHOLE.items() if most == 0.45},
 }
 _SCALE = {
     "delta_m_signed": "delta_m",
@@ -65,49 +86,62 @@ _SCALE = {
 }  # a mean that cancels out is measured by the mean that does not
 _WALL = ("seconds",)
 _ANSWERS = ("value", "stderr", "n_unparsed", "correct", "rules")  # what an item answered otherwise moves
-_MEAN_OF = {
-    "eval": ("task", "protocol", "metric"),
-    "probe": ("step", "axis"),
-    "metrics": (),
-}  # means: rows alike in these
+_COUNTS = ("undirected",)  # of rows of a matrix that have no direction: no two runs that have parted need have as many
 _KEYS = {"eval": ("task", "protocol", "metric"), "probe": ("step", "fraction", "module", "axis"), "metrics": ("step",)}
 
-Rows = Mapping[str, Sequence[Mapping[str, Any]]]  # by stream
+Row = Mapping[str, Any]
+Rows = Mapping[str, Sequence[Row]]  # by stream
+Pair = tuple[Row, Row]  # ours, theirs
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of two runs: the level; items answered otherwise (None: the records do not say); what keeps them apart."""
+    """Of two runs: the level; by protocol, items answered otherwise (None: the records do not say); what keeps them
+    apart."""
 
     level: str
-    flipped: int | None
+    flipped: Mapping[str, int] | None
     why: str | None = None
 
 
 def agreement(ours: Rows, theirs: Rows) -> Agreement:
     """The level at which two runs of one spec agree, given the rows of `STREAMS` of each.
 
-    Columns that came after `theirs` was made are left out: what it has is compared.
+    Columns that came after `theirs` was made are left out: all that it has is compared.
     """
     ours = {name: _as_wide(ours[name], theirs[name]) for name in STREAMS}
     if all(_plain(ours[name]) == _plain(theirs[name]) for name in STREAMS):
-        return Agreement(LEVELS[0], 0)
-    strange = next((text for name in STREAMS for text in _other_rows(name, ours[name], theirs[name])), None)
-    if strange is not None:
-        return Agreement(LEVELS[3], None, strange)
-    flipped, at_random = _flips(ours["eval"], theirs["eval"])
-    if flipped is not None and at_random is not None and flipped > at_random:
-        why = f"{flipped} items are answered otherwise, as many as in two runs that have nothing to do with each other"
-        return Agreement(LEVELS[3], flipped, why)
-    unparsed = [[row.get("n_unparsed") for row in rows["eval"]] for rows in (ours, theirs)]
-    alike = (flipped == 0 and unparsed[0] == unparsed[1]) or _plain(ours["eval"]) == _plain(theirs["eval"])
-    parted = _parted(ours["metrics"], theirs["metrics"])
-    furthest, what = max(_distances(ours, theirs, alike, parted), default=(0.0, ""))
-    if alike and furthest <= 1 and parted is None:
-        return Agreement(LEVELS[1], flipped)
-    if parted is not None and furthest <= WIDE:
+        return Agreement(LEVELS[0], {row["protocol"]: 0 for row in theirs["eval"]})
+    pairs: dict[str, list[Pair]] = {}
+    for name in STREAMS:
+        mine, others = ({_key(name, row): row for row in rows} for rows in (ours[name], theirs[name]))
+        pairs[name] = [(mine[key], other) for key, other in others.items() if key in mine]
+        strange = next(_other_rows(name, ours[name], theirs[name], pairs[name]), None)
+        if strange is not None:
+            return Agreement(LEVELS[3], None, strange)
+    parted, early = _parted(pairs["metrics"])
+    flips = [(pair[1]["protocol"], _flips(pair)) for pair in pairs["eval"]]
+    known = [(protocol, *one) for protocol, one in flips if one is not None]
+    flipped = None
+    if len(known) == len(flips):
+        flipped = {protocol: sum(one[1] for one in known if one[0] == protocol) for protocol, *_ in known}
+    alike = all(_same(a.get(name), b.get(name)) for a, b in pairs["eval"] for name in _ANSWERS)
+    found = list(_distances(pairs, alike, parted))
+    counted, unrelated = (sum(one[index] for one in known) for index in (2, 3))
+    every = [(counted, unrelated, ANSWERS if parted is None else ANSWERS_PARTED)]
+    every += [(one[2], one[3], ANSWERS_OF_TASK) for one in known if parted is None and one[3] >= 10]
+    for some, otherwise, most in every:
+        if some > most * otherwise:
+            found.append((math.inf, f"{some} items are answered otherwise, by unrelated runs {otherwise:.0f} would be"))
+    worst_of_all = max(found, key=lambda one: one[0], default=(0.0, ""))
+    if worst_of_all[0] > WIDE:
+        _, why = next(one for one in found if one[0] > WIDE)  # what follows, may follow from it
+        return Agreement(LEVELS[3], flipped, f"{why}{early if parted is None else ''}")
+    if parted is not None:
         return Agreement(LEVELS[2], flipped, f"the runs part at step {parted}; from there on their means agree")
-    return Agreement(LEVELS[2] if furthest <= WIDE else LEVELS[3], flipped, what if furthest > 1 else None)
+    if worst_of_all[0] > 1:
+        return Agreement(LEVELS[2], flipped, worst_of_all[1])
+    return Agreement(LEVELS[1], flipped) if alike else Agreement(LEVELS[2], flipped, "items are answered otherwise")
 
 
 def worst(levels: Sequence[str]) -> str:
@@ -115,148 +149,236 @@ def worst(levels: Sequence[str]) -> str:
     return max(levels, key=LEVELS.index)
 
 
-def _plain(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _plain(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [{field: value for field, value in row.items() if field not in _WALL} for row in rows]
 
 
-def _as_wide(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+def _as_wide(ours: Sequence[Row], theirs: Sequence[Row]) -> Sequence[Row]:
     known = {field for row in theirs for field in row}
     return [{field: value for field, value in row.items() if field in known} for row in ours] if theirs else ours
 
 
-def _other_rows(name: str, ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Whether the two streams are about other things: other rows, prompts, numbers of items."""
+def _key(name: str, row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(field) for field in _KEYS[name])
+
+
+def _other_rows(name: str, ours: Sequence[Row], theirs: Sequence[Row], pairs: Sequence[Pair]) -> Iterator[str]:
+    """Whether the two streams are about other things: other rows, prompts, numbers of items, other fields."""
     if len(ours) != len(theirs):
         yield f"{name}: {len(ours)} rows, the committed run has {len(theirs)}"
-        return
-    fixed = {*_KEYS[name], *(("n", "prompt_sha256", "chance", "majority") if name == "eval" else ())}
-    for mine, other in zip(ours, theirs, strict=True):
-        for field in sorted(fixed & set(mine) & set(other)):
-            if mine[field] != other[field]:
-                yield f"{_where(name, other)}: {field} {mine[field]!r:.20}, the committed run has {other[field]!r:.20}"
+    mine = {_key(name, row) for row in ours}
+    for other in theirs:
+        if _key(name, other) not in mine:
+            yield f"{_where(name, other)}: the committed run has such a row"
+    for a, b in pairs:
+        if lost := sorted(field for field in b.keys() - a.keys() - {*_WALL} if b[field] is not None):
+            yield f"{_where(name, b)}: no {lost[0]}, the committed run has it"
+        for field in ("n", "prompt_sha256", "chance", "majority") if name == "eval" else ():
+            if not _same(a.get(field), b.get(field)):
+                yield f"{_where(name, b)}: {field} {a[field]!r:.20}, the committed run has {b[field]!r:.20}"
 
 
-def _flips(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> tuple[int | None, float | None]:
-    """(items answered otherwise, how many at least it would be between unrelated runs with these scores).
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values are equal, floats but for the last digits of a sum."""
+    if type(a) is dict and type(b) is dict:
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, float) and isinstance(b, float):
+        return a == b or math.isclose(a, b, rel_tol=_EXACT, abs_tol=_EXACT)
+    return a == b
 
-    Two unrelated answers to an item score alike with probability Σ_v p_v p'_v, p_v the share of items that score v; "at
-    least" is two standard deviations below the mean. Both None where a row does not say how single items scored.
+
+def _flips(pair: Pair) -> tuple[int, int, float] | None:
+    """Of a task: items scored otherwise; those of them that can be alike, too; how many it would be of unrelated runs.
+
+    Two unrelated answers to an item score alike with probability Σ_v p_v p'_v, p_v the share of items that score v.
+    None where a row does not say how single items scored.
     """
-    flipped, mean, variance = 0, 0.0, 0.0
-    for mine, other in zip(ours, theirs, strict=True):
-        first, second = _scores(mine), _scores(other)
-        if first is None or second is None or len(first) != len(second):
-            return None, None
-        n = len(first)
-        values = np.union1d(first, second)
-        p, p_other = (np.array([(some == value).mean() for value in values]) for some in (first, second))
-        q = 1 - float(p @ p_other)
-        flipped += int((first != second).sum())
-        mean, variance = mean + n * q, variance + n * q * (1 - q)
-    least = mean - 2 * math.sqrt(variance)
-    return flipped, least if least > 0 else None
+    first, second = map(_scores, pair)
+    if first is None or second is None or len(first) != len(second):
+        return None
+    flipped, values = int((first != second).sum()), np.union1d(first, second)
+    if len(values) > _COUNTED:
+        return flipped, 0, 0.0
+    p, p_other = (np.array([(some == value).mean() for value in values]) for some in (first, second))
+    return flipped, flipped, len(first) * (1 - float(p @ p_other))
 
 
-def _scores(row: Mapping[str, Any]) -> np.ndarray | None:
+def _scores(row: Row) -> np.ndarray | None:
     """How each item scored, (items,): as right or wrong, or in a measure that knows more; None where no one says."""
     try:
         return item_values(row, "accuracy" if isinstance(row.get("correct"), str) else "score")
-    except ValueError:
+    except (ValueError, TypeError):
         return None
 
 
-def _parted(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> int | None:
-    """The step at which two runs part; None where they do not, or differ from the first steps on."""
-    for index, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        named = (
-            (field, mine[field], other[field]) for field in ("loss", "grad_norm") if field in mine and field in other
-        )
-        furthest = max(
-            (abs(a - b) / max(abs(a), abs(b)) / TOLERANCES[field] for field, a, b in named if a != b), default=0
-        )
-        if furthest > (1 if index < STEADY else WIDE):
-            return None if index < STEADY else int(mine["step"])
-    return None
+def _parted(pairs: Sequence[Pair]) -> tuple[int | None, str]:
+    """(the step at which two runs part, None where they do not; what is to be said where they could not)."""
+    off = []
+    for a, b in pairs:
+        both = [name for name in ("loss", "grad_norm") if _numbers(a.get(name), b.get(name))]
+        off.append(max((_off(a[name], b[name]) / TOLERANCES[name] for name in both), default=0.0))
+    first = next((index for index, far in enumerate(off) if far > 1), None)
+    if first is None or max(off) <= WIDE:
+        return None, ""
+    if first < STEADY:
+        return None, f"; step {pairs[first][1]['step']} is off, too early for rounding alone"
+    apart = (pairs[index][1]["step"] for index, far in enumerate(off) if far > 1 and median(off[index:]) > 1)
+    return next(apart, None), ""
 
 
-def _distances(ours: Rows, theirs: Rows, alike: bool, parted: int | None) -> Iterator[tuple[float, str]]:
+def _distances(pairs: Mapping[str, Sequence[Pair]], alike: bool, parted: int | None) -> Iterator[tuple[float, str]]:
     """(distance in tolerances, what it is of) of every number that both runs have; infinite where it may not differ."""
     for name in STREAMS:
-        after: dict[tuple[Any, ...], list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = defaultdict(list)
-        for mine, other in zip(ours[name], theirs[name], strict=True):
-            by_mean = parted is not None and mine.get("step", parted) >= parted  # what is scored, comes last
-            if by_mean:
-                after[tuple(mine.get(key) for key in _MEAN_OF[name])].append((mine, other))
-            yield from _of_rows(name, mine, other, alike, by_mean)
-        for pairs in after.values():
-            yield from _of_means(name, pairs)
+        after = []
+        for pair in pairs[name]:
+            by_mean = parted is not None and pair[0].get("step", parted) >= parted  # what is scored, comes last
+            after += [pair] * by_mean
+            if name == "metrics" and pair[1]["step"] <= EARLY:
+                yield from _at_first(pair)
+            if name == "eval" and not alike:
+                yield from _of_score(pair)
+            yield from _of_rows(name, *pair, alike, by_mean)
+        for grouped, limits in ((_whole, WHOLE), (_part, PART)):
+            groups: dict[tuple[Any, ...], list[Pair]] = defaultdict(list)
+            for index, pair in enumerate(after):
+                groups[grouped(name, pair[1], index / len(after))].append(pair)
+            for some in groups.values():
+                few = name == "probe" and grouped is _part and len(some) < _LAYERS
+                yield from _of_means(name, some, limits, math.sqrt(_LAYERS / len(some)) if few else 1.0)
+                if name == "probe" and grouped is _part:
+                    yield from _of_layers(some)
 
 
-def _of_rows(
-    name: str, mine: Mapping[str, Any], other: Mapping[str, Any], alike: bool, by_mean: bool
-) -> Iterator[tuple[float, str]]:
+def _whole(name: str, row: Row, _: float) -> tuple[Any, ...]:
+    return {"probe": (row.get("step"), row.get("axis")), "eval": (row.get("protocol"),)}.get(name, ())
+
+
+def _part(name: str, row: Row, passed: float) -> tuple[Any, ...]:
+    """A quarter of the steps, a kind of matrix at a checkpoint, a task."""
+    if name == "metrics":
+        return (int(4 * passed),)
+    return (*_whole(name, row, passed), str(row["module"]).rpartition(".")[2]) if name == "probe" else _key(name, row)
+
+
+def _at_first(pair: Pair) -> Iterator[tuple[float, str]]:
+    """As `_distances`, of a step that comes before rounding is amplified."""
+    for field, limit in AT_FIRST.items():
+        a, b = (row.get(field) for row in pair)
+        if _numbers(a, b):
+            yield _told(f"{_where('metrics', pair[1])}: {field}", _off(a, b), limit, WIDE)
+
+
+def _of_score(pair: Pair) -> Iterator[tuple[float, str]]:
+    """As `_distances`, of the score of a task of which items are answered otherwise."""
+    first, second = map(_scores, pair)
+    if first is None or second is None or len(first) != len(second):
+        return
+    off = abs(float(first.mean() - second.mean()))
+    error = math.sqrt((first.var() + second.var()) / len(first))
+    if off:
+        far = off / error if error else math.inf
+        what = f"{_where('eval', pair[1])}: scores {first.mean():.4g}, the committed run has {second.mean():.4g}"
+        yield WIDE * far / SCORE, f"{what}: {far:.2g} standard errors, at most {SCORE:g}"
+
+
+def _of_rows(name: str, mine: Row, other: Row, alike: bool, by_mean: bool) -> Iterator[tuple[float, str]]:
     """As `_distances`, of two rows; by_mean: without what is compared by means."""
-    for field in set(mine) & set(other) - set(_WALL):
+    for field in sorted(mine.keys() & other.keys() - {*_WALL}):
         a, b = mine[field], other[field]
-        if a == b or (by_mean and field in MEANS and _numbers(a, b)):
+        if _same(a, b) or (by_mean and field in WHOLE and _numbers(a, b)) or (by_mean and field in _COUNTS):
             continue
         if name == "eval" and not alike and field in _ANSWERS:
-            continue  # `_flips` and the interval of the averages speak of them
+            continue  # `_flips` and `_of_score` speak of them
         if field == "per_item" and isinstance(a, Mapping) and isinstance(b, Mapping):
             yield from _of_items(a, b, alike, by_mean, _where(name, other))
             continue
         if field not in TOLERANCES or not _numbers(a, b):
             yield math.inf, f"{_where(name, other)}: {field} {a!r:.20}, the committed run has {b!r:.20}"
             continue
-        size = max(abs(v[key]) for v in (mine, other) for key in (field, _SCALE.get(field, field)) if key in v)
+        sizes = [row[key] for row in (mine, other) for key in {field, _SCALE.get(field, field)} & row.keys()]
+        size = max(abs(value) for value in sizes if _numbers(value))
         yield _told(f"{_where(name, other)}: {field}", abs(a - b) / size, TOLERANCES[field])
 
 
-def _of_means(name: str, pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Iterator[tuple[float, str]]:
+def _of_means(
+    name: str, pairs: Sequence[Pair], limits: Mapping[str, float], scale: float
+) -> Iterator[tuple[float, str]]:
     """As `_distances`, of the means over some rows of two runs that have parted; at most `WIDE` where they agree."""
     first, last = (
         " ".join(str(row[key]) for key in ("task", "step") if key in row) for row in (pairs[0][1], pairs[-1][1])
     )
     where = f"{name}, mean of {len(pairs)} rows ({first}{f' to {last}' if last != first else ''})"
-
-    def mean(side: int, field: str) -> float:
-        return float(np.mean([pair[side][field] for pair in pairs]))
-
-    for field in MEANS.keys() & pairs[0][0].keys() & pairs[0][1].keys():
-        if not _numbers(*(row[field] for pair in pairs for row in pair)):
+    for field, limit in limits.items():
+        both = [pair for pair in pairs if all(_numbers(row.get(field)) for row in pair)]
+        if not both:
             continue  # a likelihood that rows of this kind have not; where one has it, `_of_rows` says so
-        scale = _SCALE.get(field, field)
-        size = max(abs(mean(side, key)) for side in (0, 1) for key in {field, scale} & pairs[0][side].keys())
-        off = abs(mean(0, field) - mean(1, field)) / size if size else 0.0
-        distance, what = _told(f"{where}: {field}", off, MEANS[field])
-        yield WIDE * distance, what
+        means = {
+            key: [float(np.mean([pair[side][key] for pair in both])) for side in (0, 1)]
+            for key in {field, _SCALE.get(field, field)}
+            if all(_numbers(row.get(key)) for pair in both for row in pair)
+        }
+        size = max(abs(value) for found in means.values() for value in found)
+        off = abs(means[field][0] - means[field][1]) / size if size else 0.0
+        noise = _ONE_STEP[field] / math.sqrt(len(both)) if name == "metrics" else 0.0
+        yield _told(f"{where}: {field}", off, scale * limit + noise, WIDE)
+
+
+def _of_layers(pairs: Sequence[Pair]) -> Iterator[tuple[float, str]]:
+    """As `_distances`, of the layers of a kind at a checkpoint: which of them have moved at all, and r of ΔD and ΔM, of
+    which Fisher's z may differ by three standard errors (two of ten seeds: at most 2.7)."""
+    where = f"{_where('probe', pairs[0][1])} and {len(pairs) - 1} other layers"
+    for field in ("delta_m", "delta_d"):
+        if any((a.get(field) == 0) != (b.get(field) == 0) for a, b in pairs):
+            yield math.inf, f"{where}: {field} is 0 in one of the runs alone"
+    if len(pairs) < 6 or not all(_numbers(row.get("delta_d"), row.get("delta_m")) for pair in pairs for row in pair):
+        return
+    points = [np.array([[row["delta_d"], row["delta_m"]] for row in side]).T for side in zip(*pairs, strict=True)]
+    if min(np.ptp(values) for side in points for values in side) > 0:
+        r, r_other = (float(np.corrcoef(side)[0, 1]) for side in points)
+        z, z_other = (math.atanh(max(-1 + _EXACT, min(1 - _EXACT, value))) for value in (r, r_other))
+        most = 3 * math.sqrt(2 / (len(pairs) - 3))
+        what = f"{where}: r of ΔD and ΔM is {r:.2f}, in the committed run {r_other:.2f}"
+        yield WIDE * abs(z - z_other) / most, what
 
 
 def _of_items(
-    ours: Mapping[str, str], theirs: Mapping[str, str], alike: bool, by_mean: bool, where: str
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], alike: bool, by_mean: bool, where: str
 ) -> Iterator[tuple[float, str]]:
     """As `_of_rows`, of the values of single items, which a row holds packed."""
-    for name in sorted(set(ours) & set(theirs)):
-        if ours[name] == theirs[name] or (name == "score" and not alike):
+    for name in sorted(theirs):
+        if ours.get(name) == theirs[name] or (name == "score" and not alike and name in ours):
             continue
         what = f"{where}: {name} of single items"
-        first, second = unpack(name, ours[name]), unpack(name, theirs[name])
-        if name in ("score", "fact") or len(first) != len(second):
+        try:
+            first, second = (unpack(name, kept[name]) for kept in (ours, theirs))
+        except (KeyError, TypeError, ValueError):
+            yield math.inf, f"{what} cannot be read, the committed run has others"
+            continue
+        if name == "fact" or len(first) != len(second):
             yield math.inf, f"{what}, the committed run has others"
-            continue
-        if by_mean:
-            continue
-        off, spread = math.sqrt(float(((first - second) ** 2).mean())), float(second.std())
-        yield _told(what, off / spread if spread else math.inf, ITEMS)
+        elif name == "score":
+            yield (0.0 if np.allclose(first, second, rtol=_EXACT, atol=1e-6) else math.inf), f"{what} are others"
+        elif not by_mean:
+            off, spread = math.sqrt(float(((first - second) ** 2).mean())), float(second.std())
+            yield _told(what, off / spread if spread else math.inf, ITEMS)
+        elif not np.array_equal(np.isfinite(first), np.isfinite(second)):
+            yield math.inf, f"{what} are no numbers in one of the runs"
 
 
-def _numbers(*values: Any) -> bool:
+def _numbers(*values: object) -> bool:
     return all(type(value) in (int, float) for value in values)
 
 
-def _told(what: str, off: float, limit: float) -> tuple[float, str]:
-    return off / limit, f"{what} is off by {100 * off:.2g} %, tolerance {100 * limit:g} %"
+def _off(a: Any, b: Any) -> float:
+    """By what two numbers differ, relative to the larger."""
+    return 0.0 if _same(a, b) else abs(a - b) / max(abs(a), abs(b))
 
 
-def _where(name: str, row: Mapping[str, Any]) -> str:
+def _told(what: str, off: float, limit: float, at: float = 1.0) -> tuple[float, str]:
+    """`at`: how many tolerances `limit` is; what is no number is infinitely far."""
+    said = f"tolerance {100 * limit:.3g} %" + ("" if at > 1 else f", within the interval {100 * WIDE * limit:.3g}")
+    return (at * off / limit if math.isfinite(off) else math.inf), f"{what} is off by {100 * off:.2g} %, {said}"
+
+
+def _where(name: str, row: Row) -> str:
     return f"{name}, {', '.join(str(row[key]) for key in _KEYS[name] if row.get(key) is not None)}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dora_lab.io.text import shown
 from dora_lab.paper.agreement import LEVELS, STREAMS, Agreement, Rows, agreement, worst
+from dora_lab.report.labels import MISSING as MISSING_VALUE
 from dora_lab.runs.streams import read_rows
 from dora_lab.runs.survey import Survey, survey
 from dora_lab.spec import SpecError, did_you_mean
@@ -22,12 +23,15 @@ _Cell = tuple[str, str, str]  # setting (experiment, tier, model and data), meth
 
 @dataclass(frozen=True)
 class _Run:
-    """One complete run: where it stands in the table, its rows, its accuracies (fraction, items) by protocol, task."""
+    """One complete run: where it stands in the table, its rows, its accuracies (fraction, items) by protocol, task; the
+    versions of its packages, and the hashes of what it read."""
 
     spec_id: str
     setting: str
     method: str
     rows: Rows
+    packages: Mapping[str, str]
+    inputs: Mapping[str, str | None]
     scores: dict[str, dict[str, tuple[float, int]]] = field(default_factory=dict)
 
     def average(self, protocol: str) -> float:
@@ -42,10 +46,11 @@ class _Run:
 class Comparison:
     """What `compare` found.
 
-    rows: setting, method, protocol, runs (of both), of (committed), local and committed (average accuracies, fractions,
-    over tasks and the runs that both have), tolerance (two binomial standard errors of the difference), flipped (items
-    answered otherwise), agreement (a level, or "missing" where runs of yours are) and others (the level of those that
-    are there, where some are missing), why (what keeps runs apart). beside: setting, protocol, method, whose (yours or
+    rows: setting, method, protocol ("–": nothing is scored), runs (of both), of (committed), local and committed
+    (average accuracies, fractions, over tasks and the runs that both have; None where no score is an accuracy),
+    tolerance (two binomial standard errors of the difference), flipped (items answered otherwise), agreement (a level,
+    or "missing" where runs of yours are) and others (the level of those that are there, where some are missing), why
+    (what keeps runs apart, the worst first). beside: setting, protocol, method, whose (yours or
     committed), runs, the mean accuracy over those runs by task and over tasks; yours with those that no committed run
     is like. notes: sentences for a person, the verdict last.
     agrees: every committed method has all its runs and none differs.
@@ -114,9 +119,11 @@ def compare(
     counts = Counter(row["agreement"] for row in rows)
     extra = len(set(local) - set(committed))
     notes = [f"{extra} of your runs have no committed record and are not compared."] if extra else []
+    notes += _unfinished(found[0], committed)
     notes += [NOTE, _verdict(counts)]
-    if counts[LEVELS[3]]:
-        notes += _package_differences(*found)
+    apart = next((key for key, one in agreements.items() if one.level == LEVELS[3]), None)
+    if apart is not None:
+        notes += _differences(local[apart], committed[apart])
     beside = tuple(_beside({"yours": local.values(), "committed": committed.values()}, asked))
     return Comparison(rows, beside, said, tuple(notes), not counts[LEVELS[3]] and not counts[MISSING])
 
@@ -134,10 +141,10 @@ def _row(cell: _Cell, runs: Sequence[_Run], local: dict[str, _Run], agreements: 
     pairs = [(local[run.spec_id], run) for run in runs if run.spec_id in local]
     level, (ours, theirs, tolerance), why = _agreement(pairs, [agreements[run.spec_id] for _, run in pairs], cell[2])
     part = len(pairs) < len(runs) and level != LEVELS[3]
-    flips = [agreements[run.spec_id].flipped for _, run in pairs]
+    flips = [(agreements[run.spec_id].flipped or {}).get(cell[2]) for _, run in pairs]
     return dict(zip(("setting", "method", "protocol"), cell, strict=True)) | {
         "runs": len(pairs), "of": len(runs), "local": ours, "committed": theirs, "tolerance": tolerance,
-        "flipped": sum(map(int, filter(None, flips))) if flips and None not in flips else None,
+        "flipped": sum(filter(None, flips)) if flips and None not in flips else None,
         "agreement": MISSING if part else level, "others": level if part and pairs else None, "why": why,
     }  # fmt: skip
 
@@ -148,10 +155,11 @@ def _beside(sides: Mapping[str, Iterable[_Run]], asked: Container[str]) -> Itera
     for whose, runs in sides.items():
         for run in runs:
             for protocol in run.scores if run.setting in asked else ():
-                groups[run.setting, protocol, run.method, whose].append(run)
+                if run.scores[protocol]:
+                    groups[run.setting, protocol, run.method, whose].append(run)
     for key, runs in sorted(groups.items(), key=lambda group: (*group[0][:3], group[0][3] != "yours")):
         means = {
-            load_task(task).column: sum(run.scores[key[1]][task][0] for run in runs) / len(runs)
+            _column(task): sum(run.scores[key[1]][task][0] for run in runs) / len(runs)
             for task in runs[0].scores[key[1]]
             if all(task in run.scores[key[1]] for run in runs)
         }
@@ -160,20 +168,31 @@ def _beside(sides: Mapping[str, Iterable[_Run]], asked: Container[str]) -> Itera
         yield named | {"runs": len(runs)} | means | {"average": average}
 
 
+def _column(task: str) -> str:
+    """The head of a task's column; of a task that is not this lab's, its name."""
+    try:
+        return load_task(task).column
+    except ValueError:
+        return task
+
+
 def _agreement(
     pairs: Sequence[tuple[_Run, _Run]], found: Sequence[Agreement], protocol: str
 ) -> tuple[str, tuple[float | None, ...], list[str]]:
     """(level, (our average, theirs, tolerance), what keeps them apart) of a method's runs by one protocol."""
     if not pairs:
         return MISSING, (None, None, None), []
-    why = [f"{ours.spec_id}: {one.why}" for (ours, _), one in zip(pairs, found, strict=True) if one.why]
+    told = [(one.level, f"{run.spec_id}: {one.why}") for (run, _), one in zip(pairs, found, strict=True) if one.why]
+    why = [said for _, said in sorted(told, key=lambda one: -LEVELS.index(one[0]))]
     if any(set(a.scores.get(protocol, {})) != set(b.scores[protocol]) for a, b in pairs):
         return LEVELS[3], (None, None, None), [*why, "other tasks are scored"]
+    level = worst([one.level for one in found])
+    if not all(run.scores[protocol] for pair in pairs for run in pair):
+        return level, (None, None, None), why
     ours, theirs = (sum(pair[side].average(protocol) for pair in pairs) / len(pairs) for side in (0, 1))
     tolerance = 2 * math.sqrt(sum(a.variance(protocol) + b.variance(protocol) for a, b in pairs) / len(pairs))
-    level = worst([one.level for one in found])
     if level == LEVELS[2] and abs(ours - theirs) > tolerance:
-        level, why = LEVELS[3], [*why, "the averages differ by more than the tolerance"]
+        level, why = LEVELS[3], ["the averages differ by more than the tolerance", *why]
     return level, (ours, theirs, tolerance), why
 
 
@@ -215,19 +234,35 @@ def _run(pair: tuple[Path, dict[str, Any]]) -> _Run:
         f"{spec['experiment']}, tier {spec['tier']}, model {spec['model']['name']}, data {data}",
         method if rank is None else f"{method} rank {rank}",
         {name: read_rows(path, name) for name in STREAMS},
+        record.get("packages") or {},
+        {name: ((record.get("inputs") or {}).get(name) or {}).get("sha256") for name in ("model", "data")},
     )
     for row in run.rows["eval"]:
+        scores = run.scores.setdefault(row["protocol"], {})
         if row["metric"] == "accuracy" and row["value"] is not None:
-            run.scores.setdefault(row["protocol"], {})[row["task"]] = float(row["value"]), int(row["n"])
-    return run
+            scores[row["task"]] = float(row["value"]), int(row["n"])
+    return run if run.scores else replace(run, scores={MISSING_VALUE: {}})
 
 
-def _package_differences(local: Survey, committed: Survey) -> list[str]:
-    """The versions that differ between the last runs of the two folders."""
-    ours, theirs = (_complete(one)[-1][1].get("packages") or {} for one in (local, committed))
-    changed = [
-        f"{name} {ours.get(name, '–')} (committed: {theirs.get(name, '–')})"
-        for name in sorted(set(ours) | set(theirs))
-        if ours.get(name) != theirs.get(name)
-    ]
-    return [f"Packages that differ: {', '.join(changed)}."] if changed else []
+def _unfinished(mine: Survey, committed: Container[str]) -> list[str]:
+    """Runs of the user's that would be compared, were they complete."""
+    asked = [(record["spec_id"], record["status"]) for _, record in mine.runs if record["spec_id"] in committed]
+    left = [f"{name} ({status})" for name, status in asked if status != "complete"]
+    if not left:
+        return []
+    named = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+    return [f"Of your runs that a committed one is like, not complete: {named}. `dora-lab run` goes on with them."]
+
+
+def _differences(ours: _Run, theirs: _Run) -> list[str]:
+    """What two runs of one spec that differ were made with and from, as far as it is not the same."""
+    kinds = (("Packages", ours.packages, theirs.packages), ("Inputs", ours.inputs, theirs.inputs))
+    notes = []
+    for what, mine, others in kinds:
+        changed = [
+            f"{name} {mine.get(name) or '–':.12} (committed: {others.get(name) or '–':.12})"
+            for name in sorted({*mine, *others})
+            if mine.get(name) != others.get(name)
+        ]
+        notes += [f"{what} that differ ({ours.spec_id}): {', '.join(changed)}."] if changed else []
+    return notes
