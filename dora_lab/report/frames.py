@@ -110,8 +110,7 @@ def _run_columns(record: Mapping[str, Any]) -> dict[str, Any]:
     flat = _spec_columns(spec_of(record))  # with the fields that came after it
     params, code = record.get("params") or {}, record.get("code") or {}
     trainable, total = params.get("trainable"), params.get("total")
-    return {
-        **flat,
+    return dict(flat) | {
         "spec_id": record["spec_id"],
         "trainable_percent": 100 * trainable / total if trainable is not None and total else None,
         "commit": code.get("commit") or (f"files {code['files']}" if code.get("files") else None),
@@ -169,17 +168,9 @@ def scores(evals: pd.DataFrame) -> pd.DataFrame:
     accuracy = evals[evals["metric"] == "accuracy"] if len(evals) else evals
     if not len(accuracy):
         names = (
-            "protocol",
-            "label",
-            "task",
-            "mean",
-            "sd",
-            "n_seeds",
-            "n_items",
-            "unparsed_percent",
-            "chance",
+            "protocol", "label", "task", "mean", "sd", "n_seeds", "n_items", "unparsed_percent", "chance",
             "majority",
-        )
+        )  # fmt: skip
         return pd.DataFrame(columns=[*GROUP, *names, "method", "rank", "trainable_percent"])
     for key, block in accuracy.groupby([*GROUP, "protocol"], dropna=False, sort=True):
         tasks = ordered_tasks(block["task"])
