@@ -62,8 +62,6 @@ _COUNTED = 11  # values that a score can have for an item to be answered alike o
 # Of means after two runs have parted, relative to the larger. Rounded up from the most that two of ten seeds of FT,
 # LoRA or DoRA differ by on VL-BART (800 steps, 18 layers of a kind). First over all steps, a checkpoint's layers
 # or all tasks, then over a quarter of the steps, a kind of matrix or a task.
-_ONE_STEP = {"loss": 0.3, "eval_loss": 0.3, "grad_norm": 0.9}  # of one step, besides; of n steps, by √n less
-_LAYERS = 18  # of fewer, the means of a kind may differ by more
 WHOLE = {
     "loss": 0.06,
     **dict.fromkeys(("eval_loss", "grad_norm"), 0.3),
@@ -78,6 +76,8 @@ PART = {
     **{name: 0.4 for name, most in WHOLE.items() if most == 0.3},
     **{name: 0.55 for name, most in WHOLE.items() if most == 0.45},
 }
+_ONE_STEP = {"loss": 0.3, "eval_loss": 0.3, "grad_norm": 0.9}  # of one step, besides; of n steps, by √n less
+_LAYERS = 18  # of fewer, the means of a kind may differ by more
 _SCALE = {
     "delta_m_signed": "delta_m",
     "growth": "radial_sd",
