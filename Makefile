@@ -24,7 +24,8 @@ reproduce-%: setup  ## e.g. reproduce-commonsense: run that experiment (mini tie
 	@$(RUN) reproduce $* --results $(RESULTS)
 
 test: setup  ## run the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	@# one thread each: two pools of threads on the same cores crawl
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup  ## lint, types, import contracts
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ TASKS = {
     "ARC-Challenge": 0.25,
     "openbookqa": 0.25,
 }
+HIDE = """import importlib.machinery
+_find = importlib.machinery.PathFinder.find_spec
+def _without(name, path=None, target=None):
+    return None if name.partition(".")[0] in {packages} else _find(name, path, target)
+importlib.machinery.PathFinder.find_spec = staticmethod(_without)
+"""
 METHODS: dict[
     str, tuple[str, int | None, float, float]
 ] = {  # label: name, rank, skill above chance, trainable fraction
@@ -257,3 +264,11 @@ def rng() -> np.random.Generator:
 def _no_width_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """What starts the tests may say how wide its terminal is; tables are as wide as in a pipe."""
     monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _processes_without_bitsandbytes(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests start is installed as a user's, without it: peft imports it where it is, two seconds of a core."""
+    hiding = tmp_path_factory.mktemp("site")
+    (hiding / "sitecustomize.py").write_text(HIDE.format(packages=("bitsandbytes",)))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(hiding), os.environ.get("PYTHONPATH"))))

@@ -411,9 +411,10 @@ def test_what_is_no_results_folder_or_experiment_is_said(two: tuple[Path, Path],
     assert "In the other folder: commonsense" in found.notes[0]
 
 
-def test_the_committed_records_agree_with_themselves() -> None:
+@pytest.mark.parametrize("experiment", ["detach", "stability", "visual_instruction"])
+def test_committed_records_agree_with_themselves(experiment: str) -> None:
     committed = Path(__file__).resolve().parents[1] / "results"
-    found = paper.compare(committed, committed)
+    found = paper.compare(committed, committed, experiment)
     assert found.agrees and {row["agreement"] for row in found.rows} == {"same bytes"}
 
 

@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import HIDE
 
 from analysis.tables import gpu, memory
 from dora_lab.launch.experiments import experiment_names
@@ -18,20 +20,16 @@ from experiments import gpu_visit
 from experiments.gpu import table
 
 ROOT = Path(__file__).resolve().parents[1]
-LACKING = ("datasets", "lm_eval", "gguf")
-HIDE = f"""import importlib.machinery
-_find = importlib.machinery.PathFinder.find_spec
-def _without(name, path=None, target=None):
-    return None if name.partition(".")[0] in {LACKING} else _find(name, path, target)
-importlib.machinery.PathFinder.find_spec = staticmethod(_without)
-"""
+LACKING = ("datasets", "lm_eval", "gguf", "bitsandbytes")
 
 
-def visit(folder: Path, *options: str, hide: str = HIDE, **environment: str) -> subprocess.CompletedProcess[str]:
+def visit(
+    folder: Path, *options: str, lacking: Sequence[str] = LACKING, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run it in a process that finds none of the packages that are not there."""
     hidden = folder / "site"
     hidden.mkdir(parents=True, exist_ok=True)
-    (hidden / "sitecustomize.py").write_text(hide)
+    (hidden / "sitecustomize.py").write_text(HIDE.format(packages=tuple(lacking)))
     there = os.environ | {"PYTHONPATH": f"{hidden}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, "-m", "experiments.gpu_visit", *options, "--out", str(folder)]
     return subprocess.run(command, cwd=ROOT, env=there, capture_output=True, text=True, timeout=300, check=False)
@@ -169,7 +167,7 @@ def test_the_visit_is_no_experiment() -> None:
 
 
 def test_the_runs_of_a_real_model_come_back_as_records(tmp_path: Path) -> None:
-    done = visit(tmp_path, "--cpu", "--seconds", "250", "--only", "llm", hide="")
+    done = visit(tmp_path, "--cpu", "--seconds", "250", "--only", "llm", lacking=("bitsandbytes",))
     assert done.returncode == 0, done.stderr[-3000:]
     found = {row["cell"]: row for row in rows(tmp_path)}
     assert "skipped" in found["weights"], "a dry run has the embedded base"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +19,18 @@ from dora_lab.runs.streams import STREAMS, read_stream
 from dora_lab.runs.survey import survey
 from dora_lab.spec import SpecError, from_dict
 
-RUNS = [path for path, _ in survey(RESULTS).runs]
-RECORDS: list[dict[str, Any]] = [read_record(path) for path in RUNS]
+Records = dict[Path, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def committed() -> Records:
+    return {path: read_record(path) for path, _ in survey(RESULTS).runs}
+
+
+@pytest.fixture
+def record(committed: Records) -> dict[str, Any]:
+    """A copy of one with an optimizer."""
+    return copy.deepcopy(next(record for record in committed.values() if record["spec"]["optim"]))
 
 
 def errors(name: str, value: Any) -> list[str]:
@@ -37,16 +48,16 @@ def test_each_is_a_schema_and_a_command_prints_it(name: str) -> None:
     assert json.loads(CliRunner().invoke(app, ["schema", name]).stdout) == schema(name)
 
 
-def test_every_committed_record_and_spec_fits() -> None:
-    assert len(RECORDS) > 300
+def test_every_committed_record_and_spec_fits(committed: Records) -> None:
+    assert len(committed) > 300
     validators = {name: Draft202012Validator(schema(name)) for name in ("record", "spec")}
-    for path, record in zip(RUNS, RECORDS, strict=True):
+    for path, record in committed.items():
         assert not [*validators["record"].iter_errors(record), *validators["spec"].iter_errors(record["spec"])], path
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-def test_every_committed_line_fits(stream: str) -> None:
-    rows = {shape(row): row for path in RUNS for row in read_stream(path, stream)}
+def test_every_committed_line_fits(stream: str, committed: Records) -> None:
+    rows = {shape(row): row for path in committed for row in read_stream(path, stream)}
     assert rows
     validator = Draft202012Validator(schema(stream))
     for row in rows.values():
@@ -61,27 +72,27 @@ def test_every_committed_line_fits(stream: str) -> None:
         (("optim", "learning_rate"), "0.1"),
     ],
 )  # fmt: skip
-def test_it_refuses_what_the_reader_refuses(path: tuple[str, ...], value: Any) -> None:
-    spec = copy.deepcopy(next(record["spec"] for record in RECORDS if record["spec"]["optim"]))
+def test_it_refuses_what_the_reader_refuses(path: tuple[str, ...], value: Any, record: dict[str, Any]) -> None:
+    spec = record["spec"]
     assert not errors("spec", spec)
     place = spec
     for name in path[:-1]:
         place = place[name]
     place[path[-1]] = value
-    assert errors("spec", spec) and errors("record", RECORDS[0] | {"spec": spec})
+    assert errors("spec", spec) and errors("record", record)
     with pytest.raises(SpecError):
         from_dict(spec)
 
 
-def test_a_field_that_is_missing_is_refused_unless_it_came_later() -> None:
-    spec = copy.deepcopy(RECORDS[0]["spec"])
+def test_a_field_that_is_missing_is_refused_unless_it_came_later(record: dict[str, Any]) -> None:
+    spec = copy.deepcopy(record["spec"])
     del spec["model"]["name"]
     assert errors("spec", spec) == ["$.model"]
-    spec = copy.deepcopy(RECORDS[0]["spec"])
+    spec = copy.deepcopy(record["spec"])
     spec["model"].pop("pad", None)
     assert not errors("spec", spec) and from_dict(spec)
     for name in ("spec_id", "status", "schema"):
-        assert errors("record", {key: value for key, value in RECORDS[0].items() if key != name})
-    assert errors("record", RECORDS[0] | {"status": "done"}) == ["$.status"]
-    assert errors("record", RECORDS[0] | {"params": {"trainable": 0.5}}) == ["$.params.trainable"]
+        assert errors("record", {key: value for key, value in record.items() if key != name})
+    assert errors("record", record | {"status": "done"}) == ["$.status"]
+    assert errors("record", record | {"params": {"trainable": 0.5}}) == ["$.params.trainable"]
     assert errors("probe", {"step": 1, "module": "a", "kind": "q_proj", "delta_m": None, "delta_d": 0.1})
