@@ -1,4 +1,4 @@
-"""`compare`: every stream of a run against the committed one, in four levels; the oracle is the damage done."""
+"""`compare`: every stream of a run against the committed one, in five levels; the oracle is the damage done."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_items_scored_in_parts(count: int, level: str, two: tuple[Path, Path]) -
     score(0)(rows[1])
     score(count)(rows[0])
     found = agreement(*({"eval": some, "probe": [], "metrics": []} for some in rows))
-    assert (found.level, sum((found.flipped or {}).values())) == (level, count * len(rows[0]))
+    assert (found.level, sum(one.items for one in (found.moved or {}).values())) == (level, count * len(rows[0]))
 
 
 def test_flips_do_not_excuse_another_magnitude(two: tuple[Path, Path]) -> None:
@@ -255,7 +255,7 @@ def parting(seed: int, steps: int = 60) -> dict[str, list[Row]]:
 
 
 PARTED: dict[str, tuple[str, Callable[[list[Row]], Any], str]] = {
-    "rounding alone": ("metrics", lambda rows: None, "within the interval"),
+    "rounding alone": ("metrics", lambda rows: None, "means alone"),
     "a magnitude times three": ("probe", lambda rows: times(3, "delta_m")(rows[36:]), "differs"),
     "a magnitude times 1.6": ("probe", lambda rows: times(1.6, "delta_m")(rows[36:]), "differs"),
     "a direction by half": ("probe", lambda rows: times(0.5, "delta_d")(rows[36:]), "differs"),
@@ -271,11 +271,28 @@ PARTED: dict[str, tuple[str, Callable[[list[Row]], Any], str]] = {
     "losses of the last quarter": ("metrics", lambda rows: times(1.5, "loss")(rows[51:]), "differs"),
     "likelihoods of all tasks, a third higher": ("eval", times(1.35, "answer_nll"), "differs"),
     "layers in another order": ("probe", lambda rows: oppose(rows[36:]), "differs"),
+    "all of a layer in another's place": ("probe", lambda rows: exchange(rows[36:]), "differs"),
+    "likelihoods of items in another order": ("eval", lambda rows: unrelated(rows), "differs"),
     "a layer that has not moved": ("probe", lambda rows: rows[40].update(delta_m=0.0), "differs"),
-    "rows without direction": ("probe", lambda rows: rows[40].update(undirected=1), "within the interval"),
+    "rows without direction": ("probe", lambda rows: rows[40].update(undirected=1), "means alone"),
     "a validation loss times five": ("metrics", lambda rows: times(5, "eval_loss")(rows[39::10]), "differs"),
     "a loss that is none": ("metrics", lambda rows: rows[40].update(loss=None), "differs"),
 }
+
+
+def exchange(rows: list[Row]) -> None:
+    """Magnitude and direction of one layer together in the place of another: every mean and r stays."""
+    fields = ("delta_m", "delta_d", "delta_m_signed")
+    values = [[row[field] for field in fields] for row in rows]
+    order = np.random.default_rng(0).permutation(len(rows) // 2)
+    for index, row in enumerate(rows):
+        row.update(zip(fields, values[2 * order[index // 2] + index % 2], strict=True))
+
+
+def unrelated(rows: list[Row]) -> None:
+    for row in rows:
+        found = unpack("answer_nll", row["per_item"]["answer_nll"])
+        row["per_item"] = {"answer_nll": pack("answer_nll", np.random.default_rng(0).permutation(found).tolist())}
 
 
 def tilt(rows: list[Row], field: str) -> None:
@@ -341,17 +358,240 @@ def test_the_worst_of_many_runs_is_named(tmp_path: Path) -> None:
     assert f"{mine.name}: probe" in told.output and "and 2 more" in told.output
 
 
-def test_what_was_begun_and_what_was_made_of_other_things_is_said(two: tuple[Path, Path], tmp_path: Path) -> None:
+def rewritten(run: Path, **changes: Any) -> None:
+    record = json.loads((run / "record.json").read_text())
+    (run / "record.json").write_text(json.dumps(record | changes))
+
+
+def twin(mine: Path, theirs: Path) -> Path:
+    return theirs / "runs" / mine.parent.name / mine.name
+
+
+def test_what_was_begun_and_what_was_made_with_others_is_said(two: tuple[Path, Path], tmp_path: Path) -> None:
     mine, theirs = two
     begun = write_run(tmp_path / "mine", make_spec("lora", 8, 0))
     write_run(theirs, make_spec("lora", 8, 0))
-    for run, change in ((begun, {"status": "failed"}), (mine, {"inputs": {"data": {"sha256": "f" * 64}}})):
-        record = json.loads((run / "record.json").read_text())
-        (run / "record.json").write_text(json.dumps(record | change))
-    changed(mine, "probe", times(3, "delta_m"))
+    rewritten(begun, status="failed")
+    rewritten(mine, packages={"torch": "1.0"}, machine={"processor": "Z80"})
     notes = "\n".join(paper.compare(tmp_path / "mine", theirs).notes)
     assert f"not complete: {begun.name} (failed)" in notes
-    assert f"Inputs that differ ({mine.name}): data ffffffffffff" in notes
+    assert f"Made with others ({mine.name}): processor Z80 (committed: –), torch 1.0 (committed: 2.13.0)" in notes
+
+
+FACTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what the committed record says, and mine
+    "params.trainable": ({"params": {"trainable": 5, "total": 9}}, {"params": {"trainable": 6, "total": 9}}),
+    "training.tokens": ({"training": {"steps": 4, "tokens": 64}}, {"training": {"steps": 4, "tokens": 65}}),
+    "inputs.data.sha256": ({"inputs": {"data": {"sha256": "e" * 64}}}, {"inputs": {"data": {"sha256": "f" * 64}}}),
+    "inputs.eval_data.sha256": ({"inputs": {"eval_data": {"sha256": "e" * 64}}}, {"inputs": {"eval_data": None}}),
+    "text_nll.after": ({"text_nll": {"before": 0.7, "after": 1.0}}, {"text_nll": {"before": 0.7, "after": 1.1}}),
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_what_tables_read_of_a_record_is_compared(name: str, two: tuple[Path, Path]) -> None:
+    mine, theirs = two
+    said, other = FACTS[name]
+    for run in (mine, twin(mine, theirs)):
+        rewritten(run, **said)
+    assert paper.compare(mine.parents[2], theirs).agrees
+    rewritten(mine, **other)
+    found = paper.compare(mine.parents[2], theirs)
+    assert not found.agrees and f"record, {name}: " in of_dora(found)["why"][0]
+
+
+def test_items_lost_in_every_run_are_no_rounding(tmp_path: Path) -> None:
+    """Three items of each task more wrong than right: within the standard errors of one run, not of ten."""
+    for seed in range(10):
+        mine = write_run(tmp_path / "mine", make_spec("dora", 8, seed), skill=0.9)
+        write_run(tmp_path / "theirs", make_spec("dora", 8, seed), skill=0.9)
+        changed(mine, "eval", lambda rows: [lose(row, 1) for row in rows])
+    found = paper.compare(tmp_path / "mine", tmp_path / "theirs")
+    assert not found.agrees and "over 10 runs scores move by -80 items of 80" in " ".join(of_dora(found)["why"])
+    one = paper.compare(tmp_path / "mine", tmp_path / "theirs", only={mine.name})
+    assert one.agrees and of_dora(one)["agreement"] == "within the interval"
+    changed(mine, "eval", lambda rows: [lose(row, 3) for row in rows])
+    assert not paper.compare(tmp_path / "mine", tmp_path / "theirs", only={mine.name}).agrees
+
+
+def lose(row: Row, count: int) -> None:
+    answer(row, row["correct"].replace("1", "0", count))
+
+
+def pictures() -> dict[str, list[Row]]:
+    """Rows of four tasks, as of pictures: right or wrong, parts, a score of any size, one that is no mean."""
+    rng = np.random.default_rng(3)
+    scored = {
+        "gqa": ("accuracy", (rng.random(400) < 0.8).astype(float)),
+        "vqa": ("accuracy", np.array([0.0, 0.3, 0.6, 1.0])[rng.integers(0, 4, 400)]),
+        "coco": ("cider_d", rng.gamma(9, 0.3, 400)),
+        "pope": ("f1", (rng.random(400) < 0.9).astype(float)),
+    }
+    rows = []
+    for task, (metric, scores) in scored.items():
+        row: Row = {"task": task, "protocol": "generate", "metric": metric, "n": 400, "n_unparsed": 5}
+        value = scores.mean() if metric != "f1" else 0.93
+        row |= {"value": float(value), "rules": {"own": {metric: float(value)}}}
+        row["stderr"] = None if metric == "f1" else float(scores.std() / 399**0.5)
+        row["correct"] = "".join(str(int(one)) for one in scores) if task == "gqa" else None
+        rows.append(row | {"per_item": {"score": pack("score", scores.tolist())}})
+    return {"metrics": [], "probe": [], "eval": rows}
+
+
+def scored(row: Row, scores: np.ndarray) -> None:
+    """As the lab would write it, of a score that is a mean."""
+    row["per_item"] = {"score": pack("score", scores.tolist())}
+    row.update(value=float(scores.mean()), stderr=float(scores.std() / 399**0.5))
+    row["rules"] = {"own": {row["metric"]: row["value"]}}
+    row.pop("correct", None)
+    if set(scores) <= {0.0, 1.0}:
+        row["correct"] = "".join(str(int(one)) for one in scores)
+
+
+def items(row: Row) -> np.ndarray:
+    return unpack("score", row["per_item"]["score"]).copy()
+
+
+def one_other(row: Row, to: float = 0.0) -> None:
+    found = items(row)
+    found[int(np.flatnonzero(found != to)[0])] = to
+    scored(row, found)
+
+
+def one_lost_one_gained(row: Row) -> None:
+    found = items(row)
+    found[[int(np.flatnonzero(found == 1)[0]), int(np.flatnonzero(found == 0)[0])]] = 0, 1
+    scored(row, found)
+
+
+def shuffled(row: Row) -> None:
+    scored(row, np.random.default_rng(1).permutation(items(row)))
+
+
+PICTURES: dict[str, tuple[Callable[[list[Row]], Any], str]] = {  # rows: gqa, vqa, coco, pope
+    "nothing": (lambda rows: None, "same bytes"),
+    "an item": (lambda rows: one_other(rows[0]), "within the interval"),
+    "an item lost, one gained": (lambda rows: one_lost_one_gained(rows[0]), "within the interval"),
+    "an item that is right in parts": (lambda rows: one_other(rows[0], 0.3), "within the interval"),
+    "a caption": (lambda rows: one_other(rows[2], 1.5), "within the interval"),
+    "one that no one can read": (lambda rows: rows[3].update(n_unparsed=6), "within the interval"),
+    "a score set to 0": (lambda rows: rows[2].update(value=0.0, stderr=0.0), "differs"),
+    "a score ten times as high": (lambda rows: rows[2].update(value=10 * rows[2]["value"]), "differs"),
+    "such a score beside an item": (
+        lambda rows: (one_other(rows[2], 1.5), rows[2].update(value=10 * rows[2]["value"])),
+        "differs",
+    ),
+    "captions of other items beside an item": (lambda rows: (one_other(rows[0]), shuffled(rows[2])), "differs"),
+    "captions worse by a twentieth": (lambda rows: scored(rows[2], 0.95 * items(rows[2])), "differs"),
+    "a score that is no mean": (lambda rows: rows[3].update(value=0.5, rules={"own": {"f1": 0.5}}), "differs"),
+    "the same beside an item": (lambda rows: (one_other(rows[0]), rows[3].update(value=0.5)), "differs"),
+    "no one can read any": (lambda rows: (one_other(rows[3]), rows[3].update(n_unparsed=400, value=0.93)), "differs"),
+    "by no rule": (lambda rows: (one_other(rows[0]), rows[1].update(rules=None)), "differs"),
+    "by another rule": (lambda rows: (one_other(rows[1]), rows[1].update(rules={"own": {"f1": 0.2}})), "differs"),
+    "another error": (lambda rows: (one_other(rows[1]), rows[1].update(stderr=0.0)), "differs"),
+    "right and wrong the other way round": (
+        lambda rows: rows[0].update(correct="".join("10"[int(one)] for one in rows[0]["correct"])),
+        "differs",
+    ),
+    "an item in twenty lost": (
+        lambda rows: scored(rows[0], np.where(np.arange(400) < 20, 0, items(rows[0]))),
+        "differs",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_what_is_printed_of_answers(name: str) -> None:
+    change, level = PICTURES[name]
+    ours, theirs = pictures(), pictures()
+    change(ours["eval"])
+    found = agreement(ours, theirs)
+    assert found.level == level, found.why
+
+
+def test_without_items_a_score_lies_within_its_errors() -> None:
+    """Of the items of a sweep no row says how each scored."""
+    ours, theirs = pictures(), pictures()
+    for row in (*ours["eval"], *theirs["eval"]):
+        row.update(per_item=None, correct=None)
+    ours["eval"][1]["value"] += 0.01
+    assert agreement(ours, theirs).level == "within the interval"
+    ours["eval"][1]["value"] += 0.2
+    assert agreement(ours, theirs).level == "differs"
+
+
+def test_losses_that_are_all_higher_are_no_rounding() -> None:
+    ours, theirs = parting(1), parting(1)
+    times(1.04, "loss")(ours["metrics"][40:50])
+    assert agreement(ours, theirs).level == "within the interval"
+    times(1.04, "loss")(ours["metrics"][8:40] + ours["metrics"][50:])
+    found = agreement(ours, theirs)
+    assert found.level == "differs" and "mean of 60 rows" in str(found.why)
+
+
+def late(rows: dict[str, list[Row]]) -> None:
+    """The last loss alone is off, and with it all of the last checkpoint."""
+    times(1.08, "loss")(rows["metrics"][-1:])
+    times(1.25, "delta_m")(rows["probe"][36:])
+
+
+def spliced(rows: dict[str, list[Row]]) -> None:
+    """Alike to the last digit, and from one step to the next as another run."""
+    other = parting(2)
+    for name, begin in (("metrics", 24), ("probe", 36), ("eval", 0)):
+        rows[name][begin:] = other[name][begin:]
+
+
+def short(rows: dict[str, list[Row]]) -> None:
+    """Rounding that grows, and no steps after it."""
+    rows["metrics"][:] = parting(2)["metrics"][:36]
+
+
+WHYS = [(late, "more at once than by rounding"), (spliced, "more at once than by rounding"), (short, "too late to say")]
+
+
+@pytest.mark.parametrize(("change", "why"), WHYS)
+def test_what_is_no_rounding_is_no_parting(change: Callable[[dict[str, list[Row]]], None], why: str) -> None:
+    ours, theirs = parting(1), parting(1)
+    change(ours)
+    theirs["metrics"] = theirs["metrics"][: len(ours["metrics"])]
+    found = agreement(ours, theirs)
+    assert found.level == "differs" and why in str(found.why)
+
+
+def test_a_run_of_ones_own_that_is_like_none_is_told_in_the_table(tmp_path: Path) -> None:
+    write_run(tmp_path / "mine", make_spec("lora", 8, 35))
+    write_run(tmp_path / "theirs", make_spec("lora", 8, 36))
+    told = CliRunner().invoke(app, ["compare", "--results", f"{tmp_path}/mine", "--committed", f"{tmp_path}/theirs"])
+    assert told.exit_code == 1 and "missing (1 of 1)" in told.output
+
+
+def test_a_task_that_is_lost_is_said(two: tuple[Path, Path]) -> None:
+    mine, theirs = two
+    changed(mine, "eval", lambda rows: rows.pop())
+    told = CliRunner().invoke(app, ["compare", "--results", str(mine.parents[2]), "--committed", str(theirs)])
+    assert told.exit_code == 1 and "other tasks are scored" in told.output
+
+
+def test_an_accuracy_in_percent_is_refused(two: tuple[Path, Path]) -> None:
+    mine, theirs = two
+    changed(mine, "eval", lambda rows: [row.update(value=100 * row["value"], correct=None) for row in rows])
+    found = paper.compare(mine.parents[2], theirs)
+    assert not found.agrees and "is no share of 1" in found.left_out[0]
+
+
+def test_committed_runs_that_cannot_be_read_are_no_agreement(two: tuple[Path, Path]) -> None:
+    mine, theirs = two
+    lost = write_run(theirs, make_spec("dora", 8, 1))
+    (lost / "record.json").write_text("{")
+    found = paper.compare(mine.parents[2], theirs)
+    assert not found.agrees and found.notes[-1].startswith("What can be read of the committed records agrees")
+
+
+def test_the_verdict_is_told_beside_rows_for_programs(two: tuple[Path, Path]) -> None:
+    mine, theirs = two
+    given = ["compare", "--results", str(mine.parents[2]), "--committed", str(theirs), "--format", "json"]
+    told = CliRunner().invoke(app, given)
+    assert json.loads(told.stdout) and told.stderr.strip().endswith("same bytes.")
 
 
 def test_a_task_of_somebody_elses_is_a_column(two: tuple[Path, Path]) -> None:
@@ -366,7 +606,7 @@ def test_a_likelihood_that_rows_have_not_is_no_number_to_compare() -> None:
     ours, theirs = parting(1), parting(2)
     for row in (*ours["eval"], *theirs["eval"]):
         row["choice_nll"] = None
-    assert agreement(ours, theirs).level == "within the interval"
+    assert agreement(ours, theirs).level == "means alone"
     ours["eval"][0]["choice_nll"] = 0.5
     found = agreement(ours, theirs)
     assert found.level == "differs" and "choice_nll 0.5" in str(found.why)

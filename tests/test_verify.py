@@ -205,13 +205,13 @@ def test_compare_agrees_exactly_with_itself(synthetic_results: Path) -> None:
 def test_compare_tells_tolerance_difference_and_absence_apart(tmp_path: Path, run_writer: Callable[..., Path]) -> None:
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
     write_tree(theirs, seeds=(0,))
-    for name, rank, skill, _ in METHODS.values():
+    for name, rank, skill, trainable in METHODS.values():
         if name == "ft":
-            run_writer(mine, make_spec(name, rank, 0), skill=skill, flip=1)
+            run_writer(mine, make_spec(name, rank, 0), skill=skill, trainable=trainable, flip=1)
         elif name == "lora":
-            run_writer(mine, make_spec(name, rank, 0), skill=0.1)
+            run_writer(mine, make_spec(name, rank, 0), skill=0.1, trainable=trainable)
         elif name == "base":
-            run_writer(mine, make_spec(name, rank, 0), skill=skill)
+            run_writer(mine, make_spec(name, rank, 0), skill=skill, trainable=trainable)
     run_writer(mine, make_spec("lora", 2, 0))
     found = paper.compare(mine, theirs)
     assert not found.agrees

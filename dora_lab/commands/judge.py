@@ -146,6 +146,8 @@ def told_apart(
         groups = beside.groupby(["setting", "protocol"], sort=False)
         views += [(f"{setting}, protocol {protocol}", _percent(rows)) for (setting, protocol), rows in groups]
     show({"compare": rows} | ({"tasks": beside} if tasks else {}), views, form, found.notes)
+    if form in (Format.json, Format.csv) and found.notes:
+        say(found.notes[-1], err=True)
     return found.agrees
 
 
@@ -153,7 +155,8 @@ def _compared(rows: pd.DataFrame) -> pd.DataFrame:
     """Your runs and the committed ones side by side; below a method, in its last column, what keeps runs apart."""
     import pandas as pd
 
-    percent = {name: [_two(100 * value) for value in rows[name]] for name in ("local", "committed", "tolerance")}
+    shown = ("local", "committed", "tolerance")
+    percent = {name: [None if pd.isna(value) else _two(100 * value) for value in rows[name]] for name in shown}
     return pd.DataFrame(
         {
             "method": rows["method"],

@@ -1,11 +1,11 @@
-"""How nearly two runs of one spec agree, stream by stream: the four levels of `compare`.
+"""How nearly two runs of one spec agree, stream by stream: the five levels of `compare`.
 
 - "same bytes": every row of metrics, probe and eval is alike to the last digit; wall time alone may differ, and columns
   that the other record is too old to have.
 - "same answers": every item is answered alike, and every other number lies within its `TOLERANCES`.
-- "within the interval": items may be answered otherwise, though far fewer than by unrelated runs, and each task's score
-  lies within `SCORE` standard errors; every other number lies within `WIDE` times its tolerance, or the training parts
-  (below) and the means agree.
+- "within the interval": some items are answered otherwise, as often better as worse (`answers`), and far fewer than by
+  unrelated runs; every other number lies within `WIDE` times its tolerance.
+- "means alone": the training parts (below); up to there it is as above, from there on means agree, no single numbers.
 - "differs": anything else; a field that the committed run has and the other lacks, too.
 
 Another kind of processor adds up floats in another order. Measured between two (AVX2 alone against the wider units that
@@ -16,8 +16,10 @@ choice_nll; those of single items 0.83 % of what they spread over (root mean squ
 The first `EARLY` steps are alike to six digits on any processor, which other methods, rates, decays and seeds are not.
 Some training amplifies rounding then: VL-BART's losses agree to 1e-6 for eight steps and leave their tolerance at step
 28 to 47; after it single steps, layers and likelihoods are nothing alike. Such runs *part* at the first step from which
-on most losses or gradients are off by more than a tolerance, if that is none of the first `STEADY`. What comes after is
-compared by means, which are to be as near as those of two seeds (`WHOLE`, `PART`), and by r of ΔM and ΔD over layers.
+on most losses or gradients are off by more than a tolerance, if that is none of the first or last `STEADY` and the
+difference has grown until then, by no more than `JUMP` in a step (VL-BART: 20): what was as good as equal a step
+before, is no rounding. What comes after is compared by means, which are to be as near as those of two seeds (`WHOLE`,
+`PART`, measured on VL-BART alone), by which layers move most (`PROFILE`), and by r of ΔM and ΔD over layers.
 """
 
 from __future__ import annotations
@@ -31,10 +33,11 @@ from typing import Any
 
 import numpy as np
 
-from dora_lab.report.items import item_values
+from dora_lab.paper.answers import ANSWERED, NONE, PAIRED, Moved, moved, printed, same
 from dora_lab.runs.item_values import unpack
 
-LEVELS = ("same bytes", "same answers", "within the interval", "differs")  # from the best to the worst
+LEVELS = ("same bytes", "same answers", "within the interval", "means alone", "differs")  # from the best to the worst
+SAME, ANSWERS_ALIKE, INTERVAL, MEANS, DIFFERS = LEVELS
 STREAMS = ("metrics", "probe", "eval")  # in the order in which a run makes them: the first that is off, is told
 WIDE = 10.0
 _M, _D, _SPREAD, _LOSS = 3.5e-4, 1.35e-3, 9e-3, 6e-3  # what was measured, and what rounds to it
@@ -54,11 +57,14 @@ TOLERANCES = {  # relative to the larger of the two; a number that is not here h
 EARLY = 8  # steps in which rounding moves losses by 4e-7 and gradients by 4e-6 at the most
 AT_FIRST = {"loss": 1e-5, "grad_norm": 1e-4}  # the most that two runs of one spec may differ by in them
 STEADY = 20  # steps that have to agree within their tolerances before two runs may part
-SCORE = 3.0  # standard errors of the difference of two scores
-# Items answered otherwise, as a share of those that two unrelated runs with these scores answer otherwise: of two of
-# ten seeds on VL-BART .42 (LoRA), .38 (DoRA), .55 (FT; .94 of FT that saw nothing).
-ANSWERS, ANSWERS_OF_TASK, ANSWERS_PARTED = 0.25, 0.5, 0.7
-_COUNTED = 11  # values that a score can have for an item to be answered alike or otherwise; CIDEr has any
+JUMP = 100.0  # the most that the largest difference of losses or gradients so far may grow by in one step
+# Σd² of items (`answers`), as a share of what it is of unrelated runs: of two of ten seeds on VL-BART up to .34 (LoRA),
+# .36 (DoRA), .43 (FT), and of one task up to .79.
+ANSWERS, ANSWERS_OF_TASK = 0.25, 0.5
+ANSWERS_PARTED, ANSWERS_OF_TASK_PARTED = 0.7, 0.9
+LIKELIHOODS_PARTED = 0.9  # the same of likelihoods of single items: of two seeds up to .60
+# r over layers of log ΔM or log ΔD in two runs that have parted, each less its kind's mean: of two seeds at least .50
+PROFILE = 0.2
 # Of means after two runs have parted, relative to the larger. Rounded up from the most that two of ten seeds of FT,
 # LoRA or DoRA differ by on VL-BART (800 steps, 18 layers of a kind). First over all steps, a checkpoint's layers
 # or all tasks, then over a quarter of the steps, a kind of matrix or a task.
@@ -76,7 +82,9 @@ PART = {
     **{name: 0.4 for name, most in WHOLE.items() if most == 0.3},
     **{name: 0.55 for name, most in WHOLE.items() if most == 0.45},
 }
+_UNPARTED = {"loss": 2 * _LOSS, "grad_norm": 4e-2}  # rounding moves losses up as often as down
 _ONE_STEP = {"loss": 0.3, "eval_loss": 0.3, "grad_norm": 0.9}  # of one step, besides; of n steps, by √n less
+_ENOUGH = 5  # items that two unrelated runs would answer otherwise, for their share to say something
 _LAYERS = 18  # of fewer, the means of a kind may differ by more
 _SCALE = {
     "delta_m_signed": "delta_m",
@@ -84,8 +92,8 @@ _SCALE = {
     "radial": "radial_sd",
     "margin": "choice_nll",
 }  # a mean that cancels out is measured by the mean that does not
+_FLOOR = {"grown": 0.1}  # a share that is 0 in most runs: what is less than this, is measured by this
 _WALL = ("seconds",)
-_ANSWERS = ("value", "stderr", "n_unparsed", "correct", "rules")  # what an item answered otherwise moves
 _COUNTS = ("undirected",)  # of rows of a matrix that have no direction: no two runs that have parted need have as many
 _KEYS = {"eval": ("task", "protocol", "metric"), "probe": ("step", "fraction", "module", "axis"), "metrics": ("step",)}
 
@@ -96,11 +104,11 @@ Pair = tuple[Row, Row]  # ours, theirs
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of two runs: the level; by protocol, items answered otherwise (None: the records do not say); what keeps them
-    apart."""
+    """Of two runs: the level; by protocol, how items are answered otherwise (None: the records do not say); what keeps
+    them apart."""
 
     level: str
-    flipped: Mapping[str, int] | None
+    moved: Mapping[str, Moved] | None
     why: str | None = None
 
 
@@ -111,37 +119,29 @@ def agreement(ours: Rows, theirs: Rows) -> Agreement:
     """
     ours = {name: _as_wide(ours[name], theirs[name]) for name in STREAMS}
     if all(_plain(ours[name]) == _plain(theirs[name]) for name in STREAMS):
-        return Agreement(LEVELS[0], {row["protocol"]: 0 for row in theirs["eval"]})
+        return Agreement(SAME, {row["protocol"]: NONE for row in theirs["eval"]})
     pairs: dict[str, list[Pair]] = {}
     for name in STREAMS:
         mine, others = ({_key(name, row): row for row in rows} for rows in (ours[name], theirs[name]))
         pairs[name] = [(mine[key], other) for key, other in others.items() if key in mine]
         strange = next(_other_rows(name, ours[name], theirs[name], pairs[name]), None)
         if strange is not None:
-            return Agreement(LEVELS[3], None, strange)
-    parted, early = _parted(pairs["metrics"])
-    flips = [(pair[1]["protocol"], _flips(pair)) for pair in pairs["eval"]]
-    known = [(protocol, *one) for protocol, one in flips if one is not None]
-    flipped = None
-    if len(known) == len(flips):
-        flipped = {protocol: sum(one[1] for one in known if one[0] == protocol) for protocol, *_ in known}
-    alike = all(_same(a.get(name), b.get(name)) for a, b in pairs["eval"] for name in _ANSWERS)
-    found = list(_distances(pairs, alike, parted))
-    counted, unrelated = (sum(one[index] for one in known) for index in (2, 3))
-    every = [(counted, unrelated, ANSWERS if parted is None else ANSWERS_PARTED)]
-    every += [(one[2], one[3], ANSWERS_OF_TASK) for one in known if parted is None and one[3] >= 10]
-    for some, otherwise, most in every:
-        if some > most * otherwise:
-            found.append((math.inf, f"{some} items are answered otherwise, by unrelated runs {otherwise:.0f} would be"))
-    worst_of_all = max(found, key=lambda one: one[0], default=(0.0, ""))
-    if worst_of_all[0] > WIDE:
+            return Agreement(DIFFERS, None, strange)
+    parted, too_soon = _parted(pairs["metrics"])
+    by_task = [(pair[1], moved(*pair)) for pair in pairs["eval"]]
+    by_protocol: dict[str, Moved] | None = {}
+    for row, some in by_task:
+        by_protocol = None if some is None or by_protocol is None else by_protocol | {
+            row["protocol"]: by_protocol.get(row["protocol"], NONE) + some
+        }  # fmt: skip
+    found = [*_distances(pairs, parted), *_of_answers(by_task, parted is not None)]
+    far, why = max(found, key=lambda one: one[0], default=(0.0, None))
+    if far > WIDE:
         _, why = next(one for one in found if one[0] > WIDE)  # what follows, may follow from it
-        return Agreement(LEVELS[3], flipped, f"{why}{early if parted is None else ''}")
+        return Agreement(DIFFERS, by_protocol, f"{why}{too_soon if parted is None else ''}")
     if parted is not None:
-        return Agreement(LEVELS[2], flipped, f"the runs part at step {parted}; from there on their means agree")
-    if worst_of_all[0] > 1:
-        return Agreement(LEVELS[2], flipped, worst_of_all[1])
-    return Agreement(LEVELS[1], flipped) if alike else Agreement(LEVELS[2], flipped, "items are answered otherwise")
+        return Agreement(MEANS, by_protocol, f"the runs part at step {parted}; from there on their means agree")
+    return Agreement(INTERVAL, by_protocol, why) if far > 1 else Agreement(ANSWERS_ALIKE, by_protocol)
 
 
 def worst(levels: Sequence[str]) -> str:
@@ -171,62 +171,37 @@ def _other_rows(name: str, ours: Sequence[Row], theirs: Sequence[Row], pairs: Se
         if _key(name, other) not in mine:
             yield f"{_where(name, other)}: the committed run has such a row"
     for a, b in pairs:
-        if lost := sorted(field for field in b.keys() - a.keys() - {*_WALL} if b[field] is not None):
+        derived = {"correct"} if name == "eval" and moved(a, b) is not None else set()  # of scores of no parts alone
+        if lost := sorted(field for field in b.keys() - a.keys() - {*_WALL} - derived if b[field] is not None):
             yield f"{_where(name, b)}: no {lost[0]}, the committed run has it"
         for field in ("n", "prompt_sha256", "chance", "majority") if name == "eval" else ():
-            if not _same(a.get(field), b.get(field)):
-                yield f"{_where(name, b)}: {field} {a[field]!r:.20}, the committed run has {b[field]!r:.20}"
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two values are equal, floats but for the last digits of a sum."""
-    if type(a) is dict and type(b) is dict:
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, float) and isinstance(b, float):
-        return a == b or math.isclose(a, b, rel_tol=_EXACT, abs_tol=_EXACT)
-    return a == b
-
-
-def _flips(pair: Pair) -> tuple[int, int, float] | None:
-    """Of a task: items scored otherwise; those of them that can be alike, too; how many it would be of unrelated runs.
-
-    Two unrelated answers to an item score alike with probability Σ_v p_v p'_v, p_v the share of items that score v.
-    None where a row does not say how single items scored.
-    """
-    first, second = map(_scores, pair)
-    if first is None or second is None or len(first) != len(second):
-        return None
-    flipped, values = int((first != second).sum()), np.union1d(first, second)
-    if len(values) > _COUNTED:
-        return flipped, 0, 0.0
-    p, p_other = (np.array([(some == value).mean() for value in values]) for some in (first, second))
-    return flipped, flipped, len(first) * (1 - float(p @ p_other))
-
-
-def _scores(row: Row) -> np.ndarray | None:
-    """How each item scored, (items,): as right or wrong, or in a measure that knows more; None where no one says."""
-    try:
-        return item_values(row, "accuracy" if isinstance(row.get("correct"), str) else "score")
-    except (ValueError, TypeError):
-        return None
+            if not same(a.get(field), b.get(field)):
+                yield f"{_where(name, b)}: {field} {a.get(field)!r:.20}, the committed run has {b.get(field)!r:.20}"
 
 
 def _parted(pairs: Sequence[Pair]) -> tuple[int | None, str]:
     """(the step at which two runs part, None where they do not; what is to be said where they could not)."""
-    off = []
+    off, apart = [], []
     for a, b in pairs:
         both = [name for name in ("loss", "grad_norm") if _numbers(a.get(name), b.get(name))]
+        apart.append(max((_off(a[name], b[name]) for name in both), default=0.0))
         off.append(max((_off(a[name], b[name]) / TOLERANCES[name] for name in both), default=0.0))
     first = next((index for index, far in enumerate(off) if far > 1), None)
     if first is None or max(off) <= WIDE:
         return None, ""
+    steps = [other["step"] for _, other in pairs]
     if first < STEADY:
-        return None, f"; step {pairs[first][1]['step']} is off, too early for rounding alone"
-    apart = (pairs[index][1]["step"] for index, far in enumerate(off) if far > 1 and median(off[index:]) > 1)
-    return next(apart, None), ""
+        return None, f"; step {steps[first]} is off, too early for rounding alone"
+    sofar = np.maximum.accumulate(apart)
+    for index in range(EARLY, len(sofar)):
+        if sofar[index] > AT_FIRST["grad_norm"] and sofar[index] > JUMP * sofar[index - 1]:
+            return None, f"; at step {steps[index]} the difference has grown more at once than by rounding"
+    lasting = (index for index, far in enumerate(off[: 1 - STEADY]) if far > 1 and median(off[index:]) > 1)
+    index = next(lasting, None)
+    return (None, "; too late to say whether by rounding") if index is None else (steps[index], "")
 
 
-def _distances(pairs: Mapping[str, Sequence[Pair]], alike: bool, parted: int | None) -> Iterator[tuple[float, str]]:
+def _distances(pairs: Mapping[str, Sequence[Pair]], parted: int | None) -> Iterator[tuple[float, str]]:
     """(distance in tolerances, what it is of) of every number that both runs have; infinite where it may not differ."""
     for name in STREAMS:
         after = []
@@ -235,9 +210,12 @@ def _distances(pairs: Mapping[str, Sequence[Pair]], alike: bool, parted: int | N
             after += [pair] * by_mean
             if name == "metrics" and pair[1]["step"] <= EARLY:
                 yield from _at_first(pair)
-            if name == "eval" and not alike:
-                yield from _of_score(pair)
-            yield from _of_rows(name, *pair, alike, by_mean)
+            if name == "eval":
+                for far, what in printed(*pair):
+                    yield _beyond_one(far), f"{_where(name, pair[1])}: {what}"
+            yield from _of_rows(name, *pair, by_mean)
+        if name == "metrics" and parted is None and pairs[name]:
+            yield from _of_means(name, pairs[name], _UNPARTED, 1.0, noise=False)
         for grouped, limits in ((_whole, WHOLE), (_part, PART)):
             groups: dict[tuple[Any, ...], list[Pair]] = defaultdict(list)
             for index, pair in enumerate(after):
@@ -245,8 +223,40 @@ def _distances(pairs: Mapping[str, Sequence[Pair]], alike: bool, parted: int | N
             for some in groups.values():
                 few = name == "probe" and grouped is _part and len(some) < _LAYERS
                 yield from _of_means(name, some, limits, math.sqrt(_LAYERS / len(some)) if few else 1.0)
-                if name == "probe" and grouped is _part:
-                    yield from _of_layers(some)
+                if name == "probe":
+                    yield from (_of_profiles if grouped is _whole else _of_layers)(some)
+
+
+def _beyond_one(far: float) -> float:
+    """In tolerances: what is answered otherwise is no answer alike, however near the scores are."""
+    return max(1 + _EXACT, WIDE * far) if far else 0.0
+
+
+def _of_answers(by_task: Sequence[tuple[Row, Moved | None]], parted: bool) -> Iterator[tuple[float, str]]:
+    """As `_distances`, of items answered otherwise: of each task and of all of a protocol."""
+    whole: dict[str, Moved] = defaultdict(lambda: NONE)
+    of_task, of_all = (ANSWERS_OF_TASK_PARTED, ANSWERS_PARTED) if parted else (ANSWERS_OF_TASK, ANSWERS)
+    for row, some in by_task:
+        if some is not None:
+            yield from _of_moved(some, of_task, _where("eval", row))
+            whole[row["protocol"]] += some
+    for protocol, some in whole.items():
+        yield from _of_moved(some, of_all, f"eval, all tasks by {protocol}")
+
+
+def _of_moved(some: Moved, most: float, where: str) -> Iterator[tuple[float, str]]:
+    if not some.items:
+        return
+    told = f"{where}: {some.items} items are answered otherwise"
+    yield (
+        _beyond_one(some.errors / PAIRED),
+        (f"{told}, the score moves by {some.gained:+.3g} items, {some.errors:.2g} standard errors, at most {PAIRED:g}"),
+    )
+    if some.unrelated >= _ENOUGH:
+        yield (
+            _beyond_one(some.share / most),
+            (f"{told}, {100 * some.share:.0f} % of those of unrelated runs, at most {100 * most:.0f}"),
+        )
 
 
 def _whole(name: str, row: Row, _: float) -> tuple[Any, ...]:
@@ -257,7 +267,11 @@ def _part(name: str, row: Row, passed: float) -> tuple[Any, ...]:
     """A quarter of the steps, a kind of matrix at a checkpoint, a task."""
     if name == "metrics":
         return (int(4 * passed),)
-    return (*_whole(name, row, passed), str(row["module"]).rpartition(".")[2]) if name == "probe" else _key(name, row)
+    return (*_whole(name, row, passed), _kind(row)) if name == "probe" else _key(name, row)
+
+
+def _kind(row: Row) -> str:
+    return str(row["module"]).rpartition(".")[2]
 
 
 def _at_first(pair: Pair) -> Iterator[tuple[float, str]]:
@@ -268,29 +282,16 @@ def _at_first(pair: Pair) -> Iterator[tuple[float, str]]:
             yield _told(f"{_where('metrics', pair[1])}: {field}", _off(a, b), limit, WIDE)
 
 
-def _of_score(pair: Pair) -> Iterator[tuple[float, str]]:
-    """As `_distances`, of the score of a task of which items are answered otherwise."""
-    first, second = map(_scores, pair)
-    if first is None or second is None or len(first) != len(second):
-        return
-    off = abs(float(first.mean() - second.mean()))
-    error = math.sqrt((first.var() + second.var()) / len(first))
-    if off:
-        far = off / error if error else math.inf
-        what = f"{_where('eval', pair[1])}: scores {first.mean():.4g}, the committed run has {second.mean():.4g}"
-        yield WIDE * far / SCORE, f"{what}: {far:.2g} standard errors, at most {SCORE:g}"
-
-
-def _of_rows(name: str, mine: Row, other: Row, alike: bool, by_mean: bool) -> Iterator[tuple[float, str]]:
+def _of_rows(name: str, mine: Row, other: Row, by_mean: bool) -> Iterator[tuple[float, str]]:
     """As `_distances`, of two rows; by_mean: without what is compared by means."""
     for field in sorted(mine.keys() & other.keys() - {*_WALL}):
         a, b = mine[field], other[field]
-        if _same(a, b) or (by_mean and field in WHOLE and _numbers(a, b)) or (by_mean and field in _COUNTS):
+        if same(a, b) or (by_mean and field in WHOLE and _numbers(a, b)) or (by_mean and field in _COUNTS):
             continue
-        if name == "eval" and not alike and field in _ANSWERS:
-            continue  # `_flips` and `_of_score` speak of them
+        if name == "eval" and field in ANSWERED:
+            continue  # `printed` speaks of them
         if field == "per_item" and isinstance(a, Mapping) and isinstance(b, Mapping):
-            yield from _of_items(a, b, alike, by_mean, _where(name, other))
+            yield from _of_items(a, b, by_mean, _where(name, other))
             continue
         if field not in TOLERANCES or not _numbers(a, b):
             yield math.inf, f"{_where(name, other)}: {field} {a!r:.20}, the committed run has {b!r:.20}"
@@ -301,9 +302,9 @@ def _of_rows(name: str, mine: Row, other: Row, alike: bool, by_mean: bool) -> It
 
 
 def _of_means(
-    name: str, pairs: Sequence[Pair], limits: Mapping[str, float], scale: float
+    name: str, pairs: Sequence[Pair], limits: Mapping[str, float], scale: float, noise: bool = True
 ) -> Iterator[tuple[float, str]]:
-    """As `_distances`, of the means over some rows of two runs that have parted; at most `WIDE` where they agree."""
+    """As `_distances`, of the means over some rows; at most `WIDE` where they agree. noise: each step has its own."""
     first, last = (
         " ".join(str(row[key]) for key in ("task", "step") if key in row) for row in (pairs[0][1], pairs[-1][1])
     )
@@ -317,10 +318,10 @@ def _of_means(
             for key in {field, _SCALE.get(field, field)}
             if all(_numbers(row.get(key)) for pair in both for row in pair)
         }
-        size = max(abs(value) for found in means.values() for value in found)
+        size = max(_FLOOR.get(field, 0.0), *(abs(value) for found in means.values() for value in found))
         off = abs(means[field][0] - means[field][1]) / size if size else 0.0
-        noise = _ONE_STEP[field] / math.sqrt(len(both)) if name == "metrics" else 0.0
-        yield _told(f"{where}: {field}", off, scale * limit + noise, WIDE)
+        of_steps = _ONE_STEP[field] / math.sqrt(len(both)) if noise and name == "metrics" else 0.0
+        yield _told(f"{where}: {field}", off, min(0.9, scale * limit + of_steps), WIDE)
 
 
 def _of_layers(pairs: Sequence[Pair]) -> Iterator[tuple[float, str]]:
@@ -341,12 +342,34 @@ def _of_layers(pairs: Sequence[Pair]) -> Iterator[tuple[float, str]]:
         yield WIDE * abs(z - z_other) / most, what
 
 
+def _of_profiles(pairs: Sequence[Pair]) -> Iterator[tuple[float, str]]:
+    """As `_distances`, of all layers at a checkpoint: whether those that move most are the same."""
+    kinds: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        kinds[_kind(pair[1])].append(pair)
+    for field in ("delta_m", "delta_d"):
+        centred: list[np.ndarray] = []  # (2, layers) of each kind
+        for some in kinds.values():
+            values: list[list[Any]] = [[row.get(field) for row in pair] for pair in some]
+            logs = np.log(
+                np.array([both for both in values if _numbers(*both) and min(both) > 0], float).reshape(-1, 2)
+            )
+            centred.append((logs - logs.mean(0)).T if len(logs) else logs.T)
+        both = np.concatenate(centred, 1)
+        if both.shape[1] >= 8 and min(np.ptp(both, 1)) > _EXACT:
+            r = float(np.corrcoef(both)[0, 1])
+            what = (
+                f"{_where('probe', pairs[0][1])} and {len(pairs) - 1} others: r of log {field} in both runs is {r:.2f}"
+            )
+            yield WIDE * (1 - r) / (1 - PROFILE), f"{what}, at least {PROFILE:g}"
+
+
 def _of_items(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], alike: bool, by_mean: bool, where: str
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], by_mean: bool, where: str
 ) -> Iterator[tuple[float, str]]:
     """As `_of_rows`, of the values of single items, which a row holds packed."""
     for name in sorted(theirs):
-        if ours.get(name) == theirs[name] or (name == "score" and not alike and name in ours):
+        if ours.get(name) == theirs[name]:
             continue
         what = f"{where}: {name} of single items"
         try:
@@ -356,22 +379,25 @@ def _of_items(
             continue
         if name == "fact" or len(first) != len(second):
             yield math.inf, f"{what}, the committed run has others"
-        elif name == "score":
-            yield (0.0 if np.allclose(first, second, rtol=_EXACT, atol=1e-6) else math.inf), f"{what} are others"
-        elif not by_mean:
+        elif name != "score":  # of which `Moved` speaks
             off, spread = math.sqrt(float(((first - second) ** 2).mean())), float(second.std())
-            yield _told(what, off / spread if spread else math.inf, ITEMS)
-        elif not np.array_equal(np.isfinite(first), np.isfinite(second)):
-            yield math.inf, f"{what} are no numbers in one of the runs"
+            share = Moved.between(first, second).share
+            if not np.array_equal(np.isfinite(first), np.isfinite(second)):
+                yield math.inf, f"{what} are no numbers in one of the runs"
+            elif by_mean:
+                said = f"are {100 * share:.0f} % as far apart as unrelated ones, at most {100 * LIKELIHOODS_PARTED:.0f}"
+                yield WIDE * share / LIKELIHOODS_PARTED, f"{what} {said}"
+            else:
+                yield _told(what, off / spread if spread else math.inf, ITEMS)
 
 
 def _numbers(*values: object) -> bool:
-    return all(type(value) in (int, float) for value in values)
+    return all(type(value) in (int, float) and abs(value) < 1e300 for value in values)  # type: ignore[operator]
 
 
 def _off(a: Any, b: Any) -> float:
     """By what two numbers differ, relative to the larger."""
-    return 0.0 if _same(a, b) else abs(a - b) / max(abs(a), abs(b))
+    return 0.0 if same(a, b) else abs(a - b) / max(abs(a), abs(b))
 
 
 def _told(what: str, off: float, limit: float, at: float = 1.0) -> tuple[float, str]:

@@ -10,7 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from dora_lab.io.text import shown
-from dora_lab.paper.agreement import LEVELS, STREAMS, Agreement, Rows, agreement, worst
+from dora_lab.paper.agreement import (
+    DIFFERS,
+    INTERVAL,
+    LEVELS,
+    MEANS,
+    STREAMS,
+    TOLERANCES,
+    WHOLE,
+    WIDE,
+    Agreement,
+    Rows,
+    agreement,
+    worst,
+)
+from dora_lab.paper.answers import NONE, PAIRED
 from dora_lab.report.labels import MISSING as MISSING_VALUE
 from dora_lab.runs.streams import read_rows
 from dora_lab.runs.survey import Survey, survey
@@ -23,15 +37,17 @@ _Cell = tuple[str, str, str]  # setting (experiment, tier, model and data), meth
 
 @dataclass(frozen=True)
 class _Run:
-    """One complete run: where it stands in the table, its rows, its accuracies (fraction, items) by protocol, task; the
-    versions of its packages, and the hashes of what it read."""
+    """One complete run: where it stands in the table, its rows; what it was made with (`made`) and what has to be equal
+    of its record (`facts`: parameters, steps, hashes of what it read); its accuracies (fraction, items) by protocol,
+    task."""
 
     spec_id: str
     setting: str
     method: str
     rows: Rows
-    packages: Mapping[str, str]
-    inputs: Mapping[str, str | None]
+    made: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    text_nll: Mapping[str, Any]
     scores: dict[str, dict[str, tuple[float, int]]] = field(default_factory=dict)
 
     def average(self, protocol: str) -> float:
@@ -53,7 +69,7 @@ class Comparison:
     (what keeps runs apart, the worst first). beside: setting, protocol, method, whose (yours or
     committed), runs, the mean accuracy over those runs by task and over tasks; yours with those that no committed run
     is like. notes: sentences for a person, the verdict last.
-    agrees: every committed method has all its runs and none differs.
+    agrees: every committed method has all its runs, none differs, and every committed run could be read.
     """
 
     rows: tuple[dict[str, Any], ...] = ()
@@ -75,9 +91,12 @@ def compare(
 ) -> Comparison:
     """A user's runs against the committed records, run by run of the same spec_id, summarised per method.
 
-    Every stream is compared, at the levels that `agreement` names. A method is as good as the worst of its runs. Where
-    items are answered otherwise, its averages must differ by at most two binomial standard errors of the difference of
-    two such averages besides (items counted once, not once per seed, since all seeds answer the same items).
+    Every stream is compared, at the levels that `agreement` names; of the record, the parameters, steps and tokens of
+    training and the hashes of what was read have to be equal, NLL of held-out text alike. A method is as good as the
+    worst of its runs; over all of them, too, items must be answered better about as often as worse, and its averages
+    differ by at most two binomial standard errors of the difference of two such averages (items counted once, not once
+    per seed, since all seeds answer the same items). The commit of the code, packages and machines are told, not
+    compared.
     Committed runs on data, a model or a tier that none of the user's runs is about are left out: nobody asked for them.
 
     Args: the roots are results folders (with `runs/` in them); experiment: one name, None = all that the user has;
@@ -114,37 +133,53 @@ def compare(
         there = "; ".join(sorted({run.setting for run in committed.values()}))
         note = f"No complete committed run in {committed_root} is about {', '.join(sorted(asked))}. There: {there}."
         return Comparison(left_out=said, notes=(note,))
-    agreements = {key: agreement(local[key].rows, run.rows) for key, run in committed.items() if key in local}
+    agreements = {key: _of_runs(local[key], run) for key, run in committed.items() if key in local}
     rows = tuple(_row(cell, runs, local, agreements) for cell, runs in sorted(cells.items()))
     counts = Counter(row["agreement"] for row in rows)
     extra = len(set(local) - set(committed))
     notes = [f"{extra} of your runs have no committed record and are not compared."] if extra else []
     notes += _unfinished(found[0], committed)
-    notes += [NOTE, _verdict(counts)]
-    apart = next((key for key, one in agreements.items() if one.level == LEVELS[3]), None)
-    if apart is not None:
-        notes += _differences(local[apart], committed[apart])
+    if lost := len(found[1].left_out):
+        notes.append(f"{lost} parts or runs of {committed_root} cannot be read: what was in them is not compared.")
+    apart = next((key for key, one in agreements.items() if one.level == DIFFERS), None)
+    notes += _made_otherwise(local, committed, [apart] if apart else [*agreements])
+    notes += [NOTE, _verdict(counts, lost)]
     beside = tuple(_beside({"yours": local.values(), "committed": committed.values()}, asked))
-    return Comparison(rows, beside, said, tuple(notes), not counts[LEVELS[3]] and not counts[MISSING])
+    return Comparison(rows, beside, said, tuple(notes), not (counts[DIFFERS] or counts[MISSING] or lost))
 
 
 NOTE = (
     "Average accuracy in percent over tasks and the runs that both have; tolerance: two binomial standard errors of "
     "the difference; flipped: items answered otherwise. Same bytes: every stream, wall time aside; same answers: every "
-    "item alike and the other streams within their tolerances; within the interval: items flipped, ten tolerances, or "
-    "training that parts late, by rounding, with means as near as those of two seeds."
+    "item alike and the other streams within their tolerances; within the interval: items flipped, about as many up as "
+    "down, or ten tolerances; means alone: alike for twenty steps, then apart as rounding may grow, and from there on "
+    "nothing single, but means as near as those of two seeds."
 )
+
+
+def _of_runs(ours: _Run, theirs: _Run) -> Agreement:
+    """How two runs of one spec agree: their streams, and what has to be equal of their records."""
+    found = agreement(ours.rows, theirs.rows)
+    facts = [(name, ours.facts.get(name), value) for name, value in theirs.facts.items()]
+    apart = [f"record, {name}: {a!r:.20}, the committed run has {b!r:.20}" for name, a, b in facts if a != b]
+    limit = WHOLE["answer_nll"] if found.level == MEANS else WIDE * TOLERANCES["eval_loss"]
+    for name, value in theirs.text_nll.items():
+        other = ours.text_nll.get(name)
+        near = isinstance(other, float) and isinstance(value, float) and math.isclose(other, value, rel_tol=limit)
+        if other != value and not near:
+            apart.append(f"record, text_nll.{name}: {other!r:.20}, the committed run has {value!r:.20}")
+    return replace(found, level=DIFFERS, why=apart[0]) if apart else found
 
 
 def _row(cell: _Cell, runs: Sequence[_Run], local: dict[str, _Run], agreements: dict[str, Agreement]) -> dict[str, Any]:
     """One line of the table: a method's runs by one protocol."""
     pairs = [(local[run.spec_id], run) for run in runs if run.spec_id in local]
     level, (ours, theirs, tolerance), why = _agreement(pairs, [agreements[run.spec_id] for _, run in pairs], cell[2])
-    part = len(pairs) < len(runs) and level != LEVELS[3]
-    flips = [(agreements[run.spec_id].flipped or {}).get(cell[2]) for _, run in pairs]
+    part = len(pairs) < len(runs) and level != DIFFERS
+    flips = [(agreements[run.spec_id].moved or {}).get(cell[2]) for _, run in pairs]
     return dict(zip(("setting", "method", "protocol"), cell, strict=True)) | {
         "runs": len(pairs), "of": len(runs), "local": ours, "committed": theirs, "tolerance": tolerance,
-        "flipped": sum(filter(None, flips)) if flips and None not in flips else None,
+        "flipped": sum(one.items for one in flips if one) if flips and None not in flips else None,
         "agreement": MISSING if part else level, "others": level if part and pairs else None, "why": why,
     }  # fmt: skip
 
@@ -185,20 +220,26 @@ def _agreement(
     told = [(one.level, f"{run.spec_id}: {one.why}") for (run, _), one in zip(pairs, found, strict=True) if one.why]
     why = [said for _, said in sorted(told, key=lambda one: -LEVELS.index(one[0]))]
     if any(set(a.scores.get(protocol, {})) != set(b.scores[protocol]) for a, b in pairs):
-        return LEVELS[3], (None, None, None), [*why, "other tasks are scored"]
+        return DIFFERS, (None, None, None), [*why, "other tasks are scored"]
     level = worst([one.level for one in found])
+    moved = sum(((one.moved or {}).get(protocol, NONE) for one in found), NONE)
+    if moved.errors > PAIRED:
+        said = f"over {len(pairs)} runs scores move by {moved.gained:+.3g} items of {moved.items} answered otherwise"
+        level, why = DIFFERS, [*why[:1], f"{said}: {moved.errors:.2g} standard errors, at most {PAIRED:g}", *why[1:]]
     if not all(run.scores[protocol] for pair in pairs for run in pair):
         return level, (None, None, None), why
     ours, theirs = (sum(pair[side].average(protocol) for pair in pairs) / len(pairs) for side in (0, 1))
     tolerance = 2 * math.sqrt(sum(a.variance(protocol) + b.variance(protocol) for a, b in pairs) / len(pairs))
-    if level == LEVELS[2] and abs(ours - theirs) > tolerance:
-        level, why = LEVELS[3], ["the averages differ by more than the tolerance", *why]
+    if level in (INTERVAL, MEANS) and abs(ours - theirs) > tolerance:
+        level, why = DIFFERS, ["the averages differ by more than the tolerance", *why]
     return level, (ours, theirs, tolerance), why
 
 
-def _verdict(counts: Counter[str]) -> str:
-    if counts[LEVELS[3]]:
+def _verdict(counts: Counter[str], lost: int) -> str:
+    if counts[DIFFERS]:
         said = "The numbers do not all agree with the committed records"
+    elif lost:
+        said = "What can be read of the committed records agrees, but not all of it can"
     elif counts[MISSING]:
         said = "What is there agrees with the committed records, but runs are missing"
     else:
@@ -234,14 +275,31 @@ def _run(pair: tuple[Path, dict[str, Any]]) -> _Run:
         f"{spec['experiment']}, tier {spec['tier']}, model {spec['model']['name']}, data {data}",
         method if rank is None else f"{method} rank {rank}",
         {name: read_rows(path, name) for name in STREAMS},
-        record.get("packages") or {},
-        {name: ((record.get("inputs") or {}).get(name) or {}).get("sha256") for name in ("model", "data")},
+        {"processor": _part(record, "machine").get("processor"), **_part(record, "packages")},
+        _facts(record),
+        {name: value for name, value in _part(record, "text_nll").items() if value is not None},
     )
     for row in run.rows["eval"]:
         scores = run.scores.setdefault(row["protocol"], {})
         if row["metric"] == "accuracy" and row["value"] is not None:
             scores[row["task"]] = float(row["value"]), int(row["n"])
     return run if run.scores else replace(run, scores={MISSING_VALUE: {}})
+
+
+def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = record.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+_EQUAL = {"params": ("trainable", "total"), "training": ("steps", "tokens", "shortened", "answers_cut", "unanswered")}
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What two runs of one spec have in common, by name; what a record does not say, is not there."""
+    parts = {f"{part}.{name}": _part(record, part).get(name) for part, names in _EQUAL.items() for name in names}
+    inputs = _part(record, "inputs")
+    parts |= {f"inputs.{name}.sha256": _part(inputs, name).get("sha256") for name in inputs}
+    return {name: value for name, value in parts.items() if value is not None}
 
 
 def _unfinished(mine: Survey, committed: Container[str]) -> list[str]:
@@ -254,15 +312,15 @@ def _unfinished(mine: Survey, committed: Container[str]) -> list[str]:
     return [f"Of your runs that a committed one is like, not complete: {named}. `dora-lab run` goes on with them."]
 
 
-def _differences(ours: _Run, theirs: _Run) -> list[str]:
-    """What two runs of one spec that differ were made with and from, as far as it is not the same."""
-    kinds = (("Packages", ours.packages, theirs.packages), ("Inputs", ours.inputs, theirs.inputs))
-    notes = []
-    for what, mine, others in kinds:
+def _made_otherwise(local: Mapping[str, _Run], committed: Mapping[str, _Run], keys: Sequence[str]) -> list[str]:
+    """With what, of packages and processors, the first run was made that was not made with the same."""
+    for key in keys:
+        mine, others = local[key].made, committed[key].made
         changed = [
-            f"{name} {mine.get(name) or '–':.12} (committed: {others.get(name) or '–':.12})"
+            f"{name} {mine.get(name) or '–'!s:.24} (committed: {others.get(name) or '–'!s:.24})"
             for name in sorted({*mine, *others})
             if mine.get(name) != others.get(name)
         ]
-        notes += [f"{what} that differ ({ours.spec_id}): {', '.join(changed)}."] if changed else []
-    return notes
+        if changed:
+            return [f"Made with others ({key}): {', '.join(changed)}."]
+    return []

@@ -24,7 +24,7 @@ REQUIRED_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {  # what a reader nee
 }
 OPTIONAL_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {  # of these types where they are there
     "metrics": dict.fromkeys(("tokens", "loss", "eval_loss", "learning_rate", "grad_norm", "seconds"), _MAYBE),
-    "probe": dict.fromkeys(("layer", "fraction", "relative_change"), _MAYBE),
+    "probe": {**dict.fromkeys(("layer", "fraction", "relative_change"), _MAYBE), "axis": (str, type(None))},
     "eval": {
         **dict.fromkeys(("stderr", "n_unparsed", "n_shortened", "n_questions_cut", "chance", "majority"), _MAYBE),
         **dict.fromkeys(("correct", "prompt_sha256"), (str, type(None))),
@@ -79,6 +79,8 @@ def read_rows(path: Path, name: str) -> list[dict[str, Any]]:
             if not isinstance(value, kinds) or isinstance(value, bool):
                 value = row.get(field)
                 raise StoreError(f"{where}: field '{field}' = {value!r:.60}; restore the file or run again")
+        if name == "eval" and row["metric"] == "accuracy" and not 0 <= (row["value"] or 0) <= 1:
+            raise StoreError(f"{where}: accuracy {row['value']} is no share of 1; restore the file or run again")
         if name == "eval" and row["metric"] == "accuracy" and isinstance(text := row.get("correct"), str):
             value, n = row["value"], row["n"]
             if len(text) != n or set(text) - {"0", "1"} or value is None or abs(text.count("1") - value * n) > 1e-6 * n:

@@ -1,0 +1,165 @@
+"""How nearly two runs of one spec answer the items of a task alike: what single items score, and what is printed of it.
+
+With d the difference of an item's scores in two runs, Σd² is what they answer otherwise (for right and wrong, its
+number of items), and Σd what the score has moved by. Of two unrelated runs with the same shares Σd² would be
+n E(a − b)², a and b drawn apart. Rounding moves some items, up as often as down: |Σd| ≤ `PAIRED` √Σd².
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dora_lab.report.items import item_values
+
+PAIRED = 4.0  # standard errors of a mean of paired differences, of which no two of ten seeds on VL-BART have above 3.4
+SCORE = 3.0  # standard errors of the difference of two scores, where a score is no mean of its items
+ANSWERED = ("value", "stderr", "n_unparsed", "correct", "rules")  # what an item answered otherwise moves
+_ROUNDED = 2e-3  # by what the mean of items as they are kept may be off, relative
+_EXACT = 1e-9  # the last digits of a sum of floats
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Of a task in two runs: items answered otherwise, Σd, Σd², and what Σd² would be of unrelated runs."""
+
+    items: int
+    gained: float
+    squared: float
+    unrelated: float
+
+    @classmethod
+    def between(cls, ours: np.ndarray, theirs: np.ndarray) -> Moved:
+        off = ours - theirs
+        unrelated = len(off) * (ours.var() + theirs.var() + (ours.mean() - theirs.mean()) ** 2)
+        return cls(int((np.abs(off) > 1e-6).sum()), float(off.sum()), float((off**2).sum()), float(unrelated))
+
+    def __add__(self, other: Moved) -> Moved:
+        return Moved(*(a + b for a, b in zip(self._all(), other._all(), strict=True)))  # type: ignore[arg-type]
+
+    def _all(self) -> tuple[float, ...]:
+        return self.items, self.gained, self.squared, self.unrelated
+
+    @property
+    def errors(self) -> float:
+        """|Σd| in its standard errors, 0 where no item has moved."""
+        return abs(self.gained) / math.sqrt(self.squared) if self.squared else 0.0
+
+    @property
+    def share(self) -> float:
+        """Σd² of what it would be of unrelated runs."""
+        return self.squared / self.unrelated if self.unrelated else 0.0
+
+
+NONE = Moved(0, 0.0, 0.0, 0.0)
+
+
+def moved(ours: Row, theirs: Row) -> Moved | None:
+    """None where a row does not say how single items scored."""
+    scored = _scored(ours, theirs)
+    return None if scored is None else Moved.between(*scored)
+
+
+def scores(row: Row) -> np.ndarray | None:
+    """How each item scored, (items,): in a measure that knows parts where the row has it, else right or wrong."""
+    for metric in ("score", "accuracy"):
+        try:
+            return item_values(row, metric)
+        except (ValueError, TypeError):
+            continue
+    return None
+
+
+def printed(ours: Row, theirs: Row) -> Iterator[tuple[float, str]]:
+    """(distance in the most that is allowed, what it is of) of each number that a row says of its answers."""
+    scored = _scored(ours, theirs)
+    if scored is None:
+        errors: list[Any] = [row.get("stderr") for row in (ours, theirs)]
+        error = math.hypot(*errors) if all(map(_number, errors)) else 0.0
+        means, alike = None, False
+    else:
+        error = math.sqrt(sum(side.var() for side in scored) / len(scored[0]))
+        means, alike = [float(side.mean()) for side in scored], Moved.between(*scored).items == 0
+    for name, (a, b) in _numbers_of(ours, theirs).items():
+        told = f"{name} {_shown(a)}, the committed run has {_shown(b)}"
+        if same(a, b):
+            continue
+        if alike or not (_number(a) and _number(b)):
+            yield math.inf, told
+        elif means is not None and math.isclose(b, means[1], rel_tol=_ROUNDED):
+            if not math.isclose(a, means[0], rel_tol=_ROUNDED):
+                yield math.inf, f"{told}; of its own items the mean is {means[0]:.4g}"
+        else:
+            far = abs(a - b) / (2 * SCORE * error) if error else math.inf  # of half the items or a quarter of them
+            yield far, f"{told}: {2 * SCORE * far:.2g} standard errors of a mean, at most {2 * SCORE:g}"
+    a, b = _both(ours, theirs, "n_unparsed")
+    if not same(a, b):
+        known = 0 if scored is None else Moved.between(*scored).items
+        far = abs(a - b) / (known + SCORE * math.sqrt(max(1, a + b))) if _number(a) and _number(b) else math.inf
+        yield far, f"n_unparsed {_shown(a)}, the committed run has {_shown(b)}"
+    if alike and not same(ours.get("correct"), theirs.get("correct")) and {"correct"} <= ours.keys() & theirs.keys():
+        yield math.inf, "correct says otherwise of single items, whose scores are those of the committed run"
+    yield from _stderr(ours, theirs, scored)
+
+
+def _stderr(ours: Row, theirs: Row, scored: tuple[np.ndarray, np.ndarray] | None) -> Iterator[tuple[float, str]]:
+    """As `printed`; a standard error that follows from the committed run's items has to follow from these, too."""
+    a, b = _both(ours, theirs, "stderr")
+    if same(a, b):
+        return
+    told = f"stderr {_shown(a)}, the committed run has {_shown(b)}"
+    if not (_number(a) and _number(b)):
+        yield math.inf, told
+        return
+    expected = [float(side.std()) / math.sqrt(max(1, len(side) - 1)) for side in scored] if scored else None
+    if expected and math.isclose(b, expected[1], rel_tol=1e-2):
+        yield (0.0 if math.isclose(a, expected[0], rel_tol=1e-2) else math.inf), told
+    else:
+        yield abs(a - b) / (0.9 * max(abs(a), abs(b))), told
+
+
+def _numbers_of(ours: Row, theirs: Row) -> dict[str, tuple[Any, Any]]:
+    """The score that counts and those by other rules, by name, of both; what one of them lacks, is None."""
+    sides = []
+    for row in (ours, theirs):
+        found = {"value": row.get("value")}
+        rules = row.get("rules")
+        for rule, by_rule in rules.items() if isinstance(rules, Mapping) else [("", rules)]:
+            named = by_rule.items() if isinstance(by_rule, Mapping) else [("", by_rule)]
+            found |= {f"rules {rule} {name}".rstrip(): number for name, number in named}
+        sides.append(found)
+    return {name: (sides[0].get(name), sides[1].get(name)) for name in {**sides[1], **sides[0]}}
+
+
+def _both(ours: Row, theirs: Row, name: str) -> tuple[Any, Any]:
+    return ours.get(name), theirs.get(name)
+
+
+def _scored(ours: Row, theirs: Row) -> tuple[np.ndarray, np.ndarray] | None:
+    first, second = scores(ours), scores(theirs)
+    if first is None or second is None or len(first) != len(second):
+        return None
+    return first, second
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values are equal, floats but for the last digits of a sum."""
+    if type(a) is dict and type(b) is dict:
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, float) and isinstance(b, float):
+        return a == b or math.isclose(a, b, rel_tol=_EXACT, abs_tol=_EXACT)
+    return a == b
+
+
+def _number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # type: ignore[operator]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if _number(value) else f"{value!r:.20}"
