@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from dora_lab.paper.answers import ANSWERED, NONE, PAIRED, Moved, moved, printed, same
+from dora_lab.paper.answers import ANSWERED, NONE, Moved, counted, moved, printed, same
 from dora_lab.runs.item_values import unpack
 
 LEVELS = ("same bytes", "same answers", "within the interval", "means alone", "differs")  # from the best to the worst
@@ -58,11 +58,7 @@ EARLY = 8  # steps in which rounding moves losses by 4e-7 and gradients by 4e-6 
 AT_FIRST = {"loss": 1e-5, "grad_norm": 1e-4}  # the most that two runs of one spec may differ by in them
 STEADY = 20  # steps that have to agree within their tolerances before two runs may part
 JUMP = 100.0  # the most that the largest difference of losses or gradients so far may grow by in one step
-# Σd² of items (`answers`), as a share of what it is of unrelated runs: of two of ten seeds on VL-BART up to .34 (LoRA),
-# .36 (DoRA), .43 (FT), and of one task up to .79.
-ANSWERS, ANSWERS_OF_TASK = 0.25, 0.5
-ANSWERS_PARTED, ANSWERS_OF_TASK_PARTED = 0.7, 0.9
-LIKELIHOODS_PARTED = 0.9  # the same of likelihoods of single items: of two seeds up to .60
+LIKELIHOODS_PARTED = 0.9  # Σd² of items' likelihoods as a share of unrelated runs': of two seeds on VL-BART up to .60
 # r over layers of log ΔM or log ΔD in two runs that have parted, each less its kind's mean: of two seeds at least .50
 PROFILE = 0.2
 # Of means after two runs have parted, relative to the larger. Rounded up from the most that two of ten seeds of FT,
@@ -84,7 +80,6 @@ PART = {
 }
 _UNPARTED = {"loss": 2 * _LOSS, "grad_norm": 4e-2}  # rounding moves losses up as often as down
 _ONE_STEP = {"loss": 0.3, "eval_loss": 0.3, "grad_norm": 0.9}  # of one step, besides; of n steps, by √n less
-_ENOUGH = 5  # items that two unrelated runs would answer otherwise, for their share to say something
 _LAYERS = 18  # of fewer, the means of a kind may differ by more
 _SCALE = {
     "delta_m_signed": "delta_m",
@@ -128,13 +123,9 @@ def agreement(ours: Rows, theirs: Rows) -> Agreement:
         if strange is not None:
             return Agreement(DIFFERS, None, strange)
     parted, too_soon = _parted(pairs["metrics"])
-    by_task = [(pair[1], moved(*pair)) for pair in pairs["eval"]]
-    by_protocol: dict[str, Moved] | None = {}
-    for row, some in by_task:
-        by_protocol = None if some is None or by_protocol is None else by_protocol | {
-            row["protocol"]: by_protocol.get(row["protocol"], NONE) + some
-        }  # fmt: skip
-    found = [*_distances(pairs, parted), *_of_answers(by_task, parted is not None)]
+    by_task = [(_where("eval", pair[1]), pair[1]["protocol"], moved(*pair)) for pair in pairs["eval"]]
+    by_protocol, answered = counted(by_task, parted is not None)
+    found = [*_distances(pairs, parted), *((_beyond_one(far), what) for far, what in answered)]
     far, why = max(found, key=lambda one: one[0], default=(0.0, None))
     if far > WIDE:
         _, why = next(one for one in found if one[0] > WIDE)  # what follows, may follow from it
@@ -230,33 +221,6 @@ def _distances(pairs: Mapping[str, Sequence[Pair]], parted: int | None) -> Itera
 def _beyond_one(far: float) -> float:
     """In tolerances: what is answered otherwise is no answer alike, however near the scores are."""
     return max(1 + _EXACT, WIDE * far) if far else 0.0
-
-
-def _of_answers(by_task: Sequence[tuple[Row, Moved | None]], parted: bool) -> Iterator[tuple[float, str]]:
-    """As `_distances`, of items answered otherwise: of each task and of all of a protocol."""
-    whole: dict[str, Moved] = defaultdict(lambda: NONE)
-    of_task, of_all = (ANSWERS_OF_TASK_PARTED, ANSWERS_PARTED) if parted else (ANSWERS_OF_TASK, ANSWERS)
-    for row, some in by_task:
-        if some is not None:
-            yield from _of_moved(some, of_task, _where("eval", row))
-            whole[row["protocol"]] += some
-    for protocol, some in whole.items():
-        yield from _of_moved(some, of_all, f"eval, all tasks by {protocol}")
-
-
-def _of_moved(some: Moved, most: float, where: str) -> Iterator[tuple[float, str]]:
-    if not some.items:
-        return
-    told = f"{where}: {some.items} items are answered otherwise"
-    yield (
-        _beyond_one(some.errors / PAIRED),
-        (f"{told}, the score moves by {some.gained:+.3g} items, {some.errors:.2g} standard errors, at most {PAIRED:g}"),
-    )
-    if some.unrelated >= _ENOUGH:
-        yield (
-            _beyond_one(some.share / most),
-            (f"{told}, {100 * some.share:.0f} % of those of unrelated runs, at most {100 * most:.0f}"),
-        )
 
 
 def _whole(name: str, row: Row, _: float) -> tuple[Any, ...]:

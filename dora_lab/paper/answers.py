@@ -8,7 +8,7 @@ n E(a − b)², a and b drawn apart. Rounding moves some items, up as often as d
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,11 @@ from dora_lab.report.items import item_values
 
 PAIRED = 4.0  # standard errors of a mean of paired differences, of which no two of ten seeds on VL-BART have above 3.4
 SCORE = 3.0  # standard errors of the difference of two scores, where a score is no mean of its items
+# Σd² as a share of what it is of unrelated runs: of two of ten seeds on VL-BART up to .34 (LoRA), .36 (DoRA), .43 (FT),
+# and of one task up to .79; two runs that have parted are like two seeds
+OF_ALL, OF_TASK = 0.25, 0.5
+OF_ALL_PARTED, OF_TASK_PARTED = 0.7, 0.9
+_ENOUGH = 5  # items that two unrelated runs would answer otherwise, for their share to say something
 ANSWERED = ("value", "stderr", "n_unparsed", "correct", "rules")  # what an item answered otherwise moves
 _ROUNDED = 2e-3  # by what the mean of items as they are kept may be off, relative
 _EXACT = 1e-9  # the last digits of a sum of floats
@@ -58,6 +63,35 @@ class Moved:
 
 
 NONE = Moved(0, 0.0, 0.0, 0.0)
+
+
+Distances = list[tuple[float, str]]  # in the most that is allowed, what it is of
+
+
+def counted(
+    by_task: Sequence[tuple[str, str, Moved | None]], parted: bool
+) -> tuple[dict[str, Moved] | None, Distances]:
+    """(by protocol, how items are answered otherwise, None where a row does not say; how far that is from rounding), of
+    tasks: (where, protocol, how its items are answered)."""
+    whole: dict[str, Moved] = {}
+    found: Distances = []
+    for where, protocol, some in by_task:
+        if some is not None:
+            found += _distances(some, OF_TASK_PARTED if parted else OF_TASK, where)
+            whole[protocol] = whole.get(protocol, NONE) + some
+    for protocol, some in whole.items():
+        found += _distances(some, OF_ALL_PARTED if parted else OF_ALL, f"eval, all tasks by {protocol}")
+    return (None if any(some is None for *_, some in by_task) else whole), found
+
+
+def _distances(some: Moved, most: float, where: str) -> Distances:
+    if not some.items:
+        return []
+    told = f"{where}: {some.items} items are answered otherwise"
+    errors = f"the score moves by {some.gained:+.3g} items, {some.errors:.2g} standard errors, at most {PAIRED:g}"
+    share = f"{100 * some.share:.0f} % of those of unrelated runs, at most {100 * most:.0f}"
+    found = [(some.errors / PAIRED, f"{told}, {errors}")]
+    return [*found, (some.share / most, f"{told}, {share}")] if some.unrelated >= _ENOUGH else found
 
 
 def moved(ours: Row, theirs: Row) -> Moved | None:

@@ -135,15 +135,14 @@ def compare(
         return Comparison(left_out=said, notes=(note,))
     agreements = {key: _of_runs(local[key], run) for key, run in committed.items() if key in local}
     rows = tuple(_row(cell, runs, local, agreements) for cell, runs in sorted(cells.items()))
-    counts = Counter(row["agreement"] for row in rows)
+    counts, lost = Counter(row["agreement"] for row in rows), len(found[1].left_out)
     extra = len(set(local) - set(committed))
     notes = [f"{extra} of your runs have no committed record and are not compared."] if extra else []
     notes += _unfinished(found[0], committed)
-    if lost := len(found[1].left_out):
-        notes.append(f"{lost} parts or runs of {committed_root} cannot be read: what was in them is not compared.")
-    apart = next((key for key, one in agreements.items() if one.level == DIFFERS), None)
-    notes += _made_otherwise(local, committed, [apart] if apart else [*agreements])
-    notes += [NOTE, _verdict(counts, lost)]
+    notes += [f"{lost} parts or runs of {committed_root} cannot be read: what was in them is not compared."] * bool(
+        lost
+    )
+    notes += [*_made_otherwise(local, committed, agreements), NOTE, _verdict(counts, lost)]
     beside = tuple(_beside({"yours": local.values(), "committed": committed.values()}, asked))
     return Comparison(rows, beside, said, tuple(notes), not (counts[DIFFERS] or counts[MISSING] or lost))
 
@@ -312,9 +311,12 @@ def _unfinished(mine: Survey, committed: Container[str]) -> list[str]:
     return [f"Of your runs that a committed one is like, not complete: {named}. `dora-lab run` goes on with them."]
 
 
-def _made_otherwise(local: Mapping[str, _Run], committed: Mapping[str, _Run], keys: Sequence[str]) -> list[str]:
-    """With what, of packages and processors, the first run was made that was not made with the same."""
-    for key in keys:
+def _made_otherwise(
+    local: Mapping[str, _Run], committed: Mapping[str, _Run], found: Mapping[str, Agreement]
+) -> list[str]:
+    """With what, of packages and processors, a run was made that was not made with the same: the first, one that
+    differs if there is one."""
+    for key in sorted(found, key=lambda key: found[key].level != DIFFERS):
         mine, others = local[key].made, committed[key].made
         changed = [
             f"{name} {mine.get(name) or '–'!s:.24} (committed: {others.get(name) or '–'!s:.24})"
