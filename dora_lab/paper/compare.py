@@ -136,12 +136,7 @@ def compare(
     agreements = {key: _of_runs(local[key], run) for key, run in committed.items() if key in local}
     rows = tuple(_row(cell, runs, local, agreements) for cell, runs in sorted(cells.items()))
     counts, lost = Counter(row["agreement"] for row in rows), len(found[1].left_out)
-    extra = len(set(local) - set(committed))
-    notes = [f"{extra} of your runs have no committed record and are not compared."] if extra else []
-    notes += _unfinished(found[0], committed)
-    notes += [f"{lost} parts or runs of {committed_root} cannot be read: what was in them is not compared."] * bool(
-        lost
-    )
+    notes = _not_compared(found[0], local, committed, f"{lost} parts or runs of {committed_root}" if lost else None)
     notes += [*_made_otherwise(local, committed, agreements), NOTE, _verdict(counts, lost)]
     beside = tuple(_beside({"yours": local.values(), "committed": committed.values()}, asked))
     return Comparison(rows, beside, said, tuple(notes), not (counts[DIFFERS] or counts[MISSING] or lost))
@@ -301,14 +296,19 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in parts.items() if value is not None}
 
 
-def _unfinished(mine: Survey, committed: Container[str]) -> list[str]:
-    """Runs of the user's that would be compared, were they complete."""
+def _not_compared(
+    mine: Survey, local: Mapping[str, _Run], committed: Mapping[str, _Run], unread: str | None
+) -> list[str]:
+    """What is in no row: runs of the user's that nobody committed or that are not complete, and what cannot be read."""
+    extra = len(set(local) - set(committed))
+    notes = [f"{extra} of your runs have no committed record and are not compared."] if extra else []
     asked = [(record["spec_id"], record["status"]) for _, record in mine.runs if record["spec_id"] in committed]
-    left = [f"{name} ({status})" for name, status in asked if status != "complete"]
-    if not left:
-        return []
-    named = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-    return [f"Of your runs that a committed one is like, not complete: {named}. `dora-lab run` goes on with them."]
+    if left := [f"{name} ({status})" for name, status in asked if status != "complete"]:
+        named = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        notes.append(
+            f"Of your runs that a committed one is like, not complete: {named}. `dora-lab run` goes on with them."
+        )
+    return [*notes, f"{unread} cannot be read: what was in them is not compared."] if unread else notes
 
 
 def _made_otherwise(
