@@ -248,6 +248,11 @@ def synthetic_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return results
 
 
+def times(factor: float, *fields: str) -> Callable[[list[dict[str, Any]]], Any]:
+    """What multiplies fields of every row of a stream."""
+    return lambda rows: [row.update({field: row[field] * factor}) for row in rows for field in fields]
+
+
 @pytest.fixture
 def run_writer() -> Callable[..., Path]:
     """The function that writes one synthetic run directory."""

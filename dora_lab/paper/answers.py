@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 
 from dora_lab.report.items import item_values
 
-PAIRED = 4.0  # standard errors of a mean of paired differences, of which no two of ten seeds on VL-BART have above 3.4
+# standard errors of a mean of paired differences: of two of ten seeds on VL-BART up to 3.7 in a task, 3.95 in a run
+PAIRED = 4.0
 SCORE = 3.0  # standard errors of the difference of two scores, where a score is no mean of its items
-# Σd² as a share of what it is of unrelated runs: of two of ten seeds on VL-BART up to .34 (LoRA), .36 (DoRA), .43 (FT),
-# and of one task up to .79; two runs that have parted are like two seeds
+# Σd² as a share of what it is of unrelated runs: of two of ten seeds on VL-BART up to .37 (LoRA), .36 (DoRA), .50 (FT),
+# and of one task up to .67, .66 and .91 (FT's 99th percentile: .83); two runs that have parted are like two seeds
 OF_ALL, OF_TASK = 0.25, 0.5
 OF_ALL_PARTED, OF_TASK_PARTED = 0.7, 0.9
 _ENOUGH = 5  # items that two unrelated runs would answer otherwise, for their share to say something
 ANSWERED = ("value", "stderr", "n_unparsed", "correct", "rules")  # what an item answered otherwise moves
 _ROUNDED = 2e-3  # by what the mean of items as they are kept may be off, relative
-_EXACT = 1e-9  # the last digits of a sum of floats
+EXACT = 1e-9  # the last digits of a sum of floats
 
 Row = Mapping[str, Any]
 
@@ -46,10 +47,7 @@ class Moved:
         return cls(int((np.abs(off) > 1e-6).sum()), float(off.sum()), float((off**2).sum()), float(unrelated))
 
     def __add__(self, other: Moved) -> Moved:
-        return Moved(*(a + b for a, b in zip(self._all(), other._all(), strict=True)))  # type: ignore[arg-type]
-
-    def _all(self) -> tuple[float, ...]:
-        return self.items, self.gained, self.squared, self.unrelated
+        return Moved(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def errors(self) -> float:
@@ -63,8 +61,6 @@ class Moved:
 
 
 NONE = Moved(0, 0.0, 0.0, 0.0)
-
-
 Distances = list[tuple[float, str]]  # in the most that is allowed, what it is of
 
 
@@ -114,17 +110,18 @@ def printed(ours: Row, theirs: Row) -> Iterator[tuple[float, str]]:
     """(distance in the most that is allowed, what it is of) of each number that a row says of its answers."""
     scored = _scored(ours, theirs)
     if scored is None:
-        errors: list[Any] = [row.get("stderr") for row in (ours, theirs)]
-        error = math.hypot(*errors) if all(map(_number, errors)) else 0.0
-        means, alike = None, False
+        errors = _both(ours, theirs, "stderr")
+        error = math.hypot(*errors) if numbers(*errors) else 0.0
+        means, others, alike = None, 0, False
     else:
         error = math.sqrt(sum(side.var() for side in scored) / len(scored[0]))
-        means, alike = [float(side.mean()) for side in scored], Moved.between(*scored).items == 0
+        means, others = [float(side.mean()) for side in scored], Moved.between(*scored).items
+        alike = others == 0
     for name, (a, b) in _numbers_of(ours, theirs).items():
         told = f"{name} {_shown(a)}, the committed run has {_shown(b)}"
         if same(a, b):
             continue
-        if alike or not (_number(a) and _number(b)):
+        if alike or not numbers(a, b):
             yield math.inf, told
         elif means is not None and math.isclose(b, means[1], rel_tol=_ROUNDED):
             if not math.isclose(a, means[0], rel_tol=_ROUNDED):
@@ -134,8 +131,7 @@ def printed(ours: Row, theirs: Row) -> Iterator[tuple[float, str]]:
             yield far, f"{told}: {2 * SCORE * far:.2g} standard errors of a mean, at most {2 * SCORE:g}"
     a, b = _both(ours, theirs, "n_unparsed")
     if not same(a, b):
-        known = 0 if scored is None else Moved.between(*scored).items
-        far = abs(a - b) / (known + SCORE * math.sqrt(max(1, a + b))) if _number(a) and _number(b) else math.inf
+        far = abs(a - b) / (others + SCORE * math.sqrt(max(1, a + b))) if numbers(a, b) else math.inf
         yield far, f"n_unparsed {_shown(a)}, the committed run has {_shown(b)}"
     if alike and not same(ours.get("correct"), theirs.get("correct")) and {"correct"} <= ours.keys() & theirs.keys():
         yield math.inf, "correct says otherwise of single items, whose scores are those of the committed run"
@@ -148,12 +144,13 @@ def _stderr(ours: Row, theirs: Row, scored: tuple[np.ndarray, np.ndarray] | None
     if same(a, b):
         return
     told = f"stderr {_shown(a)}, the committed run has {_shown(b)}"
-    if not (_number(a) and _number(b)):
+    if not numbers(a, b):
         yield math.inf, told
         return
     expected = [float(side.std()) / math.sqrt(max(1, len(side) - 1)) for side in scored] if scored else None
     if expected and math.isclose(b, expected[1], rel_tol=1e-2):
-        yield (0.0 if math.isclose(a, expected[0], rel_tol=1e-2) else math.inf), told
+        if not math.isclose(a, expected[0], rel_tol=1e-2):
+            yield math.inf, told
     else:
         yield abs(a - b) / (0.9 * max(abs(a), abs(b))), told
 
@@ -187,13 +184,14 @@ def same(a: Any, b: Any) -> bool:
     if type(a) is dict and type(b) is dict:
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, float) and isinstance(b, float):
-        return a == b or math.isclose(a, b, rel_tol=_EXACT, abs_tol=_EXACT)
+        return a == b or math.isclose(a, b, rel_tol=EXACT, abs_tol=EXACT)
     return a == b
 
 
-def _number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300  # type: ignore[operator]
+def numbers(*values: object) -> bool:
+    """Whether all are numbers that floats can hold."""
+    return all(type(value) in (int, float) and abs(value) < 1e300 for value in values)  # type: ignore[operator]
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.4g}" if _number(value) else f"{value!r:.20}"
+    return f"{value:.4g}" if numbers(value) else f"{value!r:.20}"
