@@ -7,9 +7,8 @@ record, and from the record to its streams; each hash lies in one place, for it 
 the path that its folder would have: nobody but this room knows that there is none.
 
 What base64 holds of a content (see `item_values`) lies beside it as bytes, even and odd places apart: of a float16 the
-upper byte says little more than its size, and compresses; in base64 no byte stands alone. A part is a fifth smaller.
-And a stream whose lines differ in nothing but their values lies by columns, like beside like: a tenth smaller again. A
-column of float32 values lies as their bytes: JSON needs 17 digits for what four bytes say.
+upper byte says little more than its size, and compresses; in base64 no byte stands alone. A part is a fifth smaller. A
+stream whose lines differ in nothing but their values lies by columns (see `columns`).
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from typing import Any
 
 from dora_lab.io.atomic import replacing, write_text
 from dora_lab.io.files import hash_bytes, parse_json
+from dora_lab.runs.columns import by_column, by_line
 from dora_lab.runs.errors import StoreError
 
 SIZE = 50  # runs of a part
@@ -33,7 +33,6 @@ FILES = ("record.json", "metrics.jsonl", "probe.jsonl", "timing.jsonl", "eval.js
 _RUN = re.compile(r"[0-9a-f]{12}")
 _BASE64 = re.compile(rb'"((?![01]+")(?:[A-Za-z0-9+/]{4}){17,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?)"')
 _CUT = re.compile(rb'"\x00(\d+)"')  # JSON has no byte 0: what is left where so many bytes were
-_VALUE = re.compile(rb'(?<=": )(?:"(?:[^"\\]|\\.)*"|[^\s,{}\[\]"]+)')
 Files = Mapping[str, bytes]
 
 
@@ -133,8 +132,10 @@ def write(experiment: Path, runs: Sequence[tuple[str, Files, str]]) -> list[Path
         part = experiment / f"part-{len(_parts(experiment)) + 1:04d}.parquet"
         rows = [(run, name, *_apart(content)) for run, files, _ in some for name, content in files.items()]
         table = pa.table(list(zip(*rows, strict=True)), schema())
-        with replacing(part) as temporary:  # brotli: a tenth smaller than zstd
-            pq.write_table(table, temporary, compression="brotli", compression_level=11)
+        # brotli: a tenth smaller than zstd; statistics would be the smallest and the largest content, each twice
+        how = {"compression": "brotli", "compression_level": 11, "write_statistics": False, "use_dictionary": False}
+        with replacing(part) as temporary:
+            pq.write_table(table, temporary, **how)
         made.append(part)
         lines += [_line(run, files, hashed) for run, files, hashed in some]
         write_text(experiment / INDEX, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
@@ -149,17 +150,22 @@ def _apart(content: bytes) -> tuple[bytes, bytes | None]:
         found.append(base64.b64decode(text[1]))
         return b'"\x00%d"' % len(found[-1])
 
-    rest, numbers = _by_column(_BASE64.sub(cut, content)), b"".join(found)
+    rest, numbers = _BASE64.sub(cut, by_column(content)), b"".join(found)
     parts = rest, numbers[::2] + numbers[1::2] if numbers else None
-    # base64 that ends in stray bits, or a byte below 4 in what is no JSON: kept whole
-    return parts if not set(content) & {0, 1, 2, 3} and _together(*parts) == content else (content, None)
+    # base64 that ends in stray bits, or a byte below 6 in what is no JSON: kept whole
+    return parts if not set(content) & {*range(6)} and _together(*parts) == content else (content, None)
 
 
 def _together(content: bytes, numbers: bytes | None) -> bytes:
     """What `_apart` was given."""
-    content = _by_line(content)
-    if numbers is None:
-        return content
+    if content.startswith(b"\x01"):  # a part from before the decimals: base64 was cut out of the lines
+        content = by_line(content)
+    if numbers is not None:
+        content = _put(content, numbers)
+    return by_line(content) if content.startswith(b"\x05") else content
+
+
+def _put(content: bytes, numbers: bytes) -> bytes:
     joined = bytearray(len(numbers))
     middle = (len(numbers) + 1) // 2
     joined[::2], joined[1::2] = numbers[:middle], numbers[middle:]
@@ -171,47 +177,6 @@ def _together(content: bytes, numbers: bytes | None) -> bytes:
         return b'"%b"' % base64.b64encode(joined[place - int(mark[1]) : place])
 
     return _CUT.sub(put, content)
-
-
-def _by_column(lines: bytes) -> bytes:
-    """Byte 1, what the lines have in common with byte 2 for each value, and its values a column; else `lines`."""
-    common, *others = {_VALUE.sub(b"\x02", line) for line in lines.splitlines(keepends=True)} or {b""}
-    if others or not lines.endswith(b"\n"):
-        return lines
-    columns = zip(*map(_VALUE.findall, lines.splitlines()), strict=True)
-    return b"\x01".join([b"", common, *map(_as_bytes, columns)])
-
-
-def _by_line(content: bytes) -> bytes:
-    """What `_by_column` was given."""
-    if not content.startswith(b"\x01"):
-        return content
-    common, *columns = content[1:].split(b"\x01")
-    line = common.replace(b"%", b"%%").replace(b"\x02", b"%b")
-    return b"".join(line % row for row in zip(*map(_as_texts, columns), strict=True))
-
-
-def _as_bytes(column: Sequence[bytes]) -> bytes:
-    """The values of a column: byte 3 and base64 of their float32, byte by byte, where that is exact; else lines."""
-    lines = b"\n".join(column)
-    try:
-        packed = struct.pack(f"<{len(column)}f", *map(float, column))
-    except (ValueError, OverflowError):
-        return lines
-    short = b"\x03" + base64.b64encode(b"".join(packed[place::4] for place in range(4)))
-    return short if len(short) < len(lines) and _as_texts(short) == list(column) else lines
-
-
-def _as_texts(column: bytes) -> list[bytes]:
-    """What `_as_bytes` was given."""
-    if not column.startswith(b"\x03"):
-        return column.split(b"\n")
-    places = base64.b64decode(column[1:])
-    count = len(places) // 4
-    packed = bytearray(len(places))
-    for place in range(4):
-        packed[place::4] = places[place * count : (place + 1) * count]
-    return [repr(value).encode() for value in struct.unpack(f"<{count}f", packed)]
 
 
 def index(experiment: Path) -> dict[str, dict[str, object]]:
