@@ -95,7 +95,7 @@ def _read(values: Mapping[str, Any], sha256: str) -> Registered:
     claims = tuple(_claim(claim) for claim in values["claims"])
     if len({claim.name for claim in claims}) < len(claims):
         raise ValueError("two claims have one name")
-    if min(margin, *also.values()) <= 0 or int(values["seeds"]) < 2:
+    if min([margin, *also.values()]) <= 0 or int(values["seeds"]) < 2:
         raise ValueError("margin must be above 0 and seeds at least 2")
     return Registered(
         values["experiment"],
