@@ -1,4 +1,8 @@
-"""TVQA and How2QA: a question about a span of a clip, five or four answers; the right one's label is generated."""
+"""TVQA and How2QA: a question about a span of a clip, five or four answers; the right one's label is generated.
+
+By tasks whose names say so ("tvqa_words") its words are, the texts alike: a model that has not learnt in pretraining
+what a label stands for can answer so.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +20,25 @@ FILES = {
 }
 
 
-def _items(root: Path, task: str, part: str, clips: str, answers: int) -> list[Item]:
+WORDS = "_words"  # of the names of tasks whose answers are not labels
+
+
+def _items(root: Path, task: str, part: str, clips: str, answers: int, words: bool) -> list[Item]:
     rows = read_lines(Path(root) / "ann" / task / f"{FILES[task, part]}.jsonl")
     said = read_subtitles(root, clips)
-    return unique([_item(row, clips, said, answers) for row in rows], rows)
+    return unique([_item(row, clips, said, answers, words) for row in rows], rows)
 
 
-def _item(row: Row, clips: str, said: Subtitles, answers: int) -> Item:
+def _item(row: Row, clips: str, said: Subtitles, answers: int, words: bool) -> Item:
     labels = [f"a{number}" for number in range(answers)]
     number = row.values.get("answer_idx")
     if type(number) is not int or number not in range(answers):
         raise row.refuse("answer_idx", f"a whole number from 0 to {answers - 1}")
-    choices = " ".join(f"{label}: {row.any_text(label).strip('. ')}." for label in labels)
+    texts = [row.any_text(label).strip(". ") for label in labels]
+    choices = " ".join(f"{label}: {text}." for label, text in zip(labels, texts, strict=True))
     question = f"{said.of(row)} [Q] {row.text('q').strip()}"
-    answer = labels[number]
+    read = texts if words else labels
+    answer = read[number]
     return {
         "id": row.name("qid"),
         "pictures": ((clips, row.text("vid_name")),),
@@ -38,20 +47,20 @@ def _item(row: Row, clips: str, said: Subtitles, answers: int) -> Item:
         "targets": {answer: 1.0},
         "best": [answer],
         "answer": answer,
-        "labels": labels,
+        "labels": read,
     }
 
 
-def _tasks(name: str, column: str, clips: str, answers: int) -> tuple[Task, Task]:
+def _tasks(name: str, column: str, clips: str, answers: int, words: bool = False) -> tuple[Task, Task]:
     def learnt(root: Path, split: str) -> list[Item]:
-        return _items(root, name, "train", clips, answers) if split == "train" else []
+        return _items(root, name, "train", clips, answers, words) if split == "train" else []
 
     def asked(root: Path, split: str) -> list[Item]:
-        return _items(root, name, "val", clips, answers) if split == "test" else []
+        return _items(root, name, "val", clips, answers, words) if split == "test" else []
 
     one, two = (
         Task(
-            name=name + ending,
+            name=f"{name}{WORDS * words}{ending}",
             column=column + ending.replace("_", " "),
             prompt=f"{name}: ",
             behind=True,
@@ -64,4 +73,8 @@ def _tasks(name: str, column: str, clips: str, answers: int) -> tuple[Task, Task
     return one, two
 
 
-TASKS = (*_tasks("tvqa", "TVQA", "tv", 5), *_tasks("how2qa", "How2QA", "how2", 4))
+TASKS = (
+    *_tasks("tvqa", "TVQA", "tv", 5),
+    *_tasks("how2qa", "How2QA", "how2", 4),
+    *_tasks("tvqa", "TVQA words", "tv", 5, words=True),
+)
