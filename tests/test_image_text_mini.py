@@ -162,13 +162,13 @@ def test_a_claim_is_judged_by_both_metrics_and_captions_outweigh_nothing(tmp_pat
 def test_every_cell_is_swept_alike_and_looks_at_no_test_item() -> None:
     specs = load_experiment("image_text").sweep()
     tries = Counter((one.method.name, one.method.alpha) for one in specs)
-    assert set(tries.values()) == {12} and len(tries) == len(image_text.SWEPT)
+    assert set(tries.values()) == {15} and len(tries) == len(image_text.SWEPT)
     assert {one.evaluation.split for one in specs} == {"validation"}
     for cell in tries:
         for seed in image_text.SWEEP_SEEDS:
             mine = [one for one in specs if (one.method.name, one.method.alpha, one.seed) == (*cell, seed)]
             grid = sorted(one.optim.learning_rate for one in mine)  # type: ignore[union-attr]
-            assert [after / before for before, after in pairwise(grid)] == pytest.approx([3.0] * 3, rel=1e-3)
+            assert [after / before for before, after in pairwise(grid)] == pytest.approx([3.0] * 4, rel=1e-3)
     assert not {*image_text.SWEEP_SEEDS} & {one.seed for one in image_text.confirmation()}
 
 
