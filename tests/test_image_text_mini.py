@@ -150,6 +150,10 @@ def test_a_claim_is_judged_by_both_metrics_and_captions_outweigh_nothing(tmp_pat
     assert rows.loc["normalised", "effect"] == pytest.approx(10, abs=0.3)
     assert rows.loc["answer_nll", "effect"] == pytest.approx(-100 * np.log(0.8), abs=0.1)
     assert judge(read, _evals(2))["verdict"].tolist() == ["2 of 3", "2 of 3"]
+    assert rows["margin"].tolist() == [1, 5]  # the usual one, or its own
+    (tmp_path / "image_text.md").write_text(f"```json\n{json.dumps(plan | {'also': {'answer_nll': 2.5}})}\n```\n")
+    own = registered("image_text", tmp_path)
+    assert own is not None and own.carrying == read.carrying and judge(own, _evals())["margin"].tolist() == [1, 2.5]
     (tmp_path / "image_text.md").write_text(f"```json\n{json.dumps(plan | {'also': ['f1']})}\n```\n")
     with pytest.raises(ValueError, match="metric 'f1' is not one of"):
         registered("image_text", tmp_path)
@@ -158,12 +162,14 @@ def test_a_claim_is_judged_by_both_metrics_and_captions_outweigh_nothing(tmp_pat
 def test_every_cell_is_swept_alike_and_looks_at_no_test_item() -> None:
     specs = load_experiment("image_text").sweep()
     tries = Counter((one.method.name, one.method.alpha) for one in specs)
-    assert set(tries.values()) == {4} and len(tries) == len(image_text.SWEPT)
-    assert {(one.evaluation.split, one.seed) for one in specs} == {("validation", image_text.SWEEP_SEED)}
+    assert set(tries.values()) == {12} and len(tries) == len(image_text.SWEPT)
+    assert {one.evaluation.split for one in specs} == {"validation"}
     for cell in tries:
-        grid = sorted(one.optim.learning_rate for one in specs if (one.method.name, one.method.alpha) == cell)  # type: ignore[union-attr]
-        assert [after / before for before, after in pairwise(grid)] == pytest.approx([3.0] * 3, rel=1e-3)
-    assert image_text.SWEEP_SEED not in {one.seed for one in image_text.confirmation()}
+        for seed in image_text.SWEEP_SEEDS:
+            mine = [one for one in specs if (one.method.name, one.method.alpha, one.seed) == (*cell, seed)]
+            grid = sorted(one.optim.learning_rate for one in mine)  # type: ignore[union-attr]
+            assert [after / before for before, after in pairwise(grid)] == pytest.approx([3.0] * 3, rel=1e-3)
+    assert not {*image_text.SWEEP_SEEDS} & {one.seed for one in image_text.confirmation()}
 
 
 FEW = {"optim.epochs": "0.02", "data.test_items": "6", "evaluation.batch_size": "8"}

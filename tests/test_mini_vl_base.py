@@ -213,3 +213,33 @@ def test_sentences_at_one_place_are_read_as_well(model: BartForConditionalGenera
 
 def test_the_tokenizer_has_the_words_that_its_recipe_gives(tokenizer: PreTrainedTokenizerFast) -> None:
     assert PreTrainedTokenizerFast.from_pretrained(vl.folder()).get_vocab() == tokenizer.get_vocab()
+
+
+def test_two_pictures_are_told_apart_and_one_is_as_it_was(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The base, untrained, on "there is a ... in the left image": "true" gets likelier where it is true, once pictures
+    are in their order; what items with one picture have begins with nothing."""
+    model, _ = open_vl_bart(vl.folder(), 64, 0, "float32")
+    weight = model.model.encoder.visual_embedding.picture.weight
+    assert not weight[0].any() and weight[1].norm() > 1
+    asked = [item for item in families.items("nlvr2", "train") if item[-1].kind == "pair3"][:120]
+    likely = []
+    for order in (1, -1):
+        seen = np.stack([[align.seen(families.shown("nlvr", key), key) for key in item[:2][::order]] for item in asked])
+        likely.append(_true(model, tokenizer, [item[-1].text for item in asked], seen))
+    true = np.array([item[-1].answer == "true" for item in asked])
+    shift = likely[0] - likely[1]
+    assert shift[true].mean() > 0.02 > -0.02 > shift[~true].mean()
+
+
+def _true(model: Any, tokenizer: PreTrainedTokenizerFast, texts: list[str], seen: np.ndarray) -> np.ndarray:
+    """Likelihood of "true" over that of "false", in nats."""
+    coded = tokenizer([f"nlvr: {text}" for text in texts], padding=True, return_tensors="pt")
+    features = torch.from_numpy(seen).float()
+    mask = torch.cat([coded["attention_mask"], torch.ones(len(texts), features.shape[1] * features.shape[2])], 1).long()
+    start = torch.tensor([[model.config.decoder_start_token_id, tokenizer.bos_token_id]]).repeat(len(texts), 1)
+    with torch.no_grad():
+        logits = model(
+            input_ids=coded["input_ids"], attention_mask=mask, features=features, decoder_input_ids=start
+        ).logits[:, -1]
+    yes, no = (tokenizer(word)["input_ids"][1] for word in ("true", "false"))
+    return (logits[:, yes] - logits[:, no]).numpy()

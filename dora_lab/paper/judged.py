@@ -47,7 +47,7 @@ def judge(plan: Registered, evals: pd.DataFrame) -> pd.DataFrame:
     for metric in metrics:
         for claim in plan.claims:
             here = paired([(term.coefficient, _of(term, rows)) for term in claim.terms], metric, plan.tasks)
-            margin = plan.margin if metric == plan.metric else MARGINS[metric]
+            margin = plan.margin if metric == plan.metric else plan.also.get(metric, MARGINS[metric])
             found.append(_row(claim, metric, plan, here, margin))
     _adjust(found)
     return pd.DataFrame(found, columns=[*COLUMNS])

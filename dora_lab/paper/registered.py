@@ -59,7 +59,7 @@ class Registered:
     sha256: str
     tasks: tuple[str, ...] = ()  # that are scored; none: all
     beside: tuple[str, ...] = ()  # experiments whose runs are conditions too
-    also: tuple[str, ...] = ()  # metrics that carry verdicts, too, at their usual margins
+    also: Mapping[str, float] = field(default_factory=dict)  # metrics that carry verdicts, too: their margins
 
     @property
     def carrying(self) -> tuple[str, ...]:
@@ -88,13 +88,14 @@ def registered(experiment: str, folder: Path = REGISTERED) -> Registered | None:
 
 
 def _read(values: Mapping[str, Any], sha256: str) -> Registered:
-    metric, margin = values["metric"], float(values["margin"])
-    if strange := [name for name in (metric, *values.get("also", ())) if name not in MARGINS]:
+    metric, margin, given = values["metric"], float(values["margin"]), values.get("also", {})
+    also = {str(name): float(given[name]) if isinstance(given, Mapping) else MARGINS.get(name, 0.0) for name in given}
+    if strange := [name for name in (metric, *also) if name not in MARGINS]:
         raise ValueError(f"metric {strange[0]!r} is not one of {', '.join(MARGINS)}")
     claims = tuple(_claim(claim) for claim in values["claims"])
     if len({claim.name for claim in claims}) < len(claims):
         raise ValueError("two claims have one name")
-    if margin <= 0 or int(values["seeds"]) < 2:
+    if min(margin, *also.values()) <= 0 or int(values["seeds"]) < 2:
         raise ValueError("margin must be above 0 and seeds at least 2")
     return Registered(
         values["experiment"],
@@ -107,7 +108,7 @@ def _read(values: Mapping[str, Any], sha256: str) -> Registered:
         sha256,
         tuple(values.get("tasks", ())),
         tuple(values.get("beside", ())),
-        tuple(values.get("also", ())),
+        also,
     )
 
 

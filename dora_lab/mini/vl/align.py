@@ -53,7 +53,10 @@ def fitted(
 ) -> tuple[dict[str, Tensor], float]:
     """The visual embedding by name, and the share of the words' variance that it explains on these pictures.
 
-    Its layer norm is the text's own. The parts that say where a region is and which picture it is of begin at zero.
+    Its layer norm is the text's own. The part that says where a region is begins at zero; of that which says which
+    picture it is of, the second row with what "right image:" adds to a place over "left image:" (the first, which items
+    with one picture have, too, with nothing): from zero, as alike as it finds them, no row of the experiment learns to
+    tell two pictures apart.
     """
     rng, words_VD = Random("align"), cast(Any, model.get_input_embeddings()).weight.detach().float()
     encoder: Any = model.get_encoder()
@@ -71,11 +74,20 @@ def fitted(
     W_FD = np.linalg.lstsq(X_PF, Y_PD, rcond=None)[0]
     explained = 1 - ((Y_PD - X_PF @ W_FD) ** 2).sum() / ((Y_PD - Y_PD.mean(0)) ** 2).sum()
     norm, D = encoder.layernorm_embedding, Y_PD.shape[1]
+    places_PD = torch.stack(said_PD)
+    sides = [
+        norm(
+            places_PD
+            + words_VD[tokenizer.backend_tokenizer.encode(f" {side} image:", add_special_tokens=False).ids].sum(0)
+        )
+        for side in ("left", "right")
+    ]
+    apart_D = (sides[1] - sides[0]).mean(0)
     found = {
         "feature.0.weight": torch.from_numpy(W_FD[:-1].T), "feature.0.bias": torch.from_numpy(W_FD[-1]),
         "feature.1.weight": norm.weight, "feature.1.bias": norm.bias, "box.0.weight": torch.zeros(D, 5),
         "box.0.bias": torch.zeros(D), "box.1.weight": torch.ones(D), "box.1.bias": torch.zeros(D),
-        "picture.weight": torch.zeros(2, D),
+        "picture.weight": torch.stack([torch.zeros(D), apart_D]),
     }  # fmt: skip
     return {f"{VISUAL}.{name}": tensor.detach() for name, tensor in found.items()}, float(explained)
 
