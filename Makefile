@@ -74,7 +74,7 @@ bench-probe: setup  ## time and memory of the probe of saved models on LLaMA-7B'
 	$(BIN)/python -m analysis.tables.probe_speed --results $(RESULTS)
 	@cat $(RESULTS)/tables/probe_speed.md
 
-bench-small: setup  ## an update of tier small, and its options, beside a plain loop, Trainer with PEFT and lm-eval (about 10 minutes, 16 GB of memory)
+bench-small: setup  ## an update of tier small, and its options, beside a plain loop, Trainer with PEFT and lm-eval (about 40 minutes of one core, 17 GB of memory)
 	$(BIN)/python -m experiments.small_speed --results $(RESULTS)
 	$(BIN)/python -m analysis.tables.small_speed --results $(RESULTS)
 	@cat $(RESULTS)/tables/small_speed.md

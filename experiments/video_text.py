@@ -76,9 +76,9 @@ ROWS = {
 CELLS = {name: method for name, (method, _, _) in ROWS.items()}
 
 
-MINI_TASKS = ("tvqa_words", "tvc")
+MINI_TASKS = ("tvqa_cloze", "tvc")
 MINI_ASKED = tuple(task + ENDING for task in MINI_TASKS)
-MINI_BATCH = {"tvqa_words": 32, "tvc": 48}  # 250 and 167 steps an epoch
+MINI_BATCH = {"tvqa_cloze": 32, "tvc": 48}  # 250 and 167 steps an epoch
 EPOCHS, MINI_STEPS = 2.0, 834
 SWEEP_SEED = 100
 MINI_CELLS = {
@@ -134,8 +134,8 @@ def mini(method: Method, learning_rate: float, seed: int, epochs: float = EPOCHS
         ),
         optim=replace(
             spec.optim,
-            batch_size=MINI_BATCH["tvqa_words"],
-            micro_batch_size=MINI_BATCH["tvqa_words"],
+            batch_size=MINI_BATCH["tvqa_cloze"],
+            micro_batch_size=MINI_BATCH["tvqa_cloze"],
             task_batch_sizes=tuple(f"{task}={size}" for task, size in MINI_BATCH.items()),
         ),
         evaluation=replace(spec.evaluation, task_beams=(f"tvc{ENDING}=5",), max_new_tokens=39),

@@ -13,6 +13,7 @@ import pandas as pd
 from analysis import frame, script
 from analysis.tables.rates import cell_label, swept
 from dora_lab import report
+from dora_lab.report.charts import WIDE
 
 NOTE = "Validation items. Dots: seeds; line: their mean, where every seed came to an end."
 
@@ -31,8 +32,11 @@ def build(results: Path) -> list[Path]:
         ticks = {name: _ticks(of["x"]) for name, of in rows.groupby("column", sort=False)}
         losses_of_seeds = [value for values in rows["dots"] for value in values]
         low, high = min(losses_of_seeds), max(losses_of_seeds)
-        limits = (low - 0.05 * (high - low), high + 0.05 * (high - low))
-        figure, numbers = report.lines(rows, "learning rate", NOTE, ticks=ticks, limits=limits, doublings=True)
+        wide, room = high > WIDE * low, 0.05 * (high - low)  # one rate that fails would leave the others no room
+        limits = (low / 1.1, high * 1.1) if wide else (low - room, high + room)
+        figure, numbers = report.lines(
+            rows, "learning rate", NOTE, ticks=ticks, limits=limits, doublings=True, logarithmic=wide
+        )
         paths += report.save_figure(figure, results / "figures", f"learning_rates_{tier}_{data}", source, numbers)
     return paths
 

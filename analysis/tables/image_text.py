@@ -30,9 +30,9 @@ NOTES = (
 BOUNDED = (
     "Normalised: mean over tasks of (score - floor) / (ceiling - floor), in percent. Floor: the answer that training "
     "items of the kind have most often, one caption for all. Ceiling: the truth; of captions one person's, against the "
-    "other four, which a model that says what most would say can pass. A quarter of GQA asks for what is the same, which "
-    "adapters answer little better than by chance: see findings.md. Blind: FT whose features are all zero, in training "
-    "and test."
+    "other four, which a model that says what most would say can pass. A quarter of GQA asks for what is the same, "
+    "which adapters answer little better than by chance: see findings.md. Blind: FT whose features are all zero, in "
+    "training and test. Train, s: beside other work."
 )
 
 

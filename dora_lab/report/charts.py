@@ -112,6 +112,7 @@ def lines(
     bare: Collection[str] = (),
     band: bool = False,
     doublings: bool = False,
+    logarithmic: bool = False,
 ) -> tuple[Figure, pd.DataFrame]:
     """A line for each label: colour, dashes and marker; a row of panels for each `row`, a column for each `column`.
 
@@ -121,7 +122,8 @@ def lines(
         position -> text. limits: of all y, or by column; without them a row of panels whose labels differ by more than
         `WIDE` is logarithmic, and what is not above 0 is left out of it. dodge: how far labels stand apart in x, so
         that no bar hides another (doublings: x is logarithmic, in powers of 2). joined: whether points are. bare:
-        labels that are lines without points and stay where they are. band: intervals as bands, else bars.
+        labels that are lines without points and stay where they are. band: intervals as bands, else bars. logarithmic:
+        y is, in every row.
     Returns the figure and `data`. Raises: ValueError for more than `MOST` panels.
     """
     rows, columns = (list(data[name].unique()) for name in ("row", "column"))
@@ -130,10 +132,10 @@ def lines(
     handles: dict[str, Any] = {}
     for i, row in enumerate(rows):
         mine = data[data["row"] == row]
-        logarithmic = limits is None and _differ(mine)
+        scaled = logarithmic or (limits is None and _differ(mine))
         for j, column in enumerate(columns):
             axis, there = axes[i, j], mine[mine["column"] == column]
-            there = there[there["y"] > 0] if logarithmic else there
+            there = there[there["y"] > 0] if scaled else there
             for k, (label, look) in enumerate(looks.items()):
                 part = there[there["label"] == label]
                 if len(part):
@@ -146,10 +148,10 @@ def lines(
             if not len(there):
                 axis.text(0.5, 0.5, "no runs", ha="center", va="center", transform=axis.transAxes)
             ends = limits.get(column) if isinstance(limits, Mapping) else limits
-            _axes(axis, there, logarithmic, ends, doublings, (ticks or {}).get(column))
+            _axes(axis, there, scaled, ends, doublings, (ticks or {}).get(column))
             axis.set_title(fill(column, 28) if i == 0 else "", fontsize=9)
             axis.set_xlabel(x_name if i == len(rows) - 1 else "")
-        axes[i, 0].set_ylabel(row + ("\n(log scale)" if logarithmic else ""), fontsize=8.5)
+        axes[i, 0].set_ylabel(row + ("\n(log scale)" if scaled else ""), fontsize=8.5)
     if "paper" in data and data["paper"].notna().any():
         handles["*"] = _key(marker="*", ls="", mfc="none", ms=9, color=GREY, label="the paper (VL-BART)")
     legend_below(figure, [handle for label, handle in handles.items() if label], note)
@@ -328,6 +330,8 @@ def _axes(
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if logarithmic:
         axis.set_yscale("log")
+        if limits is not None:
+            axis.set_ylim(*limits)
         _plain_ticks(axis.yaxis)
     elif limits is not None:
         axis.set_ylim(*limits)

@@ -144,6 +144,8 @@ def write(experiment: Path, runs: Sequence[tuple[str, Files, str]]) -> list[Path
 
 def _apart(content: bytes) -> tuple[bytes, bytes | None]:
     """The columns content and numbers of a file's content."""
+    if set(content) & {*range(6)}:  # no JSON: these bytes say how a content lies in a part
+        return content, None
     found: list[bytes] = []
 
     def cut(text: re.Match[bytes]) -> bytes:
@@ -152,8 +154,7 @@ def _apart(content: bytes) -> tuple[bytes, bytes | None]:
 
     rest, numbers = _BASE64.sub(cut, by_column(content)), b"".join(found)
     parts = rest, numbers[::2] + numbers[1::2] if numbers else None
-    # base64 that ends in stray bits, or a byte below 6 in what is no JSON: kept whole
-    return parts if not set(content) & {*range(6)} and _together(*parts) == content else (content, None)
+    return parts if _together(*parts) == content else (content, None)  # base64 that ends in stray bits: kept whole
 
 
 def _together(content: bytes, numbers: bytes | None) -> bytes:

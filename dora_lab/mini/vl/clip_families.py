@@ -38,10 +38,6 @@ class Question(NamedTuple):
     answers: tuple[str, ...]
     right: int
 
-    @property
-    def label(self) -> str:
-        return f"a{self.right}"
-
 
 Asker = Callable[[Clip, Random], "tuple[str, str, list[str]] | None"]  # question, answer, wrong ones by preference
 
@@ -240,18 +236,23 @@ def clips_sha256() -> str:
 
 
 def floor(family: str, held: str = "test") -> list[str]:
-    """What to answer without looking: to each item of a split the label that is right most often for its kind of
+    """What to answer without looking: of each question's answers the one that is right most often for its kind of
     training question, of captions ("tvc") one and the same for all clips."""
     if family == "tvc":
         return [captions(Random("floor").choice(keys("train")))[0]] * CLIPS[held]
     given: dict[str, Counter[str]] = {}
     for one in questions("train"):
-        given.setdefault(one.kind, Counter())[one.label] += 1
-    return [given[one.kind].most_common(1)[0][0] for one in questions(held)]
+        given.setdefault(one.kind, Counter())[one.answers[one.right]] += 1
+    return [_named(family, one, max(one.answers, key=given[one.kind].__getitem__)) for one in questions(held)]
 
 
 def ceiling(family: str, held: str = "test") -> list[str]:
     """The truth to each item of a split; of captions the first of four, to be held against the other three."""
     if family == "tvc":
         return [captions(key)[0] for key in keys(held)]
-    return [one.label for one in questions(held)]
+    return [_named(family, one, one.answers[one.right]) for one in questions(held)]
+
+
+def _named(family: str, one: Question, answer: str) -> str:
+    """An answer as it is given: by its words, or by its label."""
+    return answer if family == "tvqa_cloze" else f"a{one.answers.index(answer)}"

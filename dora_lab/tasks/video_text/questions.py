@@ -1,7 +1,7 @@
 """TVQA and How2QA: a question about a span of a clip, five or four answers; the right one's label is generated.
 
-By tasks whose names say so ("tvqa_words") its words are, the texts alike: a model that has not learnt in pretraining
-what a label stands for can answer so.
+By tasks whose names say so ("tvqa_cloze") its words are, of the question alone, without a list of answers (see
+`tasks.cloze`): a small model reads a list as what the clip shows, and no label out of it.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ FILES = {
 }
 
 
-WORDS = "_words"  # of the names of tasks whose answers are not labels
+CLOZE = "_cloze"  # of the names of tasks that are asked without labels
 
 
-def _items(root: Path, task: str, part: str, clips: str, answers: int, words: bool) -> list[Item]:
+def _items(root: Path, task: str, part: str, clips: str, answers: int, cloze: bool) -> list[Item]:
     rows = read_lines(Path(root) / "ann" / task / f"{FILES[task, part]}.jsonl")
     said = read_subtitles(root, clips)
-    return unique([_item(row, clips, said, answers, words) for row in rows], rows)
+    return unique([_item(row, clips, said, answers, cloze) for row in rows], rows)
 
 
-def _item(row: Row, clips: str, said: Subtitles, answers: int, words: bool) -> Item:
+def _item(row: Row, clips: str, said: Subtitles, answers: int, cloze: bool) -> Item:
     labels = [f"a{number}" for number in range(answers)]
     number = row.values.get("answer_idx")
     if type(number) is not int or number not in range(answers):
         raise row.refuse("answer_idx", f"a whole number from 0 to {answers - 1}")
     texts = [row.any_text(label).strip(". ") for label in labels]
-    choices = " ".join(f"{label}: {text}." for label, text in zip(labels, texts, strict=True))
+    choices = " [Choices] " + " ".join(f"{label}: {text}." for label, text in zip(labels, texts, strict=True))
     question = f"{said.of(row)} [Q] {row.text('q').strip()}"
-    read = texts if words else labels
+    read = texts if cloze else labels
     answer = read[number]
     return {
         "id": row.name("qid"),
         "pictures": ((clips, row.text("vid_name")),),
-        "text": f"{question} {span(row)} [Choices] {choices}",
+        "text": f"{question} {span(row)}{'' if cloze else choices}",
         "question": question,
         "targets": {answer: 1.0},
         "best": [answer],
@@ -51,20 +51,20 @@ def _item(row: Row, clips: str, said: Subtitles, answers: int, words: bool) -> I
     }
 
 
-def _tasks(name: str, column: str, clips: str, answers: int, words: bool = False) -> tuple[Task, Task]:
+def _tasks(name: str, column: str, clips: str, answers: int, cloze: bool = False) -> tuple[Task, Task]:
     def learnt(root: Path, split: str) -> list[Item]:
-        return _items(root, name, "train", clips, answers, words) if split == "train" else []
+        return _items(root, name, "train", clips, answers, cloze) if split == "train" else []
 
     def asked(root: Path, split: str) -> list[Item]:
-        return _items(root, name, "val", clips, answers, words) if split == "test" else []
+        return _items(root, name, "val", clips, answers, cloze) if split == "test" else []
 
     one, two = (
         Task(
-            name=f"{name}{WORDS * words}{ending}",
+            name=f"{name}{CLOZE * cloze}{ending}",
             column=column + ending.replace("_", " "),
             prompt=f"{name}: ",
             behind=True,
-            chance=1 / answers,
+            chance=None if cloze else 1 / answers,
             metrics=("labelled",),
             read=read,
         )
@@ -76,5 +76,5 @@ def _tasks(name: str, column: str, clips: str, answers: int, words: bool = False
 TASKS = (
     *_tasks("tvqa", "TVQA", "tv", 5),
     *_tasks("how2qa", "How2QA", "how2", 4),
-    *_tasks("tvqa", "TVQA words", "tv", 5, words=True),
+    *_tasks("tvqa", "TVQA cloze", "tv", 5, cloze=True),
 )
