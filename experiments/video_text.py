@@ -7,7 +7,9 @@
 mini: TVQA and TVC alone, about the embedded world of clips (source `mini_clips`: 6 to 12 frames in which things come
 and go, files in the layout of VALUE's release), the base and settings of image_text's mini tier but for layer norms,
 which are frozen with both adapters as in the paper tier below. A clip's last frames that are not there are masked.
-What is claimed: registered/video_text.md. An untrained model and a blind one (all features zero) stand beside.
+TVQA is asked without its list of answers (`tvqa_cloze`): no label was learnt in trials, and the base reads a list as
+what is shown. What is claimed: registered/video_text.md. An untrained model and a blind one (all features zero) stand
+beside.
 
 paper: facebook/bart-base with frozen CLIP ViT-B/32 features of a frame every 1.5 s, 64 of a clip; TVQA, How2QA, and
 captions of TVC and YouCook2 (YC2C). DATASETS is VALUE's release (VALUE-Leaderboard/DataRelease) as VL-Adapter lays it

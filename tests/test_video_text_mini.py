@@ -152,7 +152,7 @@ def _form(question: str) -> str:
 def test_items_of_every_split_and_a_blind_source_without_features() -> None:
     found = sources.items(spec(data__validation_items="512"))
     assert found.counts() == {
-        "train": {"tvqa": 8000, "tvc": 8000},
+        "train": {"tvqa_cloze": 8000, "tvc": 8000},
         "validation": {"tvqa_cloze_val": 384, "tvc_val": 128},
         "test": {"tvqa_cloze_val": 1024, "tvc_val": 256},
     }
@@ -160,7 +160,7 @@ def test_items_of_every_split_and_a_blind_source_without_features() -> None:
     held = {item["pictures"] for pool in found.validation.values() for item in pool}
     assert not held & {item["pictures"] for pool in (*found.train.values(), *found.test.values()) for item in pool}
     assert all(len(item["references"]) == clip_families.REFERENCES for item in found.validation["tvc_val"])
-    blind = sources.items(spec(data__name="mini_clips_blind", data__tasks="tvqa_cloze_val,tvqa"))
+    blind = sources.items(spec(data__name="mini_clips_blind", data__tasks="tvqa_cloze_val,tvqa_cloze"))
     assert blind.pictures is not None and not blind.pictures.features_NRF.any()
     assert blind.counts()["test"] == {"tvqa_cloze_val": 1024}
 
@@ -215,5 +215,5 @@ def test_rows_from_start_to_end_and_their_table(tmp_path: Path) -> None:
     ours, _, printed = text.partition(table.PAPER)
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in ours.splitlines() if line[:1] == "|"]
     assert [line[0] for line in lines if line[0][0] not in "-M"] == ["FT", "DoRA", "Blind FT", "floor", "ceiling"]
-    assert {"mini-TVQA val", "mini-TVC val", "Normalised"} <= {*lines[0]} and "How2QA" not in ours
+    assert {"mini-TVQA cloze val", "mini-TVC val", "Normalised"} <= {*lines[0]} and "How2QA" not in ours
     assert "| Table 3 | DoRA | 5.19 | 76.3 " in printed
