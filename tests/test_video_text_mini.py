@@ -210,6 +210,7 @@ def test_rows_from_start_to_end_and_their_table(tmp_path: Path) -> None:
         assert all(row["n"] == 6 and row["floor"] < row["ceiling"] and row["n_shortened"] == 0 for row in evals)
         prompts = [json.loads(line) for line in (folder / "samples" / "tvqa_cloze_val.generate.jsonl").open()]
         assert any(line.get("prompt", "").startswith("tvqa: [Subs] ") for line in prompts)
+        assert not any("Choices" in line.get("prompt", "") for line in prompts)
     assert list(doctor.examine(tmp_path)) == []
     text = next(path for path in table.build(tmp_path) if path.suffix == ".md").read_text()
     ours, _, printed = text.partition(table.PAPER)

@@ -39,6 +39,8 @@ def _item(row: Row, clips: str, said: Subtitles, answers: int, cloze: bool) -> I
     question = f"{said.of(row)} [Q] {row.text('q').strip()}"
     read = texts if cloze else labels
     answer = read[number]
+    if not answer:
+        raise row.refuse(labels[number], "words, as it is the right answer")
     return {
         "id": row.name("qid"),
         "pictures": ((clips, row.text("vid_name")),),
