@@ -93,9 +93,9 @@ def sweep() -> list[Spec]:
     return [swept(cell, rate, seed) for seed in SWEEP_SEEDS for cell, rate in grid(CELLS, SWEPT)]
 
 
-def grid(cells: Mapping[str, Method], names: Sequence[str]) -> list[tuple[str, float]]:
+def grid(cells: Mapping[str, Method], names: Sequence[str], steps: Sequence[float] = STEPS) -> list[tuple[str, float]]:
     """Each of these cells at every rate of its grid."""
-    return [(name, float(f"{MIDDLE[cells[name].name] * step:.4g}")) for step in STEPS for name in names]
+    return [(name, float(f"{MIDDLE[cells[name].name] * step:.4g}")) for step in steps for name in names]
 
 
 def confirmation(seeds: Sequence[int] = range(10)) -> list[Spec]:

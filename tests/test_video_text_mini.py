@@ -20,6 +20,7 @@ from dora_lab.io.errors import LoadError
 from dora_lab.launch.run import run_spec
 from dora_lab.launch.runtime import Paths
 from dora_lab.launch.select import chosen
+from dora_lab.metrics import score
 from dora_lab.mini.vl import clip_families, clips
 from dora_lab.mini.vl.cells import features
 from dora_lab.runs import doctor
@@ -46,7 +47,7 @@ def spec(cell: str = "DoRA", **changes: str) -> Spec:
 
 
 def test_the_world_is_the_same_everywhere() -> None:
-    assert clip_families.clips_sha256() == "600fe6224355c2d32ea4fe25dc6f9d43ddfe3f14ff7fca288439b8f07f64286e"
+    assert clip_families.clips_sha256() == "60e26a06727a765fbfba4c3f8273f5586601af3f601b151edf59c1f764de6c2b"
 
 
 def test_frames_are_made_as_places_of_pictures_are() -> None:
@@ -114,13 +115,12 @@ def test_no_kind_of_question_is_rare_and_captions_are_of_what_happens() -> None:
     for key in clip_families.keys("test"):
         film = clips.clip(key)
         told = clip_families.captions(key)
-        assert len({*told}) == clip_families.REFERENCES
         for text in told:
             named = [text.index(name) for name in film.names if name in text]
             assert len(named) >= 2 and named == sorted(named)  # by when they come
             for name in film.names:
                 if len(places := film.places(name)) == 2:
-                    assert re.search(rf"{name} (moves|goes) to the {places[1]}", text)
+                    assert re.search(rf"{name} at the {places[0]} and at the {places[1]}", text)
 
 
 @pytest.mark.parametrize("task", MINI_ASKED)
@@ -132,21 +132,28 @@ def test_floor_and_ceiling_are_what_the_metric_says(task: str, rows: dict[str, l
     assert bounds("mini_clips_blind", load_task(task), "test", items) == found
     assert bounds("value", load_task(task), "test", items) == {}
     if task == "tvc_val":
-        assert 0 < found["floor"] < 0.6 < 1.5 < found["ceiling"] < 8
+        assert 1 < found["floor"] < 1.5 < 4 < found["ceiling"] < 5
         return
     learnt = clip_families.files("train")["tvqa/tvqa_train.jsonl"]
-    given = Counter((_form(row["q"]), row[f"a{row['answer_idx']}"]) for row in learnt)
-    right = []
-    for row in rows["tvqa/tvqa_val.jsonl"]:
-        often = [given[_form(row["q"]), row[f"a{k}"]] for k in range(5)]
-        right.append(often.index(max(often)) == row["answer_idx"])
-    assert found["floor"] == pytest.approx(np.mean(right)) and found["ceiling"] == 1
+    given: dict[str, Counter[str]] = {}
+    for row in learnt:
+        given.setdefault(row["q"], Counter())[row[f"a{row['answer_idx']}"]] += 1
+    asked = [row for row in rows["tvqa/tvqa_val.jsonl"] if row["q"] in given]
+    right = [given[row["q"]].most_common(1)[0][0] == row[f"a{row['answer_idx']}"] for row in asked]
+    unknown = len(rows["tvqa/tvqa_val.jsonl"]) - len(asked)
+    assert unknown < 10 and 0 <= 1024 * found["floor"] - sum(right) <= unknown
+    assert found["ceiling"] == 1
 
 
-def _form(question: str) -> str:
-    """What kind of question it is, by its words alone."""
-    moved = re.sub(r" the [^?]* (first|last)", " moved", question)
-    return re.sub(r" the [^?]*| is \w+(?=\?)| does \w+", "", moved)
+def test_the_caption_for_all_is_the_best_of_many() -> None:
+    """Of every validation clip: the first 25 training clips have none that does better (here every fifth of them)."""
+    items = [{"id": key, "references": [*clip_families.captions(key)]} for key in clip_families.keys("validation")]
+    tried = [text for key in clip_families.keys("train")[:25] for text in clip_families.captions(key)]
+    assert clip_families.ONE_FOR_ALL in tried
+    found = {}
+    for text in {*tried[::5], clip_families.ONE_FOR_ALL}:
+        (found[text], *_) = score("cider_d", items, {item["id"]: text for item in items}, "here").summary.values()
+    assert max(found, key=found.__getitem__) == clip_families.ONE_FOR_ALL and min(found.values()) < 0.8
 
 
 def test_items_of_every_split_and_a_blind_source_without_features() -> None:
@@ -185,8 +192,8 @@ def test_rows_are_swept_alike_on_validation_items() -> None:
     for name, cell in MINI_CELLS.items():
         mine = [one for one in specs if one.method == cell]
         grid = sorted(one.optim.learning_rate for one in mine if one.optim)
-        assert [after / before for before, after in pairwise(grid)] == pytest.approx([3.0] * 4, rel=1e-3), name
-    assert len(specs) == 15 and {one.evaluation.split for one in specs} == {"validation"}
+        assert [after / before for before, after in pairwise(grid)] == pytest.approx([3.0] * 3, rel=1e-3), name
+    assert len(specs) == 12 and {one.evaluation.split for one in specs} == {"validation"}
     assert {one.seed for one in specs}.isdisjoint(range(5))
     steps = sum(-(-8000 * video_text.EPOCHS // size) for size in video_text.MINI_BATCH.values())
     assert steps == video_text.MINI_STEPS

@@ -36,8 +36,8 @@ BOUNDED = (
     "Two tasks, of which Average is the mean. val: the files in which VALUE has validation items; rates were chosen by "
     "items about other clips. TVQA cloze: the question alone is asked, without the list of answers that the paper's "
     "model reads, and the words of the answer are to be given.",
-    "Normalised: mean over tasks of (score - floor) / (ceiling - floor), in percent. Floor: of a question's five "
-    "answers the one that is right most often for training questions of the kind, one caption for all. Ceiling: the "
+    "Normalised: mean over tasks of (score - floor) / (ceiling - floor), in percent. Floor: what "
+    "training clips have most often as answer to the same question, one caption for all. Ceiling: the "
     "truth; of captions one person's, against the other three, which a model that says what most would say can pass. "
     "Blind: FT whose features are all zero, in training and test.",
     "Unparsed: of all questions, answers that are none of the five. LoRA, matched: all as DoRA has it; layer norms are "

@@ -8,12 +8,13 @@ from typing import Any
 from dora_lab.metrics import score
 from dora_lab.mini import llava, vl
 from dora_lab.mini.vl import clip_families
-from dora_lab.tasks import Task, easy_vqa, mini_clips, mini_llava, mini_pictures, subtitles
+from dora_lab.tasks import Task, easy_vqa, mini_clips, mini_llava, mini_pictures
 from dora_lab.tasks.image_text_novel import ENDING
 from dora_lab.tasks.visual_instruction.benchmarks import gold, right_answer
 
 FAMILIES = {"vqa": "vqa", "gqa": "gqa", "nlvr2": "nlvr2", "coco_caption": "coco"}  # task: of `mini.vl`
 INSTRUCTED = {"vqav2_val": "vqa", "vizwiz_val": "vizwiz", "science_qa": "sqa", "pope": "pope"}  # of `mini.llava`
+FILMED = {"tvqa_cloze_val": "tvqa", "tvc_val": "tvc"}  # of `mini.vl.clip_families`
 
 
 def bounds(source: str, task: Task, split: str, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -21,17 +22,16 @@ def bounds(source: str, task: Task, split: str, items: Sequence[Mapping[str, Any
     right answers, not F1); {} for data of which neither is known.
 
     floor: the answer that training items of its kind have most often, of captions one and the same for all; ceiling:
-    the truth, of captions a person's, held against the other four. A blind source has those of the other. Of
-    "mini_llava": see `mini.llava.floor`; of "easy_vqa" the floor is what the very question has most often.
+    the truth, of captions a person's, held against those of the others. A blind source has those of the other. Of
+    "mini_llava": see `mini.llava.floor`; of "easy_vqa" and clips the floor is what the very question has most often.
     """
     if source in mini_llava.SOURCES:
         floor, ceiling = (texts(INSTRUCTED[task.name], split) for texts in (llava.floor, llava.ceiling))
         return _instructed(task, items, lambda item: floor[item["id"]], lambda item: ceiling[item["id"]])
     if source == easy_vqa.NAME:
         return _instructed(task, items, lambda item: easy_vqa.guess(item["text"].split("\n")[1]), right_answer)
-    if source in mini_clips.SOURCES:
-        clips = task.name.removesuffix(subtitles.ENDING)
-        floor, ceiling = (texts(clips, split) for texts in (clip_families.floor, clip_families.ceiling))
+    if source in mini_clips.SOURCES and task.name in FILMED:
+        floor, ceiling = (texts(FILMED[task.name], split) for texts in (clip_families.floor, clip_families.ceiling))
         return _pictured(task, items, lambda item: floor[int(item["id"])], lambda item: ceiling[int(item["id"])])
     family = FAMILIES.get(task.name.removesuffix(ENDING))
     if source not in mini_pictures.SOURCES or family is None:

@@ -1,7 +1,7 @@
 """Sources "mini_clips" and "mini_clips_blind": the embedded world of clips as a folder that `value` reads.
 
 The folder is in the layout of VALUE's release, and has in `validation` the annotations of items that rates are chosen
-by. It is made once for each version of the world and lies in the user's cache (7 MB, some ten seconds). In
+by. It is made once for each version of the world and lies in the user's cache (17 MB, some ten seconds). In
 "mini_clips_blind" all features are zero: what questions and subtitles give away.
 """
 
@@ -20,7 +20,7 @@ WORLD = ("scenes", "cells", "clips", "clip_families")  # modules of `mini.vl` th
 
 def folder(name: str) -> Path:
     """The folder of a source, written if it is not there whole (`written`)."""
-    return written(name, _version(), lambda new: clip_families.write(new, blind=SOURCES[name]), megabytes=20)
+    return written(name, _version(), lambda new: clip_families.write(new, blind=SOURCES[name]), megabytes=40)
 
 
 @cache

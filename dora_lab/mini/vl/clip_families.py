@@ -24,6 +24,10 @@ SPLITS = ("train", "validation", "test")
 CLIPS = {"train": 2000, "validation": 128, "test": 256}
 QUESTIONS, REFERENCES, ANSWERS = 4, 4, 5  # of a clip, of a clip, of a question
 SECONDS = 1.5  # from frame to frame
+# the caption of the first 25 training clips that does best when it is said of every validation clip
+ONE_FOR_ALL = (
+    "an orange star at the middle right and at the top centre, a yellow cross, a blue square at the bottom left."
+)
 PLACES = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
 
 Row = dict[str, Any]
@@ -92,7 +96,7 @@ def what(film: Clip, rng: Random) -> tuple[str, str, list[str]]:
     return f"what is at the {thing.place}?", thing.name, _names(film, rng)
 
 
-def where(film: Clip, rng: Random) -> tuple[str, str, list[str]] | None:
+def where(film: Clip, rng: Random) -> tuple[str, str, list[str]]:
     still = [name for name in film.names if len(film.places(name)) == 1]
     name = rng.choice(still)
     return f"where is the {name}?", film.places(name)[0], _places(film, rng)
@@ -153,20 +157,19 @@ def captions(key: str) -> tuple[str, ...]:
 
 
 def _caption(film: Clip, rng: Random) -> str:
-    """Two or three of the things, by when they come; where the one that moves goes is always told."""
+    """Two or three of the things, by when they come; where the one that moves is seen first and last is always told.
+
+    All in words of the base's prose: an adapter leaves the embedding of words alone, and learns no spelling.
+    """
     names = film.names
     told = rng.sample(range(len(names)), rng.choice((2, 3, 3)))
     told = [k for k, name in enumerate(names) if k in told or len(film.places(name)) == 2]
     parts = []
     for name in (names[k] for k in told[:3]):
         places = film.places(name)
-        if len(places) == 2:
-            goes = rng.choice(("moves to the", "goes to the"))
-            parts.append(f"{a(name)} {goes} {places[1]}")
-        else:
-            parts.append(a(name) + rng.choice(("", "", f" at the {places[0]}")))
-    joined = rng.choice((", then ", ", then ", " and then "))
-    return rng.choice(("", "", "we see ")) + joined.join(parts) + "."
+        shown = places if len(places) == 2 or rng.random() < 1 / 3 else []
+        parts.append(a(name) + " and".join(f" at the {place}" for place in shown))
+    return rng.choice(("", "", "we see ")) + rng.choice((", ", ", ", " and ")).join(parts) + "."
 
 
 def files(held: str = "test") -> dict[str, list[Row]]:
@@ -236,23 +239,19 @@ def clips_sha256() -> str:
 
 
 def floor(family: str, held: str = "test") -> list[str]:
-    """What to answer without looking: of each question's answers the one that is right most often for its kind of
-    training question, of captions ("tvc") one and the same for all clips."""
+    """What to answer without looking at clip or list: to each question what training clips answer most often to the
+    same words (where none was asked so, to its kind), of captions ("tvc") `ONE_FOR_ALL`."""
     if family == "tvc":
-        return [captions(Random("floor").choice(keys("train")))[0]] * CLIPS[held]
+        return [ONE_FOR_ALL] * CLIPS[held]
     given: dict[str, Counter[str]] = {}
     for one in questions("train"):
-        given.setdefault(one.kind, Counter())[one.answers[one.right]] += 1
-    return [_named(family, one, max(one.answers, key=given[one.kind].__getitem__)) for one in questions(held)]
+        for asked in (one.text, one.kind):
+            given.setdefault(asked, Counter())[one.answers[one.right]] += 1
+    return [given[one.text if one.text in given else one.kind].most_common(1)[0][0] for one in questions(held)]
 
 
 def ceiling(family: str, held: str = "test") -> list[str]:
     """The truth to each item of a split; of captions the first of four, to be held against the other three."""
     if family == "tvc":
         return [captions(key)[0] for key in keys(held)]
-    return [_named(family, one, one.answers[one.right]) for one in questions(held)]
-
-
-def _named(family: str, one: Question, answer: str) -> str:
-    """An answer as it is given: by its words, or by its label."""
-    return answer if family == "tvqa_cloze" else f"a{one.answers.index(answer)}"
+    return [one.answers[one.right] for one in questions(held)]

@@ -1,8 +1,8 @@
 """Clips: what a camera shows that looks at one place after the other; things come, go, and one of them may move.
 
 A clip is 6 to 12 frames. A frame is made as a place of a picture is (`cells`: the largest of its four cells), shows one
-thing or an empty place, and has a clock in it: the encoder tells frames apart by words that mean nothing to it, from
-which no row of the experiment would learn which came first. Two people say what they see.
+thing or an empty place, and has a clock in it, since what tells frames apart otherwise are words that mean nothing to
+the base. Two people say what they see.
 """
 
 from __future__ import annotations

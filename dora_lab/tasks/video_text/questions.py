@@ -1,7 +1,7 @@
 """TVQA and How2QA: a question about a span of a clip, five or four answers; the right one's label is generated.
 
 By tasks whose names say so ("tvqa_cloze") its words are, of the question alone, without a list of answers (see
-`tasks.cloze`): a small model reads a list as what the clip shows, and no label out of it.
+`tasks.cloze`): for a model that has not learnt what a list and a label are.
 """
 
 from __future__ import annotations
