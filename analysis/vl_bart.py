@@ -22,7 +22,7 @@ PRINTED = (
 )
 MEANS = (
     "Mean ± standard deviation over seeds. Accuracy in percent, captions CIDEr-D times 100. Average: as the paper has "
-    "it, the plain mean of the four; no verdict stands on it. NLL: -log p per token of the best answer, in nats, mean "
+    "it, the plain mean of the tasks; no verdict stands on it. NLL: -log p per token of the best answer, in nats, mean "
     "over tasks; lower is better."
 )
 

@@ -46,7 +46,7 @@ fill a task's last step come from its next epoch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -90,13 +90,21 @@ def specs(tier: str) -> list[Spec]:
 
 def sweep() -> list[Spec]:
     """Every cell at every rate of its grid, three seeds, a third of the steps, on validation items."""
-    rates = [(cell, float(f"{MIDDLE[CELLS[cell].name] * step:.4g}")) for step in STEPS for cell in SWEPT]
-    return [swept(cell, rate, seed) for seed in SWEEP_SEEDS for cell, rate in rates]
+    return [swept(cell, rate, seed) for seed in SWEEP_SEEDS for cell, rate in grid(CELLS, SWEPT)]
+
+
+def grid(cells: Mapping[str, Method], names: Sequence[str], steps: Sequence[float] = STEPS) -> list[tuple[str, float]]:
+    """Each of these cells at every rate of its grid."""
+    return [(name, float(f"{MIDDLE[cells[name].name] * step:.4g}")) for step in steps for name in names]
 
 
 def confirmation(seeds: Sequence[int] = range(10)) -> list[Spec]:
     """Every row at its rate, seed by seed, and what an untrained and a blind model score."""
-    rows = [mini(CELLS[cell], rate, seed) for seed in seeds for cell, rate in RATES.items()]
+    return with_bounds([mini(CELLS[cell], rate, seed) for seed in seeds for cell, rate in RATES.items()])
+
+
+def with_bounds(rows: list[Spec]) -> list[Spec]:
+    """An untrained model, the rows, and FT's first seeds blind."""
     if not rows:
         return []
     base = replace(rows[0], method=Method(name="base"), optim=None, probe=None, seed=0)
@@ -154,17 +162,23 @@ def mini(method: Method, learning_rate: float, seed: int, epochs: float = EPOCHS
 def swept(cell: str, learning_rate: float, seed: int) -> Spec:
     """The same run on a third of the steps, scored on validation items."""
     spec = mini(CELLS[cell], learning_rate, seed, EPOCHS / 3)
+    asked = replace(spec.evaluation, task_beams=("coco_caption=5",))
+    return held_out(replace(spec, data=replace(spec.data, tasks=TASKS), evaluation=asked))
+
+
+def held_out(spec: Spec) -> Spec:
+    """The same run, scored on validation items, without a probe."""
     return replace(
         spec,
-        data=replace(spec.data, tasks=TASKS, validation_items=VALIDATION_ITEMS),
+        data=replace(spec.data, validation_items=VALIDATION_ITEMS),
         probe=None,
-        evaluation=replace(spec.evaluation, split="validation", task_beams=("coco_caption=5",)),
+        evaluation=replace(spec.evaluation, split="validation"),
     )
 
 
 def _blind(spec: Spec) -> Spec:
     """The same training and questions, all features zero."""
-    return replace(spec, data=replace(spec.data, name="mini_vl_blind"), probe=None)
+    return replace(spec, data=replace(spec.data, name=f"{spec.data.name}_blind"), probe=None)
 
 
 def paper() -> list[Spec]:

@@ -201,8 +201,11 @@ def test_what_a_family_of_models_does_not_read_stays_at_its_default() -> None:
         ({"data.template": "cloze"}, "data.template = 'cloze': must be one of clean, published, bare"),
         ({"data.feature_shape": ()}, "data.feature_shape = (): must be given with model.family vl_bart"),
         ({"data.feature_shape": "49"}, "data.feature_shape = [49]: must be empty, or regions and width"),
-        ({"data.padding": "masked"}, "data.padding = 'masked': must be read but with data.name value (no picture"),
-        ({"data.name": "value"}, "data.visual_tokens = 36: must be none with data.name value: a clip has no grid"),
+        (
+            {"data.padding": "masked"},
+            "data.padding = 'masked': must be read but with data.name value or mini_clips (no",
+        ),
+        ({"data.name": "value"}, "data.visual_tokens = 36: must be none with data.name value or mini_clips: a clip"),
         ({"data.visual_tokens": 121}, "data.feature_shape = (49, 2048): must be at most 100 regions or frames"),
         (
             {"data.visual_tokens": "none", "data.feature_shape": "101,8"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from collections import namedtuple
 from collections.abc import Callable
@@ -100,6 +101,22 @@ def test_what_an_item_is(root: Path) -> None:
     asked = read(root, "tvc_val", "test")[1]
     assert two["best"] == ["a blue ring here. "]  # learnt as it stands
     assert asked["references"] == ["a blue thing here.", "a blue ring here."] and asked["targets"] == {}
+
+
+def test_a_cloze_question_has_no_list_and_its_answer_is_words(root: Path, tmp_path: Path) -> None:
+    (item,) = [item for item in read(root, "tvqa_cloze_val", "test") if item["id"] == "1002"]
+    asked = next(item for item in read(root, "tvqa_val", "test") if item["id"] == "1002")
+    assert item["text"] == PROMPTS["tvqa_val"][0].partition(" [Choices]")[0]
+    assert item["labels"] == ["red", "blue", "green", "grey", ""] and item["targets"] == {item["answer"]: 1.0}
+    assert item["best"] == [item["answer"]] == [item["labels"][int(asked["answer"][1])]]
+    assert load_task("tvqa_cloze").prompt == "tvqa: " and load_task("tvqa_cloze_val").chance is None
+    shutil.copytree(root / "video" / "ann", tmp_path / "ann")
+    file = tmp_path / "ann" / "tvqa" / "tvqa_val.jsonl"
+    first = json.loads(file.read_text().splitlines()[0])
+    file.write_text(json.dumps(first | {"answer_idx": 4, "a4": ". "}) + "\n")
+    assert len(load_task("tvqa_val").read(tmp_path, "test")) == 1
+    with pytest.raises(ItemError, match=r"tvqa_val.jsonl.*, field 'a4': expected words, as it is the right answer"):
+        load_task("tvqa_cloze_val").read(tmp_path, "test")
 
 
 @pytest.mark.parametrize("task", ASKED)

@@ -7,6 +7,7 @@ from typing import Any
 from dora_lab.io.limits import REGIONS, TASK_SIZES, task_sizes
 from dora_lab.io.values import leaves, plain
 
+CLIPS = ("value", "mini_clips", "mini_clips_blind")  # sources whose items show frames (`tasks.value.NAMES`)
 # fields that models of these families alone read, beside those that all do
 READ_BY = {
     "decoder": (
@@ -113,7 +114,7 @@ def _of_family(spec: Any) -> list[Rule]:
 
 def _of_pictures(spec: Any) -> list[Rule]:
     """Those of VL-BART alone."""
-    data, clips = spec.data, spec.data.name == "value"
+    data, clips = spec.data, spec.data.name in CLIPS
     shape, tokens = data.feature_shape, data.visual_tokens
     one_task = len(data.tasks) == 1 or spec.optim is None or spec.optim.task_batch_sizes
     words = f"at most {REGIONS} regions or frames (as data.visual_tokens says), which is how many words tell them apart"
@@ -124,13 +125,13 @@ def _of_pictures(spec: Any) -> list[Rule]:
             "data.visual_tokens",
             tokens,
             tokens is None or not clips,
-            "none with data.name value: a clip has no grid, its frames are the first number of data.feature_shape",
+            "none with data.name value or mini_clips: a clip has no grid, data.feature_shape begins with its frames",
         ),
         (
             "data.padding",
             data.padding,
             clips or data.padding == "read",
-            "read but with data.name value (no picture is padded)",
+            "read but with data.name value or mini_clips (no picture is padded)",
         ),
         ("optim.task_batch_sizes", (), one_task, "given for several tasks, which have other numbers of pictures"),
     ]

@@ -12,7 +12,7 @@ from typing import Any
 from dora_lab.models import shapes
 from dora_lab.models.base import hash_model
 from dora_lab.spec import Spec, SpecError, derive, did_you_mean, leaves, spec_id, to_dict, validate
-from dora_lab.tasks import llava, mini_pictures, sources
+from dora_lab.tasks import llava, mini_clips, mini_pictures, sources
 
 
 def chosen(
@@ -81,7 +81,7 @@ def _of_one_model(specs: list[Spec], folder: Path, tell: Callable[[str], object]
 def _with_data(spec: Spec, data_dir: Path) -> Spec:
     """The spec on a folder of real data: its tasks are those that have a test file, all their items are taken, unless
     it was made for such a folder."""
-    if spec.data.name in (*mini_pictures.SOURCES, *llava.WRITTEN):
+    if spec.data.name in (*mini_pictures.SOURCES, *mini_clips.SOURCES, *llava.WRITTEN):
         raise SpecError(
             f"--data-dir {data_dir}: {spec.tier} runs read pictures of their own; choose --tier paper for yours"
         )

@@ -167,8 +167,8 @@ def _counts(spec: Spec, record: dict[str, Any], rows: dict[str, list[dict[str, A
     """(stream, what is wrong) where the rows of a complete run do not fit its spec and record."""
     there = {(row["task"], row["protocol"]) for row in rows["eval"]}
     counts = ((record.get("inputs") or {}).get("items") or {}).get(spec.evaluation.split) or {}
-    # a task that nothing is trained on has items for tests alone
-    tasks = (spec.evaluation.split != "test" and counts) or spec.data.tasks
+    # a task may have items for tests alone, or be there to be learnt alone; protocol builtin counts none
+    tasks = counts or spec.data.tasks
     wanted = {(task, protocol) for task in tasks for protocol in spec.evaluation.protocols}
     if lost := sorted(wanted - there):
         yield "eval", f"{len(lost)} of {len(wanted)} scores are missing, the first is {' '.join(lost[0])}"

@@ -5,9 +5,9 @@ that repository (``<task>/train.json`` and ``<task>/test.json``, or these below 
 (training items only), the file
 ``commonsense_170k.json`` of such a folder (in it or in ``ft-training_set/``), else the hub's copy at `data.revision`;
 "vl_adapter", items about pictures with their features, and "mini_vl" and "mini_vl_blind", an embedded world of them
-(see `vl_adapter`); "value", items about clips with features of their frames (see `value`); "llava_v1_5", conversations
-and benchmarks about images, and "mini_llava" and "mini_llava_blind", an embedded world of them, and "easy_vqa", a
-package's (see `llava`).
+(see `vl_adapter`); "value", items about clips with features of their frames, and "mini_clips" and "mini_clips_blind",
+an embedded world of them (see `value`); "llava_v1_5", conversations and benchmarks about images, and "mini_llava" and
+"mini_llava_blind", an embedded world of them, and "easy_vqa", a package's (see `llava`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dora_lab.io.errors import LoadError
 from dora_lab.io.files import hash_files, no_folder
 from dora_lab.io.hub import snapshot
 from dora_lab.spec import Data, Spec, did_you_mean
-from dora_lab.tasks import Task, all_tasks, check_items, llava, load_task, read_items, value, vl_adapter
+from dora_lab.tasks import Task, all_tasks, check_items, llava, load_task, mini_clips, read_items, value, vl_adapter
 from dora_lab.tasks.cloze import as_cloze
 from dora_lab.tasks.commonsense.released_files import MIX, describe
 from dora_lab.tasks.pictures import Pictures
@@ -32,7 +32,10 @@ from dora_lab.tasks.pictures import Pictures
 Item = dict[str, Any]
 Pools = dict[str, list[Item]]  # items by task
 # sources whose tasks are theirs alone
-OWN = {**dict.fromkeys(vl_adapter.NAMES, vl_adapter), value.NAME: value, **dict.fromkeys(llava.NAMES, llava)}
+OWN = {
+    **dict.fromkeys(vl_adapter.NAMES, vl_adapter), **dict.fromkeys(value.NAMES, value),
+    **dict.fromkeys(llava.NAMES, llava),
+}  # fmt: skip
 SOURCES = (*mini.WORLDS, "llm_adapters", MIX, *OWN)
 HUB_MIX = "zwhe99/commonsense_170k"  # the copy that public code loads
 HUB_FILES = ("*.json", "*.parquet")
@@ -102,7 +105,7 @@ def items(spec: Spec, data_dir: Path | None = None) -> Items:
             sources.append(_described(data, task, "train", pool) | {"used": used})
     found = Items(train=train, validation=validation, test=test, sources=tuple(sources))
     every = (train, validation, test)
-    if data.name in (*vl_adapter.NAMES, value.NAME):
+    if data.name in (*vl_adapter.NAMES, *value.NAMES):
         return replace(found, pictures=OWN[data.name].pictures(every, data, data_dir))
     if data.name in llava.NAMES:
         root = llava.folder(data, data_dir)
@@ -250,7 +253,7 @@ def _split(pools: Pools, data: Data, data_dir: Path | None) -> tuple[Pools, Pool
     if data.holdout == "mixed":
         return _split_mixed(pools, data)
     pools = {name: _shuffled(pool, name) for name, pool in pools.items()}
-    if data.name in (*mini.WORLDS, *vl_adapter.NAMES, *llava.WRITTEN):
+    if data.name in (*mini.WORLDS, *vl_adapter.NAMES, *mini_clips.SOURCES, *llava.WRITTEN):
         own = _formed(_read(data.name, "validation", data, data_dir), data) if data.validation_items else {}
         held = _shares(own, data.validation_items)
         validation = {name: pool[: held[name]] for name, pool in own.items()}

@@ -5,6 +5,9 @@ A folder as VALUE's release (VALUE-Leaderboard/DataRelease), VL-Adapter's ``data
 test items are nobody's but its server's, which is shut: what is scored are its validation items, by tasks whose names
 say so ("tvqa_val"); nothing is chosen by them, `data.validation_items` are held out of the training items, and with
 them all that ask the same about the same clip. Held-out questions can be scored, captions (an item each) cannot.
+
+The embedded world of clips is a folder in the same layout (see `mini_clips`), whose validation items are of clips of
+their own: both tasks can be scored by them.
 """
 
 from __future__ import annotations
@@ -16,25 +19,28 @@ from typing import Any
 from dora_lab.io.errors import LoadError
 from dora_lab.io.files import hash_files, no_folder
 from dora_lab.spec import Data
-from dora_lab.tasks import family, load_task
+from dora_lab.tasks import family, load_task, mini_clips
 from dora_lab.tasks.annotations import Item
 from dora_lab.tasks.pictures import Pictures, gather_clips
 from dora_lab.tasks.vl_adapter import describe, expected, shown
 
-__all__ = ["NAME", "apart", "describe", "folder", "hash_annotations", "identity", "pictures", "read"]
+__all__ = ["NAME", "NAMES", "apart", "describe", "folder", "hash_annotations", "identity", "pictures", "read"]
 
 NAME = "value"
+NAMES = (NAME, *mini_clips.SOURCES)
 
 
 def read(split: str, data: Data, data_dir: Path | None) -> dict[str, list[Item]]:
-    """The items of "train" or "test" by task, those of tasks that have any there.
+    """The items of "train" or "test" (of the embedded world "validation", too) by task, those of tasks that have any.
 
     Raises LoadError for a task that is not VALUE's and for another folder than `data.sha256` says, ItemError for files
     that cannot be used.
     """
-    root = folder(data_dir)
+    root = _root(data, data_dir)
     if data.sha256 is not None and (found := hash_annotations(root)) != data.sha256:
         raise LoadError(f"{root}: content hash {found[:12]}..., the spec asks for {data.sha256[:12]}...")
+    if split == "validation":  # its files are those of the items that are asked
+        root, split = root / split, "test"
     pools = {}
     for task in map(load_task, data.tasks):
         if task.read is None or task not in family("video_text"):
@@ -54,12 +60,12 @@ def apart(learnt: list[Item], held: Iterable[Item]) -> list[Item]:
 def pictures(pools: Iterable[Mapping[str, list[Item]]], data: Data, data_dir: Path | None) -> Pictures:
     """The features of every clip that these items show; LoadError for others than `data.features_sha256` says."""
     shape = (data.feature_shape[0], data.feature_shape[1])
-    return expected(gather_clips(folder(data_dir), shown(pools), shape), data)
+    return expected(gather_clips(_root(data, data_dir), shown(pools), shape), data)
 
 
 def identity(data: Data, data_dir: Path | None) -> dict[str, Any]:
     """What identifies annotations and subtitles as they are on this machine now (features: `Pictures.sha256`)."""
-    return {"revision": None, "sha256": hash_annotations(folder(data_dir))}
+    return {"revision": None, "sha256": hash_annotations(_root(data, data_dir))}
 
 
 def hash_annotations(root: Path) -> str:
@@ -68,6 +74,10 @@ def hash_annotations(root: Path) -> str:
     if not found:
         raise LoadError(f"{root}: no annotations (ann/**/*.jsonl); give VALUE's release")
     return hash_files(found)
+
+
+def _root(data: Data, data_dir: Path | None) -> Path:
+    return mini_clips.folder(data.name) if data.name in mini_clips.SOURCES else folder(data_dir)
 
 
 def folder(data_dir: Path | None) -> Path:

@@ -37,7 +37,7 @@ def written(name: str, version: str, make: Callable[[Path], object], megabytes: 
                 _move(new, place)
     except OSError as error:
         raise LoadError(
-            f"{place}: the world of pictures cannot be written there ({error.strerror}); set XDG_CACHE_HOME to a "
+            f"{place}: the embedded world cannot be written there ({error.strerror}); set XDG_CACHE_HOME to a "
             f"folder with {megabytes} MB of room"
         ) from None
     return place
