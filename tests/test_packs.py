@@ -21,10 +21,13 @@ from dora_lab.commands import inspect as commands  # noqa: F401  (adds `pack`)
 from dora_lab.commands.app import app, find_run
 from dora_lab.io.files import hash_bytes
 from dora_lab.launch.experiments import experiment_names
+from dora_lab.launch.inputs import is_complete
+from dora_lab.launch.runtime import Paths
 from dora_lab.runs import packs
 from dora_lab.runs.doctor import examine
-from dora_lab.runs.errors import StoreError
-from dora_lab.runs.record import read_record
+from dora_lab.runs.errors import LockedError, StoreError
+from dora_lab.runs.lock import acquire
+from dora_lab.runs.record import read_record, run_path, spec_of
 from dora_lab.runs.streams import read_rows
 from dora_lab.runs.survey import survey, verified
 
@@ -192,6 +195,11 @@ HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
         r"is in no part; restore the parts",
     ),
     "a stream left out": (_rewrite(lambda rows: rows[:-1]), r"of run \w+ is missing; restore"),
+    "a link to nothing": (
+        lambda folder: (folder / "part-0002.parquet").unlink()
+        or (folder / "part-0002.parquet").symlink_to(folder / "gone"),
+        r"part-0002\.parquet: is no file; restore it",
+    ),
     "a part twice": (
         lambda folder: shutil.copy(folder / "part-0001.parquet", folder / "part-0009.parquet"),
         r"part-0009\.parquet: run \w+ is in part-0001\.parquet too",
@@ -230,6 +238,104 @@ def test_a_folder_beside_its_packed_run_is_one_run_or_refused(both: tuple[Path, 
     file.write_text(file.read_text().replace('"n": ', '"n":  ', 1))
     found = survey(packed, "commonsense")
     assert len(found.runs) == whole - 1 and "differs from the packed run" in found.left_out[0].why
+
+
+def test_a_folder_with_part_of_a_packed_run_is_no_run_without_rows(both: tuple[Path, Path]) -> None:
+    folders, packed = both
+    done = [path for path, record in survey(folders, "commonsense").runs if record["status"] == "complete"]
+    path = next(path for path in done if read_rows(path, "probe"))
+    whole = len(survey(packed, "commonsense").runs)
+    beside = packed / "runs" / "commonsense" / path.name
+    beside.mkdir()
+    shutil.copy(path / "eval.jsonl", beside)  # what an interrupted --remove leaves
+    assert len(survey(packed, "commonsense").runs) == whole and read_rows(beside, "probe")
+    shutil.copy(path / "record.json", beside)
+    (left_out,) = survey(packed, "commonsense").left_out
+    assert "differs from the packed run of that name; move the folder" in left_out.why
+
+
+def _unpacked(both: tuple[Path, Path], count: int) -> tuple[Path, list[str]]:
+    """The packed experiment where `count` runs are in folders, and never were packed; its folder and their names."""
+    folders, packed = both
+    shutil.rmtree(packed)
+    shutil.copytree(folders, packed)
+    experiment = packed / "runs" / "commonsense"
+    done = [path.name for path, record in survey(packed, "commonsense").runs if record["status"] == "complete"]
+    for run in done[:count]:
+        (experiment / run).rename(packed / run)
+    _pack(packed, "--remove")
+    for run in done[:count]:
+        (packed / run).rename(experiment / run)
+    return experiment, done[:count]
+
+
+def _refused(results: Path) -> str:
+    told = CliRunner().invoke(app, ["pack", "commonsense", "--results", str(results), "--remove"])
+    assert isinstance(told.exception, StoreError | LockedError), told.output
+    return str(told.exception)
+
+
+def test_a_part_that_is_there_is_never_written_again(both: tuple[Path, Path]) -> None:
+    experiment, _ = _unpacked(both, 2)
+    (experiment / "part-0001.parquet").rename(experiment / "part-0007.parquet")
+    before = {part.name: part.read_bytes() for part in experiment.glob("part-*")}
+    _pack(both[1], "--remove")
+    after = {part.name: part.read_bytes() for part in experiment.glob("part-*")}
+    assert before.items() <= after.items() and {*after} - {*before} == {"part-0008.parquet"}
+    assert not list(packs.faults(experiment))
+
+
+def test_nothing_is_packed_where_a_part_is_missing(both: tuple[Path, Path]) -> None:
+    experiment, new = _unpacked(both, 2)
+    (experiment / "part-0001.parquet").unlink()
+    assert re.search(r"index\.jsonl: run \w+ and 3 more are in no part; restore the parts", _refused(both[1]))
+    assert all((experiment / run / "record.json").is_file() for run in new)
+
+
+def test_packing_that_was_interrupted_loses_no_run(both: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment, new = _unpacked(both, 2)
+    last = sorted(experiment.glob("part-*"))[-1].name
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packs, "write_text", killed)  # between part and index
+        CliRunner().invoke(app, ["pack", "commonsense", "--results", str(both[1]), "--remove"])
+    (left,) = {part.name for part in experiment.glob("part-*") if part.name > last}
+    told = _refused(both[1])
+    assert left in told and told.endswith("where its folder is there (packing was interrupted), delete the part")
+    (experiment / left).unlink()
+    assert "2 runs packed" in _pack(both[1], "--remove")
+    assert not list(packs.faults(experiment)) and not any((experiment / run).exists() for run in new)
+
+
+def test_one_process_at_a_time_packs_an_experiment(both: tuple[Path, Path]) -> None:
+    experiment, new = _unpacked(both, 1)
+    held, _ = acquire(experiment / "lock")
+    assert "is being written by process" in _refused(both[1])
+    held.release()
+    assert (experiment / new[0]).is_dir() and "1 runs packed" in _pack(both[1])
+
+
+def test_what_a_part_would_not_give_back_is_refused_before_it_is_there(both: tuple[Path, Path]) -> None:
+    experiment, new = _unpacked(both, 1)
+    before = {*experiment.glob("part-*")}
+    (experiment / new[0] / "timing.jsonl").write_bytes(b"\x05torn")  # no line end: a stream that was cut off
+    assert _refused(both[1]).startswith(f"run {new[0]}: timing.jsonl cannot be packed")
+    assert {*experiment.glob("part-*")} == before and not list(packs.faults(experiment))
+
+
+def test_a_run_whose_part_cannot_be_read_is_not_made_again(both: tuple[Path, Path]) -> None:
+    _, packed = both
+    path, record = next(run for run in survey(packed, "commonsense").runs if not run[0].exists())
+    spec, paths = spec_of(record), Paths(packed)
+    path = run_path(packed, spec)
+    is_complete(spec, paths)  # whatever its inputs are by now: no error
+    for part in path.parent.glob("part-*"):
+        part.write_bytes(b"PAR1")
+    with pytest.raises(StoreError, match=r"cannot be read .* restore the file"):
+        is_complete(spec, paths)
 
 
 def test_what_is_committed_is_packed_and_whole() -> None:

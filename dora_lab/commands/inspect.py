@@ -23,6 +23,7 @@ from dora_lab.commands.show import Format, FormatOption, show
 from dora_lab.io.atomic import write_text
 from dora_lab.launch.experiments import experiment_name, published_specs
 from dora_lab.runs import packs
+from dora_lab.runs.lock import acquire
 from dora_lab.runs.record import read_record, spec_of
 from dora_lab.runs.survey import survey, verified
 from dora_lab.spec import SpecError, did_you_mean
@@ -117,6 +118,14 @@ def pack(
     if not there:
         raise SpecError(f"{results} has no runs: `dora-lab run EXPERIMENT --results {results}` makes some")
     folder = results / "runs" / (experiment := experiment_name(experiment, there))
+    held, _ = acquire(folder / "lock")
+    try:
+        _pack(results, experiment, folder, remove)
+    finally:
+        held.release()
+
+
+def _pack(results: Path, experiment: str, folder: Path, remove: bool) -> None:
     done = {path for path, record in survey(results, experiment).runs if record["status"] == "complete"}
     fresh = sorted(path for path in done if (path / "record.json").is_file() and not packs.packed(path))
     runs = [

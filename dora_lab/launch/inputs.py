@@ -14,7 +14,7 @@ from dora_lab import distributed
 from dora_lab.io.errors import LoadError
 from dora_lab.launch.runtime import Paths
 from dora_lab.models.base import adapter_identity, model_identity
-from dora_lab.runs import checkpoints, provenance
+from dora_lab.runs import checkpoints, packs, provenance
 from dora_lab.runs.directory import RunDir
 from dora_lab.runs.errors import ResumeError, StoreError
 from dora_lab.runs.record import read_record, run_path
@@ -38,10 +38,15 @@ def fingerprints(spec: Spec, paths: Paths) -> dict[str, Any]:
 
 
 def is_complete(spec: Spec, paths: Paths) -> bool:
-    """Whether the run of `spec` is there, complete and of the inputs as they are now."""
+    """Whether the run of `spec` is there, complete and of the inputs as they are now.
+
+    Raises StoreError where it is packed and its part cannot be read: made again it would stand beside the packed one.
+    """
+    path = run_path(paths.results, spec)
     try:
-        record = read_record(run_path(paths.results, spec))
+        record = read_record(path)
     except StoreError:
+        packs.packed(path)
         return False
     if record["status"] != "complete":
         return False

@@ -80,7 +80,7 @@ def faults(experiment: Path) -> Iterator[tuple[Path, str]]:
             continue
         for run in runs:
             if run in seen:
-                yield part, f"{part}: run {run} is in {seen[run].name} too; delete the part that is not committed"
+                yield part, f"{part}: run {run} is in {seen[run].name} too; restore both parts"
             seen.setdefault(run, part)
             if _differs(experiment / run, runs[run]):
                 folder = experiment / run
@@ -91,13 +91,16 @@ def faults(experiment: Path) -> Iterator[tuple[Path, str]]:
         yield experiment / INDEX, str(error)
         return
     if lost:
-        what = f"run {lost[0]}" + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
-        yield experiment / INDEX, f"{experiment / INDEX}: {what} is in no part; restore the parts"
+        what = f"run {lost[0]} is" if len(lost) == 1 else f"run {lost[0]} and {len(lost) - 1} more are"
+        yield experiment / INDEX, f"{experiment / INDEX}: {what} in no part; restore the parts"
 
 
 def _differs(folder: Path, files: Files) -> bool:
     there = {name: folder / name for name in FILES if (folder / name).is_file()}
-    return bool(there) and any(files.get(name) != file.read_bytes() for name, file in there.items())
+    # a run is read from its folder as soon as its record is there: what is missing then would be read as nothing. Of
+    # runs that were packed the record is removed first
+    missing = "record.json" in there and {name for name, content in files.items() if content} - {*there}
+    return bool(missing) or any(files.get(name) != file.read_bytes() for name, file in there.items())
 
 
 def mark(path: Path) -> tuple[object, ...]:
@@ -120,26 +123,50 @@ def schema() -> Any:
 
 
 def write(experiment: Path, runs: Sequence[tuple[str, Files, str]]) -> list[Path]:
-    """Pack runs (id, files, when hashed) into new parts and the index of an experiment's folder; returns the parts."""
+    """Pack runs (id, files, when hashed) into new parts and the index of an experiment's folder; returns the parts.
+
+    The caller holds the folder's lock: two that number parts and write the index at once lose runs of one another.
+    Raises StoreError, before anything is written, for parts or an index that are not what they were (a run that is in
+    none of them could be taken for packed), and for a content that a part does not give back.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    known = index(experiment)
-    lines = list(known.values())
+    for _, what in faults(experiment):
+        raise StoreError(what)
+    lines = [*index(experiment).values()]
+    numbers = [int(part.stem.removeprefix("part-")) for part in _parts(experiment)]
     made: list[Path] = []
     for start in range(0, len(runs), SIZE):
         some = runs[start : start + SIZE]
-        part = experiment / f"part-{len(_parts(experiment)) + 1:04d}.parquet"
-        rows = [(run, name, *_apart(content)) for run, files, _ in some for name, content in files.items()]
+        numbers.append(max(numbers, default=0) + 1)
+        part = experiment / f"part-{numbers[-1]:04d}.parquet"
+        contents = {(run, name): content for run, files, _ in some for name, content in files.items()}
+        rows = [(*where, *_apart(content)) for where, content in contents.items()]
         table = pa.table(list(zip(*rows, strict=True)), schema())
         # brotli: a tenth smaller than zstd; statistics would be the smallest and the largest content, each twice
         how = {"compression": "brotli", "compression_level": 11, "write_statistics": False, "use_dictionary": False}
         with replacing(part) as temporary:
             pq.write_table(table, temporary, **how)
+            _require_back(temporary, contents)
         made.append(part)
         lines += [_line(run, files, hashed) for run, files, hashed in some]
         write_text(experiment / INDEX, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
     return made
+
+
+def _require_back(part: Path, contents: Mapping[tuple[str, str], bytes]) -> None:
+    """Raise StoreError if a part does not give back what was put into it: folders are removed on its word."""
+    import pyarrow.parquet as pq
+
+    for row in pq.read_table(part, schema=schema()).to_pylist():
+        run, name = row["run"], row["file"]
+        try:
+            same = _together(row["content"], row["numbers"]) == contents[run, name]
+        except (ValueError, TypeError, struct.error):
+            same = False
+        if not same:
+            raise StoreError(f"run {run}: {name} cannot be packed (it is no JSON); move the run out of runs/")
 
 
 def _apart(content: bytes) -> tuple[bytes, bytes | None]:
@@ -215,10 +242,12 @@ def _told(record: bytes, where: object) -> dict[str, str]:
 
 
 def _parts(experiment: Path) -> list[Path]:
-    return sorted(experiment.glob("part-*.parquet"))
+    return sorted(experiment.glob("part-[0-9][0-9][0-9][0-9].parquet"))
 
 
 def _contents(part: Path) -> dict[str, dict[str, bytes]]:
+    if not part.is_file():  # a folder, or a link to nothing
+        raise StoreError(f"{part}: is no file; restore it")
     state, beside = part.stat(), part.parent / INDEX
     then = (beside.stat().st_size, beside.stat().st_mtime_ns) if beside.is_file() else None
     return _read(part, (state.st_size, state.st_mtime_ns), then)
@@ -246,7 +275,10 @@ def _read(part: Path, _state: object, _index: object) -> dict[str, dict[str, byt
         if not isinstance(content, bytes) or name not in FILES or not _RUN.fullmatch(run or ""):
             raise StoreError(f"{part}: a row of {run!r:.20}, {name!r:.20} is none of a run's files; restore the file")
         if run not in known:
-            raise StoreError(f"{part}: run {run} is not in {INDEX}; restore both files")
+            raise StoreError(
+                f"{part}: run {run} is not in {INDEX}; restore both files, or, where its folder is there (packing was "
+                "interrupted), delete the part"
+            )
         if name in found.setdefault(run, {}):
             raise StoreError(f"{part}: run {run} is in it twice; restore the file")
         found[run][name] = content
