@@ -24,6 +24,7 @@ from dora_lab.launch.experiments import experiment_names
 from dora_lab.launch.inputs import is_complete
 from dora_lab.launch.runtime import Paths
 from dora_lab.runs import packs
+from dora_lab.runs.directory import RunDir
 from dora_lab.runs.doctor import examine
 from dora_lab.runs.errors import LockedError, StoreError
 from dora_lab.runs.lock import acquire
@@ -331,7 +332,10 @@ def test_a_run_whose_part_cannot_be_read_is_not_made_again(both: tuple[Path, Pat
     path, record = next(run for run in survey(packed, "commonsense").runs if not run[0].exists())
     spec, paths = spec_of(record), Paths(packed)
     path = run_path(packed, spec)
-    is_complete(spec, paths)  # whatever its inputs are by now: no error
+    assert not is_complete(spec, paths)  # of a synthetic record's inputs; made again it would be in a folder beside
+    with pytest.raises(StoreError, match="is packed, of inputs that have changed since; choose another --results"):
+        RunDir.open(packed, spec)
+    assert not path.exists()
     for part in path.parent.glob("part-*"):
         part.write_bytes(b"PAR1")
     with pytest.raises(StoreError, match=r"cannot be read .* restore the file"):

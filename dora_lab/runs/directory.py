@@ -21,7 +21,7 @@ from typing import Any
 
 from dora_lab.io.atomic import fsync, write_text
 from dora_lab.io.files import hash_bytes
-from dora_lab.runs import kept
+from dora_lab.runs import kept, packs
 from dora_lab.runs.errors import OUTSIDE, LockedError, StoreError
 from dora_lab.runs.lock import Lock, acquire
 from dora_lab.runs.record import ENDINGS, SCHEMA, read_record, run_path, spec_of
@@ -55,9 +55,12 @@ class RunDir:
 
         A new run's status is `running`, and so again is that of an interrupted run, which goes on, and of a failed one,
         which starts from nothing; `complete` stays. Raises LockedError if another process holds it, StoreError if its
-        record is of another spec or is damaged, or the folder cannot be written.
+        record is of another spec or is damaged, the run is packed (a part is never written to), or the folder cannot be
+        written.
         """
         run = cls(run_path(root, spec))
+        if packs.packed(run.path) and not (run.path / "record.json").is_file():
+            raise StoreError(f"{run.path} is packed, of inputs that have changed since; choose another --results")
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             run._lock, note = acquire(run.path / "lock")
