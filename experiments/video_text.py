@@ -116,9 +116,9 @@ def reproduced() -> list[Spec]:
     return [mini(MINI_CELLS[cell], rate, 0) for cell, rate in RATES.items()]
 
 
-def mini(method: Method, learning_rate: float, seed: int, epochs: float = EPOCHS) -> Spec:
+def mini(method: Method, learning_rate: float, seed: int) -> Spec:
     """One run of tier mini, scored on the items that stand where VALUE's validation items do."""
-    spec = image_text.mini(method, learning_rate, seed, epochs)
+    spec = image_text.mini(method, learning_rate, seed, EPOCHS)
     assert spec.optim
     return replace(
         spec,

@@ -59,7 +59,7 @@ class RunDir:
         written.
         """
         run = cls(run_path(root, spec))
-        if packs.packed(run.path) and not (run.path / "record.json").is_file():
+        if not (run.path / "record.json").is_file() and packs.packed(run.path):
             raise StoreError(f"{run.path} is packed, of inputs that have changed since; choose another --results")
         try:
             run.path.mkdir(parents=True, exist_ok=True)
